@@ -1,17 +1,17 @@
-"""How good the advice of `regard advise` is on this machine, which should be idle.
+"""Measures how good the advice of `regard advise` is on this machine, which should be idle.
 
-    python benchmarks/advise.py                # both parts; the same command goes on where it stopped
+    python benchmarks/advise.py                # both parts; the same command continues where it stopped
     python benchmarks/advise.py errors         # predictions against `regard profile --layer` at five other lengths
     python benchmarks/advise.py questions      # the 60 questions of benchmarks/advise_questions.json
-    python benchmarks/advise.py --busy         # beside a process that keeps one core busy
-    python benchmarks/advise.py --fresh        # nothing that was measured before counts
-    python benchmarks/advise.py generate       # write the questions again from their seed
+    python benchmarks/advise.py --busy         # while another process keeps one core busy
+    python benchmarks/advise.py --fresh        # ignores all earlier measurements
+    python benchmarks/advise.py generate       # writes the questions again from their seed
 
-What the best is, `regard profile --layer` says at the lengths asked for, of all that qualify and take at most three times
-as long as the fastest in a single call. A question counts as answered well when the mechanism that advice takes qualifies and, by `regard profile --layer` at the
-lengths asked for, costs at most a tenth more than the best that qualifies; or when nothing qualifies and advice says that.
-The goals: time within 15 % (median) and 40 % (worst), memory within 10 %, 90 % of the questions, in each of three runs and
-also beside another process.
+`regard profile --layer` at the lengths asked for determines the best mechanism, among all that qualify and take at most
+three times as long as the fastest in a single call. A question counts as answered well when the recommended mechanism
+qualifies and, by the same measurement, costs at most a tenth more than the best that qualifies; or when nothing qualifies
+and the advice says so. The goals: time within 15 % (median) and 40 % (worst), memory within 10 %, 90 % of the questions, in
+each of three runs and also while another process is running.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ SEED, COUNT = 20260101, 60
 PROBE_SECONDS = 15.0
 NEAR = 1.10
 SCREENED = 3.0
-"""How many times as long as the fastest a single call may take of what is profiled."""
+"""Only mechanisms whose single call takes at most this many times as long as the fastest are profiled."""
 
 
 def generate() -> list[dict[str, Any]]:
-    """The questions, the same for the same seed."""
+    """Draw the questions; the same seed gives the same ones."""
     rng = np.random.default_rng(SEED)
 
     def one_of(choices: list[Any], weights: list[float] | None = None) -> Any:
@@ -68,7 +68,7 @@ def generate() -> list[dict[str, Any]]:
             [[], ["recall"], ["keep-all"], ["order"], ["constant-state"], ["exact"], ["weights"], ["bias"]],
             [6, 2, 1, 2, 2, 1, 1, 1],
         )
-        # in training or inference a few numbers for each token and feature, in serving part of a full cache
+        # a few numbers for each token and feature in training or inference, part of a full cache in serving
         unit = 4 * lengths[-1] * dim * (1 if use == "serve" else 8)
         memory = one_of([None, int(unit * 2 ** rng.uniform(-2, 2))], [2, 1])
         question = {"pattern": pattern, "lengths": lengths, "use": use, "needs": needs, "memory": memory}
@@ -78,7 +78,7 @@ def generate() -> list[dict[str, Any]]:
 
 @dataclass
 class Answered:
-    """One question: what advice took, what was best, and how much longer the one takes than the other."""
+    """One question: the recommended mechanism, the best one, and the ratio of their times."""
 
     question: dict[str, Any]
     pick: str | None
@@ -93,7 +93,7 @@ class Answered:
 
 
 def screened(layers: LayerMeasure, what: str, length: int, names: Sequence[str]) -> list[str]:
-    """Those that may be the best by a single call, or that the machine's memory has room for."""
+    """The mechanisms that fit in memory and whose single call is fast enough that they may be the best."""
     seconds, clock = {}, calm_clock()
     for name in names:
         cost = get_mechanism(name).cost(layers.settings.shape(length), get_mechanism(name).options())
@@ -108,7 +108,7 @@ def screened(layers: LayerMeasure, what: str, length: int, names: Sequence[str])
 
 
 def answer(question: dict[str, Any], *, fresh: bool = False) -> Answered:
-    """Ask, then measure every mechanism that has what is needed and may be the best."""
+    """Ask for advice, then measure every mechanism that meets the needs and may be the best."""
     asked = dict(question)
     settings = AdviseSettings(
         lengths=tuple(asked.pop("lengths")),
@@ -145,7 +145,7 @@ def answer(question: dict[str, Any], *, fresh: bool = False) -> Answered:
 
 
 def ask_all(deadline: float, *, fresh: bool) -> bool:
-    """Answer the questions, print each and the share that was answered well; False when the time did not suffice."""
+    """Answer the questions, print each and the share answered well; return False if time ran out."""
     questions = json.loads(QUESTIONS.read_text())
     answered = []
     for i, question in enumerate(questions):
@@ -164,7 +164,7 @@ def ask_all(deadline: float, *, fresh: bool) -> bool:
 
 
 def show_errors(deadline: float, *, fresh: bool) -> None:
-    """Print the errors of the predictions in the default setting of advice."""
+    """Print the errors of the predictions made in the default setting of `regard advise`."""
     settings = AdviseSettings(use="train", seconds=min(150.0, max(1.0, deadline - time.monotonic())))
     for e in check(settings, fresh=fresh, say=print):
         of = "time" if e.of == "seconds" else "memory"

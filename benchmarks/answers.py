@@ -1,11 +1,11 @@
-"""Whether `make compare` gives the same answer again: the default comparison, repeated with other seeds.
+"""Tests whether `make compare` gives the same answer again: the default comparison, repeated with other seeds.
 
-    python benchmarks/answers.py               # ten runs of 8 minutes; the same command goes on where it stopped
+    python benchmarks/answers.py               # ten runs of 8 minutes; the same command continues where it stopped
     python benchmarks/answers.py --runs 3 --budget 4m
-    python benchmarks/answers.py -- --task text --mechanisms softmax,delta_rule   # of another comparison
+    python benchmarks/answers.py -- --task text --mechanisms softmax,delta_rule   # another comparison
 
-Each run has seeds of its own (`--seed-offset`), so no draw of weights, batches or orders is shared; held-out items are. The
-goal: nine of ten recommend the same mechanism. A run is kept as one line of JSON in the folder of runs.
+Each run has its own seeds (`--seed-offset`), so runs share no draws of weights, batches or orders, only the held-out items.
+The goal: nine of ten runs recommend the same mechanism. Each run is kept as one JSON file in the folder of runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEEDS_APART = 100
 
 
 def run(folder: Path, number: int, budget: str, options: list[str]) -> dict[str, Any]:
-    """The answer of one run, from its folder when it has ended before."""
+    """The answer of one run, read from its file if the run has already finished."""
     file = folder / f"{number}.json"
     if not file.is_file():
         command = [sys.executable, "-m", "regard", "compare", "--budget", budget, *options, "--json"]
@@ -33,7 +33,7 @@ def run(folder: Path, number: int, budget: str, options: list[str]) -> dict[str,
 
 
 def row(number: int, found: dict[str, Any]) -> str:
-    """A line of the table: what was recommended, between what was alike, and all scores."""
+    """A row of the table: the recommended mechanism, those it could not be told apart from, and all scores."""
     told = found["recommendation"]
     scores = "; ".join(
         f"{task}: " + ", ".join(f"{e['mechanism']} {e['mean']:.3f}" for e in entries if e["mean"] is not None)

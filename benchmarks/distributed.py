@@ -1,11 +1,11 @@
-"""What two ranks are worth, a process on a core each, against one process on one core; the machine should be idle.
+"""Compares two ranks, each a process on its own core, with one process on one core; the machine should be idle.
 
     python benchmarks/distributed.py                      # a ring of attention, and training of two language models
     python benchmarks/distributed.py --seconds 60
 
-Attention is forward and backward of causal softmax with 4 heads of 64 at 16,384 tokens; training is the gradients of 4 layers
-of width 256 at 4,096 tokens, by context parallelism. Medians of rounds in turn; memory is the most that a rank needs over what
-one process needs; error is the greatest difference between what both compute.
+Attention is forward and backward of causal softmax with 4 heads of 64 at 16,384 tokens; training computes gradients of 4 layers
+of width 256 at 4,096 tokens, by context parallelism. Times are medians of alternating rounds; memory is the largest peak of a
+rank relative to that of one process; error is the largest difference between their results.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""SEA between the projections of a pretrained model, beside softmax: time and memory of a prompt, and where the time goes.
+"""SEA and softmax between the projections of a pretrained model: time and memory of a prompt, and where the time goes.
 
-python benchmarks/estimated_maps.py                   # 9 heads over 3 of 64, as in SmolLM2-135M; k = 64; one thread
+python benchmarks/estimated_maps.py                   # 9 query heads over 3 of width 64, as in SmolLM2-135M; k = 64; one thread
 
-Time of one thread on its processor, medians of mechanisms that took turns; memory is the peak above what was there before. A
-mechanism is what `regard swap` puts between a model's projections, with its state for decoding. The operators of each are those
-that PyTorch's profiler counts.
+Times are CPU times of one thread, medians over alternating mechanisms; memory is the peak above that before the call. A
+mechanism is measured as `regard swap` puts it between a model's projections, with its state for decoding. The operators of
+each are those that PyTorch's profiler counts.
 """
 
 from __future__ import annotations

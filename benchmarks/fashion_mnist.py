@@ -1,16 +1,17 @@
-"""Fashion-MNIST from scratch: a small size of every image backbone, each for the same time; the table of the documentation.
+"""Fashion-MNIST from scratch: every image backbone in a small size, each trained for the same time, for the docs' table.
 
     pip install 'regard[vision]'
-    python benchmarks/fashion_mnist.py                             # 20 minutes each; the same command goes on where it stopped
-    python benchmarks/fashion_mnist.py --precision bfloat16        # up to twice the steps where a processor computes in it
+    python benchmarks/fashion_mnist.py                             # 20 minutes each; the same command continues where it stopped
+    python benchmarks/fashion_mnist.py --precision bfloat16        # up to twice the steps if the processor supports it
     python benchmarks/fashion_mnist.py --models van_nano,vit_nano --minutes 5
     python benchmarks/fashion_mnist.py --best 5 --seeds 3          # more seeds for the five that are best so far
-    python benchmarks/fashion_mnist.py --timings                   # speed and memory alone, all models in one process
+    python benchmarks/fashion_mnist.py --timings                   # only speed and memory, all models in one process
 
-On the images of Debian's dataset-fashion-mnist (`--data FOLDER` elsewhere), resized to 32 pixels, with the augmentation
-``light``, one learning rate for all, and the last weights; scored on the 10,000 test images (`--items` for fewer). A cell is a model and a seed: it
-is trained as by `regard train` into a folder of `--work`, where a run that was killed goes on, and its score is then in
-docs/data/fashion_mnist.json, from which `python docs/generate.py` writes the page. Speeds belong on an idle machine.
+The images are those of Debian's dataset-fashion-mnist (`--data FOLDER` elsewhere), resized to 32 pixels, with the
+augmentation ``light`` and one learning rate for all; the last weights are scored on the 10,000 test images (`--items` for
+fewer). A cell is a model and a seed: it is trained as by `regard train` into a folder of `--work`, where a killed run
+continues, and its score is written to docs/data/fashion_mnist.json, from which `python docs/generate.py` makes the page.
+Measure speeds on an idle machine.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "activator_nano": ("activator_net", {"width": 128, "hidden": 256, "branch_dropout": 0.1}),
     "activator_geglu_nano": ("activator_geglu", {"width": 128, "hidden": 256}),
 }
-"""What each is called here, and the backbone and its options."""
+"""Each model's name here, its backbone and the backbone's options."""
 
 
 def task_of(data: str, items: int) -> Task:
@@ -101,7 +102,7 @@ def done(table: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any] | None
 
 
 def train_cell(task: Task, wanted: dict[str, Any], work: Path) -> dict[str, Any]:
-    """One training run, from where it stopped."""
+    """Train one cell, continuing from where it stopped."""
     name, seed = wanted["model"], wanted["seed"]
     last = 0.0
 
@@ -131,7 +132,7 @@ def train_cell(task: Task, wanted: dict[str, Any], work: Path) -> dict[str, Any]
 
 
 def measure_speeds(task: Task, names: list[str], seconds: float, precision: str) -> dict[str, Any]:
-    """Images/s and peak bytes of training and of inference in float32, at the batch of the training, all models in turn."""
+    """Images/s and peak bytes of float32 training and inference at the training batch size, all models in turn."""
     batch = task.training_batch(0, 0, BATCH)
     models = {name: build_model(ImageModelConfig.for_task(task, *MODELS[name])) for name in names}
     steps = TrainConfig(steps=1, batch_size=BATCH, learning_rate=RATE, precision=precision, measure_memory=False)
@@ -197,7 +198,7 @@ def main() -> None:
             wanted |= {x: getattr(arguments, x) for x in ("minutes", "items", "precision")}
             if done(table, wanted) is None:
                 cell = train_cell(task, wanted, arguments.work)
-                table = read()  # another process may have added cells of its own
+                table = read()  # another process may have added cells
                 table["cells"].append(cell)
                 write(table)
             cell = done(table, wanted) or {}

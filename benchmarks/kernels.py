@@ -1,15 +1,15 @@
-"""The native kernels beside what a user would run instead, and beside what the machine can do.
+"""Compares the native kernels with what a user would run instead, and with what the machine can do.
 
 python benchmarks/kernels.py                       # every row, into benchmarks/RESULTS.md
-python benchmarks/kernels.py --only gated_linear   # rows whose name matches this, printed only
+python benchmarks/kernels.py --only gated_linear   # only print rows whose name matches this
 python benchmarks/kernels.py --list
 
 Contestants alternate in one process; figures are medians. Outputs are compared before anything is timed. A row is the
 work of one function of `regard.functional` (or one layer, or one model) on 8 heads of 64, batch 1, float32, unless its
-name says otherwise. The share of the peak counts the operations of the mechanism's definition, half of them where
-causality hides half of the pairs, against fused multiply-adds that stay in registers, measured in the same run. For
-both contestants alike, freed memory stays with the process (regard.training.keep_freed_memory): otherwise page faults
-of the outputs would be most of what is timed.
+name says otherwise. The share of the peak divides the operations of the mechanism's definition (half of them where
+causality hides half of the pairs) by the rate of fused multiply-adds that stay in registers, measured in the same run.
+For both contestants, freed memory stays with the process (regard.training.keep_freed_memory): otherwise page faults on
+the outputs would dominate the times.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ Action = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison.
+    """A comparison to be measured.
 
     Attributes:
-        name: what is done.
+        name: the work that is timed.
         own, other: the contestants.
-        against: what the other is.
-        floor: how many times faster the issue wants it.
-        operations: of the own contestant's definition, 0 when it is not bound by them.
-        moved: bytes that it has to move, 0 when it is bound by operations.
-        close: largest difference of outputs allowed, relative to the largest; None when they differ by design.
+        against: what `other` is.
+        floor: the speedup over `other` that is required.
+        operations: operations of the definition of `own`, 0 when it is not compute-bound.
+        moved: bytes that `own` has to move, 0 when it is compute-bound.
+        close: largest allowed difference of outputs, relative to the largest value; None when they differ by design.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Found:
-    """A row as measured; times in milliseconds."""
+    """A measured row; times in milliseconds."""
 
     name: str
     against: str
@@ -141,13 +141,13 @@ def in_plain_torch(action: Action) -> Action:
 
 
 def attention_operations(n: int, *, causal: bool = True, passes: float = 2) -> float:
-    """Each pass is one product over all visible pairs and features, for all heads."""
+    """Operations of `passes` products over all visible pairs and features, for all heads."""
     pairs = n * n / (2 if causal else 1)
     return passes * 2 * pairs * WIDTH * HEADS
 
 
 def recurrence_operations(n: int) -> float:
-    """Write and read of a (64, 64) state a token and head."""
+    """Operations of writing and reading a (64, 64) state for each token and head."""
     return 2 * 2 * n * WIDTH * WIDTH * HEADS
 
 
@@ -294,7 +294,7 @@ def recurrence_rows() -> Iterator[Row]:
 
 
 def unnormalized_delta_rule(*inputs: Tensor) -> Tensor:
-    """As the peer has it: keys come normalised, queries scaled only."""
+    """The delta rule as the peer defines it: keys arrive normalised, queries are only scaled."""
     return delta_rule_attention(*inputs, scale=WIDTH**-0.5, normalize_queries=False, normalize_keys=False)
 
 
@@ -304,8 +304,8 @@ def aaren_call() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def fla_delta_rule() -> Callable[..., Any] | None:
-    """flash-linear-attention's chunkwise form in plain torch, by its file alone: importing the package would put its
-    GPU kernels in the way of transformers."""
+    """flash-linear-attention's chunkwise form in plain torch, loaded from its file alone: importing the package would make
+    its GPU kernels visible to transformers."""
     path = PEERS / "fla" / "ops" / "delta_rule" / "naive.py"
     if not path.exists():
         print(f"# no {path.relative_to(HERE.parent)}: the rows against it are left out (make bench fetches it)")
@@ -448,7 +448,7 @@ def model_rows() -> Iterator[Row]:
 
 
 def vision_rows() -> Iterator[Row]:
-    """The stages of TransNeXt-T at 224 pixels that attend to a window of 3 x 3 and 7 x 7 pooled places, 24 features a head."""
+    """Stages of TransNeXt-T at 224 pixels, which attend to a 3 x 3 window and 7 x 7 pooled places; 24 features per head."""
     window, width = 3, 24
     for batch, count, side, factor in ((1, 3, 56, 8), (16, 3, 56, 8), (1, 12, 14, 2), (16, 12, 14, 2)):
         n, m, places = side**2, (side // factor) ** 2, window**2
@@ -481,7 +481,7 @@ def largest(x: Any) -> list[Tensor]:
 
 
 def difference(own: Any, other: Any) -> float:
-    """Largest difference, relative to the largest number, over all tensors."""
+    """Largest difference over all tensors, relative to the largest value."""
     worst = 0.0
     for a, b in zip(largest(own), largest(other), strict=True):
         worst = max(worst, float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30)))
@@ -506,7 +506,7 @@ def measure(row: Row, peak: float, seconds: float) -> Found:
 
 
 def efficiency() -> list[str]:
-    """Length from which each mechanism beats own softmax, forward and forward+backward."""
+    """The length from which each mechanism beats regard's softmax, in forward and in forward+backward."""
     lengths = (64, 128, 256, 512, 1024, 2048)
     limits = {name: (256, 512) for name in ("linear", "gated_linear", "mamba2's recurrence", "aaren", "flow_attention")}
     limits |= {"delta_rule": (1024, 1024), "mamba's selective scan": (1024, 1024)}
@@ -565,12 +565,12 @@ print(peak() - before)
 
 
 def memory() -> str:
-    """Peak memory of gated_linear forward+backward beyond its inputs, output and gradients, as the process sees it."""
+    """Peak memory of a process running gated_linear forward+backward, beyond inputs, output and gradients."""
     n = 65536
     tensor = 4 * HEADS * n * WIDTH
     done = subprocess.run([sys.executable, "-c", MEMORY, str(n)], capture_output=True, text=True, check=True)
     grown = int(done.stdout)
-    extra = grown - 5 * tensor  # the output and four gradients are what was asked for
+    extra = grown - 5 * tensor  # without the output and the four gradients
     return (
         f"Peak extra memory of gated_linear forward+backward at N = {n}, beyond inputs, output and gradients: "
         f"{extra / 2**20:.0f} MiB, {extra / (8 * tensor):.2f}x the size of q, k, v, gate and their gradients (wanted: at most 0.5x)."
@@ -578,8 +578,8 @@ def memory() -> str:
 
 
 def beside_another(calls: int = 200) -> list[str]:
-    """Times of single calls at 1,024 tokens, with nothing else running and beside a process that keeps one core busy: its
-    median, its mean, and the 90th percentile, in milliseconds."""
+    """Times of single calls at 1,024 tokens, alone and next to a process that keeps one core busy: the median, the mean
+    and the 90th percentile, in milliseconds."""
     q, k, v, g = heads(1024), heads(1024), heads(1024), gate(1024)
     functions = {
         "softmax": lambda: softmax_attention(q, k, v),
@@ -616,7 +616,7 @@ def beside_another(calls: int = 200) -> list[str]:
 
 
 def calls_of_python(action: Action) -> int:
-    """How many functions of Python one call goes through."""
+    """Number of Python functions that one call of `action` runs."""
     count = 0
 
     def seen(frame: Any, event: str, argument: Any) -> None:
@@ -628,11 +628,11 @@ def calls_of_python(action: Action) -> int:
         action()
     finally:
         sys.setprofile(None)
-    return count - 1  # without the action's own
+    return count - 1  # without the action itself
 
 
 def decoding(name: str, layers: int = 30) -> Action:
-    """Reads one token more each time, after a prompt of 64, in a model of 64 features and 2 heads."""
+    """An action that decodes one more token after a prompt of 64, in a model of width 64 with 2 heads."""
     from regard.models import LanguageModel, LanguageModelConfig
 
     model = LanguageModel(LanguageModelConfig(vocab_size=256, dim=64, num_heads=2, plan=[name] * layers)).eval()
@@ -650,7 +650,7 @@ def decoding(name: str, layers: int = 30) -> Action:
 
 @torch.no_grad()
 def overhead(seconds: float) -> list[str]:
-    """Work so small that the way to it is most of its time: the median, and the functions of Python on the way."""
+    """Work so small that overhead is most of its time: median time and number of Python function calls."""
     q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
     g, rate = -torch.rand(1, 2, 4, 8), torch.rand(1, 2, 4)
     calls: dict[str, Action] = {
@@ -755,7 +755,7 @@ def main() -> None:
 
 
 def write(lines: list[str]) -> None:
-    """Replace what stands between the markers of RESULTS.md."""
+    """Replace the text between the markers in RESULTS.md."""
     path = HERE / "RESULTS.md"
     begin, end = "<!-- kernels: written by make bench -->", "<!-- end of kernels -->"
     text = path.read_text()

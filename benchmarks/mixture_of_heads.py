@@ -1,11 +1,11 @@
-"""Time of a mixture of heads that computes chosen heads alone, beside one that computes all and masks.
+"""Time of a mixture of heads that computes only the chosen heads, against one that computes all and masks.
 
 python benchmarks/mixture_of_heads.py                 # 16 heads of 32, 2 shared and 4 of 14 routed; one thread
-python benchmarks/mixture_of_heads.py --model         # in SmolLM2-135M: prompts and tokens, of 9 heads 7 and 5
+python benchmarks/mixture_of_heads.py --model         # in SmolLM2-135M: prompts and tokens, with 7 and 5 of 9 heads
 
-Time of one thread on its processor, medians of layers that took turns, forward and forward with backward; with --model a
-prompt and a token after it, beside the model as it was. Outputs are compared before anything is timed. Routers have their first
-weights, so that tokens spread evenly; those of the model are the norms of its queries. --model needs what `smollm2.py` needs.
+CPU time of one thread, medians over alternating layers, for forward and forward with backward; with --model, for a prompt and
+a token after it, compared with the original model. Outputs are compared before anything is timed. Routers have their initial
+weights, so that tokens spread evenly; in the model, routing scores are query norms. --model needs what `smollm2.py` needs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def in_model(options: argparse.Namespace) -> None:
     original, _ = load()
     original.set_attn_implementation("regard:softmax")
     models = {"original": original.model}
-    for active in (3, 1):  # 75 % and, rounded up, 50 % of the nine heads
+    for active in (3, 1):  # 75 % and 50 % of the nine heads, rounded up
         for compute in ("dense", "gather"):
             own = copy.deepcopy(original)
             regard.swap(
@@ -86,7 +86,7 @@ def in_model(options: argparse.Namespace) -> None:
         for active in ("7", "5"):
             dense, gather = (caches[f"{active} of 9, {how}"][1] for how in ("dense", "gather"))
             apart = float((gather - dense).abs().max() / dense.abs().max())
-            if apart > 1e-3:  # a choice between two norms that rounding alone tells apart
+            if apart > 1e-3:  # rounding decided between two nearly equal norms
                 print(f"at {length} tokens {active} of 9 chosen heads are {apart:.1g} from all heads masked")
 
         def token(name, ids=ids, caches=caches):

@@ -1,17 +1,17 @@
-"""How much the tests catch: copies of the package with one change each, by cosmic-ray, and the tests that notice.
+"""Mutation testing: changes the package in one place at a time with cosmic-ray, and counts how often a test notices.
 
     make mutants                                                          # or, with cosmic-ray and coverage installed:
-    python benchmarks/mutants.py --count 400 --output runs/mutants.jsonl  # goes on where it stopped
-    python benchmarks/mutants.py --share 1/2 --output runs/1.jsonl        # beside a second process with --share 2/2
-    python benchmarks/mutants.py --groups apply,ragged --count 72         # of these groups alone
-    python benchmarks/mutants.py --again --output runs/mutants.jsonl      # those that survived, after tests were added
-    python benchmarks/mutants.py --table runs/*.jsonl                     # what was found, and what survived
+    python benchmarks/mutants.py --count 400 --output runs/mutants.jsonl  # continues where it stopped
+    python benchmarks/mutants.py --share 1/2 --output runs/1.jsonl        # with --share 2/2 in a second process
+    python benchmarks/mutants.py --groups apply,ragged --count 72         # only these groups
+    python benchmarks/mutants.py --again --output runs/mutants.jsonl      # the survivors, after tests were added
+    python benchmarks/mutants.py --table runs/*.jsonl                     # the results, and the survivors
 
-Mutants are drawn alike from each group of `GROUPS`, with a seed, among all that change what is computed: annotations and
-what a type checker alone reads are left out. The tests of a group run once without any change, which tells what lines
-each of them reaches. A mutant then has the tests that reach it, the quickest first, until one fails; where none reaches
-it, all of the group. One that all of them pass has survived. They are those nearest to the code, not the whole suite, so
-the share that is caught is a lower bound.
+Mutants are drawn evenly from the groups of `GROUPS`, with a seed, among all that change what is computed: annotations and
+code that only a type checker reads are left out. The tests of a group first run without any change, to record the lines
+that each of them reaches. A mutant is then given the tests that reach it, the quickest first, until one fails; if none
+reaches it, all tests of its group. A mutant that passes all of them has survived. A group has only the tests nearest to the
+code, not the whole suite, so the share that is caught is a lower bound.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from typing import Any
 
 HERE = Path(__file__).parents[1]
 SECONDS = 60.0
-"""After which, beside ten times what its tests take, a mutant counts as caught: it does not end."""
+"""A mutant that runs this long beyond ten times the time of its tests is taken to hang, and counts as caught."""
 
 MATRIX = "tests/contract/test_matrix.py"
 COUNTS = ["tests/contract/test_costs.py", "tests/contract/test_state_sizes.py"]
 
 
 def cells(*names: str, only: str = "") -> list[str]:
-    """The cells of the matrix for some mechanisms, without programs, which take seconds each."""
+    """Pytest arguments for some mechanisms' cells of the matrix, without compiled programs, which take seconds each."""
     these = " or ".join(f"[{name}-" for name in names)
     words = [f"({these})", "not (compile or export or onnx or lengths)", *([only] if only else [])]
     return [MATRIX, "-k", " and ".join(words)]
@@ -157,12 +157,12 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         [["tests/models/vision/test_transnext.py"], ["tests/models/vision/test_backbones.py", "-k", "transnext"]],
     ),
 }
-"""Of each group: the modules that are changed, and the tests that may notice, as arguments of some runs of pytest."""
+"""For each group: the modules to change, and the tests that may notice, as the arguments of pytest runs."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: the occurrence of an operator of cosmic-ray in a module."""
+    """One change: one occurrence of a cosmic-ray operator in a module."""
 
     group: str
     module: str
@@ -176,7 +176,7 @@ class Mutant:
 
 
 def unread(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """From where to where nothing is computed: annotations, and what a type checker alone reads."""
+    """Source ranges (start, end) where nothing is computed: annotations and code that only a type checker reads."""
     found: list[ast.AST] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
@@ -193,7 +193,7 @@ def unread(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def mutants(group: str, module: str) -> Iterator[Mutant]:
-    """All changes of a module."""
+    """All mutants of a module."""
     from cosmic_ray.ast import ast_nodes, get_ast_from_path
     from cosmic_ray.plugins import get_operator, operator_names
 
@@ -212,7 +212,7 @@ def mutants(group: str, module: str) -> Iterator[Mutant]:
 
 
 def drawn(groups: Iterable[str], count: int, seed: int) -> list[Mutant]:
-    """`count` mutants, as many of each group as others as far as it has them."""
+    """Draw `count` mutants, evenly from all groups as long as they have any left."""
     each = {group: [m for module in GROUPS[group][0] for m in mutants(group, module)] for group in groups}
     for group, found in each.items():
         random.Random(f"{seed} {group}").shuffle(found)
@@ -224,7 +224,7 @@ def drawn(groups: Iterable[str], count: int, seed: int) -> list[Mutant]:
 
 
 def next_that_compiles(found: list[Mutant]) -> Mutant | None:
-    """The last one, taken away, without those that are no Python, such as a `+` for the `*` of keyword-only arguments."""
+    """Pop mutants until one is valid Python (a `+` for the `*` of keyword-only arguments is not)."""
     while found:
         mutant = found.pop()
         with contextlib.suppress(SyntaxError):
@@ -234,7 +234,7 @@ def next_that_compiles(found: list[Mutant]) -> Mutant | None:
 
 
 def changed(mutant: Mutant, source: str) -> str:
-    """The source of a module with a mutant's change."""
+    """Apply a mutant's change to the source of its module."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -244,14 +244,14 @@ def changed(mutant: Mutant, source: str) -> str:
 
 
 def compiled(path: Path, source: str) -> types.CodeType:
-    """The code of a module, without a word of `is` beside a literal."""
+    """Compile a module, without warnings about `is` next to a literal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         return compile(source, str(path), "exec", dont_inherit=True)
 
 
 def copied(folder: Path) -> Path:
-    """The package and its tests in a folder of their own, with the library of kernels."""
+    """Copy the package, its tests and the kernel library into a folder of their own."""
     for name in ("regard", "tests", "docs", "pyproject.toml"):
         source = HERE / name
         if source.is_dir():
@@ -262,21 +262,21 @@ def copied(folder: Path) -> Path:
     place = subprocess.run([sys.executable, "-c", ask], cwd=HERE, capture_output=True, text=True).stdout.strip()
     if place:
         shutil.copy(place, folder / "regard" / "backends" / "native" / Path(place).name)
-    by_content = py_compile.PycInvalidationMode.CHECKED_HASH  # a change within the same second is seen
+    by_content = py_compile.PycInvalidationMode.CHECKED_HASH  # notices a change made within the same second
     compileall.compile_dir(folder / "regard", quiet=1, invalidation_mode=by_content)
     return folder
 
 
-@dataclass(eq=False)  # pytest looks plugins up by their hash
+@dataclass(eq=False)  # pytest needs plugins to be hashable
 class Tests:
-    """A plugin of pytest: runs some tests alone, the quickest first, and notes how long each takes and which fails.
+    """A pytest plugin that runs only some tests, the quickest first, and records how long each takes and which one fails.
 
     Attributes:
-        wanted: their names, and the seconds of each; None for all.
-        covered: is told whose lines follow.
-        instead: what is done with the tests that were collected, instead of running all.
-        seconds: of each that passed.
-        failed: the first that did not, and why.
+        wanted: names of the tests to run, with their seconds; None for all.
+        covered: the coverage object, whose context is switched to each test.
+        instead: called with the session in place of running the collected tests.
+        seconds: time of each test that passed.
+        failed: the first test that failed, and why.
     """
 
     wanted: dict[str, float] | None = None
@@ -287,7 +287,7 @@ class Tests:
 
     @property
     def files(self) -> list[str]:
-        """In which the wanted tests are."""
+        """Files that contain the wanted tests."""
         return sorted({name.partition("::")[0] for name in self.wanted or ()})
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -313,7 +313,7 @@ class Tests:
 
 
 def apart(action: Callable[..., Any], *given: Any, seconds: float | None = None) -> Any:
-    """What `action` answers in a process of its own, which has what is imported here; None where that does not end, or dies."""
+    """The result of `action` in a forked process, which keeps this one's imports; None if it hangs or dies."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
 
@@ -338,7 +338,7 @@ def apart(action: Callable[..., Any], *given: Any, seconds: float | None = None)
 
 
 def run(folder: Path, arguments: Sequence[str], plugin: Tests) -> int:
-    """pytest in the copy, without a word."""
+    """Run pytest silently in the copy; returns its exit code."""
     import pytest
 
     silent = os.open(os.devnull, os.O_WRONLY)
@@ -354,21 +354,21 @@ class Reach:
     """The tests of a group that pass without any change, and the lines that each of them reaches.
 
     Attributes:
-        seconds: of each test.
-        lines: of each module, the tests that reach a line; "" for what is reached when it is imported.
+        seconds: time of each test.
+        lines: for each module, the tests that reach each line; "" stands for the import of the module.
     """
 
     seconds: dict[str, float]
     lines: dict[str, dict[int, list[str]]]
 
     def of(self, mutant: Mutant, source: str) -> dict[str, float]:
-        """The tests that may notice a mutant, and the seconds of each."""
+        """The tests that may notice a mutant, with their seconds."""
         names = self._names(mutant, source)
         found = {name: x for name, x in self.seconds.items() if "" in names or name in names}
         return found or self.seconds
 
     def at_import(self, mutant: Mutant, source: str) -> bool:
-        """Whether a mutant changes what runs while the package is imported, so that what it made stays as it was where functions alone are replaced."""
+        """Return whether a mutant changes code that runs at import, which replacing functions would not run again."""
         return "" in self._names(mutant, source)
 
     def _names(self, mutant: Mutant, source: str) -> set[str]:
@@ -377,7 +377,7 @@ class Reach:
 
 
 def statement(source: str, line: int) -> range:
-    """The lines of the innermost statement around one, but for those of the statements inside."""
+    """Lines of the innermost statement that contains `line`, without those of the statements nested in it."""
     found = range(line, line + 1)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.stmt | ast.excepthandler):
@@ -390,7 +390,7 @@ def statement(source: str, line: int) -> range:
 
 
 def reached(group: str, folder: Path) -> Reach:
-    """Runs the tests of a group without any change."""
+    """Run the tests of a group without any change, and record the lines that they reach."""
     modules, runs = GROUPS[group]
     reach = Reach({}, {module: {} for module in modules})
 
@@ -417,15 +417,15 @@ def reached(group: str, folder: Path) -> Reach:
 
 
 def replaced(path: Path, before: str, after: str) -> bool:
-    """Whether the functions of a module that is imported were given the code of a changed source: code that runs when it is
-    imported must be the same in both."""
+    """Give the functions of an imported module the code of a changed source, and return whether that was possible: code
+    that runs at import must be the same in both."""
     codes: dict[types.CodeType, types.CodeType] = {}
 
     def alike(old: types.CodeType, new: types.CodeType) -> bool:
         inner = [[c for c in code.co_consts if isinstance(c, types.CodeType)] for code in (old, new)]
         if [c.co_qualname for c in inner[0]] != [c.co_qualname for c in inner[1]] or old.co_freevars != new.co_freevars:
             return False
-        if old.co_flags & inspect.CO_OPTIMIZED:  # of a function
+        if old.co_flags & inspect.CO_OPTIMIZED:  # a function's code
             codes[old] = new
         else:
             own = [[c for c in code.co_consts if not isinstance(c, types.CodeType)] for code in (old, new)]
@@ -442,11 +442,11 @@ def replaced(path: Path, before: str, after: str) -> bool:
 
 
 def tried(mutant: Mutant, folder: Path, reach: Reach, session: Any = None) -> dict[str, Any] | None:
-    """What the tests of its group say of a mutant.
+    """Run a mutant's tests, and return its row of the results.
 
     Args:
-        session: of pytest, in which the package is imported and tests are collected. It answers None of a mutant for which
-            they would have to be imported again.
+        session: a pytest session that has imported the package and collected the tests. With it, the result is None for a
+            mutant that needs a fresh import.
     """
     path = folder / mutant.module
     source = path.read_text()
@@ -459,7 +459,7 @@ def tried(mutant: Mutant, folder: Path, reach: Reach, session: Any = None) -> di
     def noticed() -> str:
         if session is None:
             code = run(folder, ["-x", *plugin.files], plugin)
-            return plugin.failed or ("" if code in (0, 5) else "cannot be imported")  # 5: there are no such tests now
+            return plugin.failed or ("" if code in (0, 5) else "cannot be imported")  # 5: no tests were collected
         if not replaced(path, source, after):
             return "imported again"
         session.config.pluginmanager.register(plugin)
@@ -484,8 +484,8 @@ def tried(mutant: Mutant, folder: Path, reach: Reach, session: Any = None) -> di
 
 
 def tried_of(chosen: Sequence[Mutant], folder: Path, output: Path) -> None:
-    """What the tests say of the mutants of one group. The package is imported and its tests are collected once, for all
-    mutants that change the code of functions alone."""
+    """Run the tests for the mutants of one group. The package is imported and its tests are collected once for all mutants
+    that change only code of functions."""
     reach, out = reached(chosen[0].group, folder), os.fdopen(os.dup(1), "w")
 
     def each(mutants: Sequence[Mutant], session: Any = None) -> list[Mutant]:
@@ -503,7 +503,7 @@ def tried_of(chosen: Sequence[Mutant], folder: Path, output: Path) -> None:
 
     def at_once() -> list[Mutant]:
         left: list[Mutant] = []
-        wrong: list[str] = []  # pytest would keep it to itself, and the mutants that are left would be forgotten
+        wrong: list[str] = []  # pytest would swallow the error, and the remaining mutants would be lost
 
         def instead(session: Any) -> None:
             try:
@@ -521,7 +521,7 @@ def tried_of(chosen: Sequence[Mutant], folder: Path, output: Path) -> None:
 
 
 def table(paths: Iterable[Path]) -> str:
-    """What was caught, by group, and each mutant that survived."""
+    """A table of the share caught in each group, and the list of mutants that survived."""
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     lines = ["| code | mutants | caught |", "|---|---:|---:|"]
     for group in [*dict.fromkeys(row["group"] for row in rows), "all"]:
@@ -564,7 +564,7 @@ def main() -> None:
     import torch.utils.flop_counter
 
     torch.set_num_threads(1)
-    sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_")]  # of editable installations
+    sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_")]  # editable installations
     with tempfile.TemporaryDirectory() as place:
         folder = copied(Path(place).resolve())
         for group in groups:

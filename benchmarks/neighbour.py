@@ -1,4 +1,4 @@
-"""Another process on the machine, beside which something is measured."""
+"""A second process that keeps the machine busy during a measurement."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BUSY = "import torch\ntorch.set_num_threads(1)\na = torch.randn(512, 512)\nwhile
 
 @contextmanager
 def neighbour() -> Iterator[None]:
-    """A PyTorch process that keeps one core busy with products of matrices."""
+    """Run a PyTorch process that keeps one core busy with matrix products while the block runs."""
     process = subprocess.Popen([sys.executable, "-c", BUSY])
     try:
-        time.sleep(2)  # until it has imported torch
+        time.sleep(2)  # time for it to import torch
         yield
     finally:
         process.kill()

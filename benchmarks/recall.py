@@ -1,12 +1,12 @@
-"""Which mechanisms learn to recall, without and with a short convolution: the table that `regard advise --needs recall` reads.
+"""Measures which mechanisms learn recall, with and without a short convolution, for `regard advise --needs recall`.
 
-    python benchmarks/recall.py                        # what the table lacks; the same command goes on where it stopped
-    python benchmarks/recall.py --mechanisms linear    # of these only; --again measures them anew
-    python benchmarks/recall.py --ranking              # in the frame of docs/data/ranking.json: what is better there
+    python benchmarks/recall.py                        # whatever the table lacks; repeat the command to continue
+    python benchmarks/recall.py --mechanisms linear    # only these; --again measures them anew
+    python benchmarks/recall.py --ranking              # takes better values from docs/data/ranking.json
 
 The task, the backbone, the budget and the learning rates are those of `regard compare --task recall --budget "500k tokens"`.
-What counts is whether a mechanism can learn it: the best of the runs, which stop with the first that solves the task. (The
-comparison asks more of one that it recommends: that all runs do.)
+The question is whether a mechanism can learn the task, so the best run counts, and runs stop after the first that solves it.
+(The comparison recommends a mechanism only if all of its runs solve it.)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def config(name: str, options: dict[str, Any]) -> LanguageModelConfig:
 
 
 def accuracy(name: str, options: dict[str, Any]) -> float:
-    """Accuracy of the best run, with the parameters of softmax attention."""
+    """Accuracy of the best run, with as many parameters as the model with softmax attention."""
     matched = match_parameters(config(name, options), count_parameters(config("softmax", {})))
     batch = SETTINGS.batch_tokens // TASK.length
     steps = round(SETTINGS.budget.amount / (batch * TASK.length))
@@ -67,8 +67,8 @@ def write(table: dict[str, dict[str, float]]) -> None:
 
 
 def from_ranking(table: dict[str, dict[str, float]]) -> None:
-    """The best of the ranking's two runs of each mechanism, which is as far from their mean as the standard error says, where
-    it is better than what is known. Its layers have short convolutions where they can."""
+    """Enter the better of the ranking's two runs of each mechanism (their mean plus the standard error) if it beats the
+    table's value. Layers of the ranking have short convolutions wherever they accept them."""
     ranking = json.loads(RANKING.read_text())
     assert ranking["frame"] == "convolution"
     for entry in ranking["entries"]:

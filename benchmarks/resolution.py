@@ -1,17 +1,17 @@
-"""Positions in images larger than those of training: Fashion-MNIST at 28 pixels, then tested at 42 and 56.
+"""Positions in images larger than in training: Fashion-MNIST trained at 28 pixels, then tested at 42 and 56.
 
-    python benchmarks/resolution.py                            # three seeds of each; the same command goes on where it stopped
+    python benchmarks/resolution.py                            # three seeds of each; the same command continues where it stopped
     python benchmarks/resolution.py --positions seqpe,rotary --seeds 1
     python benchmarks/resolution.py --steps 200 --items 500    # shorter; kept apart from other lengths
 
 An encoder of 3 layers of softmax attention of width 64 reads patches of 2 x 2 pixels: 14 x 14 of them in training, 21 x 21 and
-28 x 28 in tests, of the same images resized. Positions: sequential ones (SeqPE, arXiv 2506.13277) of two axes that multiply
-queries and keys, and the same without their losses; learned vectors of places, those beyond 14 x 14 untrained, and also
-stretched from 14 x 14 to the larger grid (bicubic, as vision transformers do); sinusoids; rotary positions. Those of one axis
-number a patch by 28 row + column, so that neighbours are as far apart in every size. `none` is the control.
+28 x 28 in tests, of the same images resized. Positions: sequential encodings (SeqPE, arXiv 2506.13277) of two axes that
+multiply queries and keys, and the same without their losses; learned vectors of places, untrained beyond 14 x 14, and also
+stretched from 14 x 14 to the larger grid (bicubic, as vision transformers do); sinusoids; rotary positions. One-axis schemes
+number a patch by 28 row + column, so that neighbours are equally far apart at every size. `none` is the control.
 
-A cell is a kind of positions and a seed. Its training goes on from a checkpoint in `--work`, and its scores are then in
-docs/data/resolution.json, from which `python docs/generate.py` writes the page.
+A cell is a kind of positions and a seed. Its training continues from a checkpoint in `--work`, and its scores are written to
+docs/data/resolution.json, from which `python docs/generate.py` makes the page.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TABLE = Path(__file__).parent.parent / "docs" / "data" / "resolution.json"
 SIDES, PATCH = (28, 42, 56), 2
 GRIDS = tuple(side // PATCH for side in SIDES)
 PLACES = GRIDS[-1]
-"""Numbers from one row of patches to the next."""
+"""Step between the numbers of one row of patches and the next."""
 ENCODER = {"encoder_dim": 32, "pivots": 16, "candidates": 16, "offsets": 16, "axes": 2, "projection": "layers"}
 POSITIONS: dict[str, dict[str, Any]] = {
     "seqpe": {"positions": "seqpe_mul", "max_length": 10_000, "position_options": ENCODER},
@@ -59,7 +59,7 @@ BATCH, RATE = 32, 3e-3
 
 
 def tasks_of(data: str, items: int) -> list[ImagesTask]:
-    """The task at each side, all normalised as in training."""
+    """The task at each image side, always normalised as in training."""
     made = [ImagesTask(data=data, size=side, patch=PATCH, evaluation_items=items) for side in SIDES]
     for task in made[1:]:
         task.reader = replace(task.reader, mean=made[0].reader.mean, deviation=made[0].reader.deviation)
@@ -74,7 +74,7 @@ def model_of(task: ImagesTask, positions: str) -> nn.Module:
 
 @torch.no_grad()
 def stretched(model: nn.Module, grid: int) -> nn.Module:
-    """A copy whose learned vectors of a larger grid are those of the trained one, interpolated."""
+    """A copy whose learned vectors for a larger grid are interpolated from those of the trained grid."""
     model = copy.deepcopy(model)
     table = model.encoder.positions.table.view(PLACES, PLACES, -1)  # type: ignore[union-attr]
     trained = table[: GRIDS[0], : GRIDS[0]].permute(2, 0, 1)[None].clone()
@@ -83,7 +83,7 @@ def stretched(model: nn.Module, grid: int) -> nn.Module:
 
 
 def run_cell(tasks: list[ImagesTask], positions: str, seed: int, steps: int, work: Path) -> dict[str, float]:
-    """Accuracy at each side, and with stretched vectors where these are learned; nan where training diverged."""
+    """Accuracy at each image side, for learned vectors also with these stretched; nan if training diverged."""
     torch.manual_seed(seed)
     model = model_of(tasks[0], positions)
     config = TrainConfig(steps, BATCH, RATE, seed=seed, checkpoint_every=50, measure_memory=False)

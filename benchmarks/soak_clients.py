@@ -1,4 +1,4 @@
-"""Clients of a soak: what they do to a server, and whether it answered as it must."""
+"""Clients of a soak test: what they do to a server, and checks that it answers as it must."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from typing import Any
 from soak_questions import LENGTHS, Question, together
 
 SECONDS = 300.0
-"""Most time for an answer."""
+"""Timeout for an answer, in seconds."""
 LINGER = 10.0
-"""How long the places of a client that went away may still be taken."""
+"""Seconds for which a client that disconnected may still occupy its places."""
 RACE = 2.0
-"""Seconds before a signal within which a request may not have been taken yet."""
+"""A request sent up to this many seconds before the stop signal may not have been accepted yet."""
 JSON = {"Content-Type": "application/json"}
 
 
 @dataclass
 class Tally:
-    """What came of everything that was done: by act and outcome, by status, and each fault in words."""
+    """Counts of outcomes by act and by HTTP status, and a description of each fault."""
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -36,24 +36,24 @@ class Tally:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, act: str, outcome: str, status: int | None = None) -> None:
-        """One more of an outcome."""
+        """Count one more outcome."""
         with self.lock:
             self.outcomes[act, outcome] += 1
             if status is not None:
                 self.statuses[status] += 1
 
     def fault(self, act: str, words: str, status: int | None = None) -> None:
-        """Something that must not be."""
+        """Record something that must not happen."""
         self.count(act, "wrong", status)
         with self.lock:
             self.faults.append(f"{act}: {words}")
 
 
 class Places:
-    """How many answers are under way as far as clients know, so that who is turned away can say whether rightly.
+    """Counts the answers under way as far as clients know, so that a client that is turned away can tell if that was right.
 
     Args:
-        most: that the server takes.
+        most: the number of answers that the server takes at a time.
     """
 
     def __init__(self, most: int) -> None:
@@ -65,7 +65,7 @@ class Places:
 
     @contextlib.contextmanager
     def taken(self, count: int, linger: float = 0.0) -> Iterator[Callable[[], int]]:
-        """Within the block so many more are under way; what it gives tells the most that were meanwhile."""
+        """Count `count` more answers during the block; yields a function that returns the peak since its start."""
         with self._lock:
             key, self._next = self._next, self._next + 1
             self._counts[key], self._peaks[key] = (count, None), 0
@@ -87,7 +87,7 @@ class Places:
 
 @dataclass
 class Told:
-    """An answer as it came."""
+    """An answer as received."""
 
     texts: dict[int, str] = field(default_factory=dict)
     finishes: dict[int, str | None] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Told:
     usage: dict[str, int] | None = None
 
     def add(self, piece: dict[str, Any]) -> None:
-        """A whole answer, or an event of a stream."""
+        """Add a whole answer, or an event of a stream."""
         if "error" in piece:
             raise ValueError(f"an error in the stream: {piece['error']}")
         for choice in piece["choices"]:
@@ -107,7 +107,7 @@ class Told:
         self.usage = piece.get("usage") or self.usage
 
     def differs(self, question: Question) -> str | None:
-        """What is not as the model alone answers."""
+        """How the answer differs from that of the model alone; None if it does not."""
         for i, answer in enumerate(question.answers):
             if self.texts.get(i) != answer.text:
                 return f"{question.kind} {question.body} was answered {self.texts.get(i)!r} and not {answer.text!r}"
@@ -126,7 +126,7 @@ class Told:
 
 
 def read_whole(response: http.client.HTTPResponse, _: random.Random) -> Told:
-    """An answer that comes at once."""
+    """Read an answer that is not streamed."""
     told = Told()
     told.add(json.loads(response.read()))
     if told.usage is None:
@@ -135,7 +135,7 @@ def read_whole(response: http.client.HTTPResponse, _: random.Random) -> Told:
 
 
 def read_events(response: http.client.HTTPResponse, draws: random.Random, pause: float = 0.0) -> Told:
-    """An answer that comes in events, with pauses of up to so many seconds between reading them."""
+    """Read a streamed answer, with pauses of up to `pause` seconds between its lines."""
     told, ended = Told(), False
     for line in iter(response.readline, b""):
         if pause:
@@ -150,21 +150,21 @@ def read_events(response: http.client.HTTPResponse, draws: random.Random, pause:
 
 
 def read_slowly(response: http.client.HTTPResponse, draws: random.Random) -> Told:
-    """The same by somebody who takes a rest before, until no buffer holds any more, and reads with pauses."""
+    """Read a streamed answer slowly: wait first, so that buffers fill up, then pause between lines."""
     time.sleep(draws.uniform(0, 3))
     return read_events(response, draws, 0.01)
 
 
 class Clients:
-    """Everything that clients do.
+    """Everything that the clients do.
 
     Args:
-        address: of the server.
-        model: its name.
-        key: that it asks for.
-        questions: with answers.
-        bad: requests that must be refused: what they are, method, path, body, headers and status.
-        places: of the server.
+        address: the server's host and port.
+        model: the name of the model.
+        key: the API key that the server requires.
+        questions: questions with their answers.
+        bad: requests that must be refused: description, method, path, body, headers and status.
+        places: the number of answers that the server takes at a time.
     """
 
     def __init__(
@@ -194,20 +194,20 @@ class Clients:
         ]  # fmt: skip
 
     def act(self, draws: random.Random) -> None:
-        """One of them at random."""
+        """Do one of the acts at random."""
         weights, acts = zip(*self.acts, strict=True)
         draws.choices(acts, weights)[0](draws)
 
     def whole(self, draws: random.Random) -> None:
-        """An answer at once."""
+        """Ask for an answer in one piece."""
         self.ask("whole", draws.choice(self.short), draws)
 
     def streamed(self, draws: random.Random) -> None:
-        """An answer in events."""
+        """Ask for a streamed answer."""
         self.ask("streamed", draws.choice(self.short), draws, read_events)
 
     def several(self, draws: random.Random) -> None:
-        """Several prompts in one request, or several answers to one."""
+        """Send several prompts in one request, or ask for several answers to one."""
         read = draws.choice([read_whole, read_events])
         if self.groups and draws.random() < 0.5:
             question = together(draws.sample(group := draws.choice(self.groups), min(3, len(group))))
@@ -218,15 +218,15 @@ class Clients:
         self.ask("several answers", question, draws, read)
 
     def slow_reader(self, draws: random.Random) -> None:
-        """A long answer with log-probabilities, more than buffers hold, read slowly."""
+        """Slowly read a long answer with log-probabilities, more than buffers hold."""
         self.ask("slow reader", draws.choice(self.long), draws, read_slowly)
 
     def slow_writer(self, draws: random.Random) -> None:
-        """A body in pieces."""
+        """Send the body in pieces."""
         self.ask("slow writer", draws.choice(self.short), draws, slowly=True)
 
     def sampled(self, draws: random.Random) -> None:
-        """An answer that nobody can know, as long as it was asked for at the most."""
+        """Ask for a sampled answer, which cannot be known, and check only its length."""
         body = {"prompt": "Once", "max_tokens": draws.choice(LENGTHS), "user": f"user {draws.random()}"}
 
         def count(response: http.client.HTTPResponse) -> str:
@@ -238,7 +238,7 @@ class Clients:
         self._send("sampled", "/v1/completions", body, 1, count)
 
     def goes_away(self, draws: random.Random) -> None:
-        """A stream that is left after some events, politely or not."""
+        """Disconnect from a stream after some events."""
         body = draws.choice(self.long).body | {"stream": True}
 
         def read_some(response: http.client.HTTPResponse) -> str:
@@ -249,7 +249,7 @@ class Clients:
         self._send("goes away in mid-stream", "/v1/completions", body, 1, read_some, linger=LINGER)
 
     def goes_at_once(self, draws: random.Random) -> None:
-        """A request that nobody waits for, or half of one."""
+        """Send a request, or half of one, and disconnect without waiting for the answer."""
         question = draws.choice(self.long + self.short)
         raw = json.dumps(self._body(question.body, stream=draws.random() < 0.5)).encode()
         half = draws.random() < 0.3
@@ -258,12 +258,12 @@ class Clients:
         with self.places.taken(1, LINGER), socket.create_connection(self.address, SECONDS) as connection:
             connection.sendall(whole[: len(whole) // 2] if half else whole)
             time.sleep(draws.choice([0, 0, 0.05, 0.3]))
-            if draws.random() < 0.5:  # with a reset
+            if draws.random() < 0.5:  # closes with a reset
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.tally.count("goes away at once", "done")
 
     def stops_reading(self, draws: random.Random) -> None:
-        """A stream that nobody reads, for some seconds."""
+        """Ask for a stream, read nothing for some seconds, then disconnect."""
         body = draws.choice(self.long).body | {"stream": True}
 
         def wait(_: http.client.HTTPResponse) -> str:
@@ -273,7 +273,7 @@ class Clients:
         self._send("stops reading", "/v1/completions", body, 1, wait, linger=LINGER)
 
     def stalls(self, draws: random.Random) -> None:
-        """A body that never comes to its end."""
+        """Send a body that never ends."""
         with contextlib.closing(self._connect()) as connection:
             try:
                 connection.putrequest("POST", "/v1/completions")
@@ -287,11 +287,11 @@ class Clients:
         self._expect("stalls", "a body that never ends", status, 408)
 
     def wrong(self, draws: random.Random) -> None:
-        """A request that must be refused."""
+        """Send a request that must be refused."""
         self.refused(*draws.choice(self.bad))
 
     def refused(self, name: str, method: str, path: str, body: bytes, headers: dict[str, str], wanted: int) -> None:
-        """Whether one is, with a sentence."""
+        """Check that a request is refused with the wanted status and an error message."""
         with contextlib.closing(self._connect()) as connection:
             try:
                 connection.request(method, path, body, self.headers | JSON | headers, encode_chunked=True)
@@ -304,7 +304,7 @@ class Clients:
         self._expect("bad request", f"{name} ({message[:200]})", response.status, wanted)
 
     def no_http(self, draws: random.Random) -> None:
-        """Bytes of another protocol."""
+        """Send bytes of another protocol."""
         try:
             with socket.create_connection(self.address, SECONDS) as connection:
                 connection.sendall(b"\x16\x03\x01" + draws.randbytes(200) + b"\r\n\r\n")
@@ -315,7 +315,7 @@ class Clients:
         self._expect("no HTTP", f"{said[:80]!r}", int(said[9:12]) if said.startswith(b"HTTP/1.1 ") else 0, 400)
 
     def burst(self, draws: random.Random) -> None:
-        """More requests at one time than there are places."""
+        """Send at least as many requests at once as there are places."""
         seeds = [draws.random() for _ in range(draws.randint(self.places.most, 2 * self.places.most))]
         threads = [threading.Thread(target=self._one_of_many, args=(random.Random(seed),)) for seed in seeds]
         for thread in threads:
@@ -327,7 +327,7 @@ class Clients:
         self.ask("burst", draws.choice(self.short), draws, draws.choice([read_whole, read_events]))
 
     def looks(self, draws: random.Random) -> None:
-        """Health, models and metrics."""
+        """Get health, models or metrics."""
         path = draws.choice(["/health", "/metrics", "/v1/models", f"/v1/models/{self.model}"])
         try:
             status, _ = self.get(path)
@@ -337,11 +337,11 @@ class Clients:
         self._expect("looks", path, status, 200)
 
     def rests(self, draws: random.Random) -> None:
-        """Nothing."""
+        """Do nothing for a while."""
         time.sleep(draws.uniform(0, 2))
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and text at an address."""
+        """GET a path; returns status and text."""
         with contextlib.closing(self._connect()) as connection:
             connection.request("GET", path, headers=self.headers)
             response = connection.getresponse()
@@ -356,7 +356,7 @@ class Clients:
         *,
         slowly: bool = False,
     ) -> None:
-        """A question, whose answer is compared."""
+        """Ask a question and compare the answer."""
         body = self._body(question.body)
         if read is not read_whole:
             body["stream"] = True
@@ -385,13 +385,13 @@ class Clients:
         linger: float = 0.0,
         slowly: random.Random | None = None,
     ) -> None:
-        """Send a body, and count what comes of it.
+        """Send a body and count the outcome.
 
         Args:
-            count: answers asked for.
-            use: of the response where its status is 200; gives the outcome, or raises ValueError.
-            linger: seconds for which a server may not know that its client has gone.
-            slowly: sends the body in pieces, with pauses.
+            count: number of answers asked for.
+            use: called with the response if its status is 200; returns the outcome, or raises ValueError.
+            linger: seconds that the server may take to notice that its client has gone.
+            slowly: draws of the pauses with which the body is sent in pieces; None sends it at once.
         """
         began = time.monotonic()
         with self.places.taken(count, linger) as most, contextlib.closing(self._connect()) as connection:
@@ -438,7 +438,7 @@ class Clients:
 
 
 def _pieces(raw: bytes, draws: random.Random) -> Iterator[bytes]:
-    """The body in chunks."""
+    """Yield the body in chunks, with pauses."""
     size = max(1, len(raw) // 5)
     for start in range(0, len(raw), size):
         time.sleep(draws.uniform(0, 0.2))
@@ -448,7 +448,7 @@ def _pieces(raw: bytes, draws: random.Random) -> Iterator[bytes]:
 def bad_requests(
     model: str, vocab_size: int, context: int, most_bytes: int, places: int
 ) -> list[tuple[str, str, str, bytes, dict[str, str], int]]:
-    """What a server must refuse, and how."""
+    """Requests that a server must refuse, with the status of each."""
     completions, chats = "/v1/completions", "/v1/chat/completions"
     made: list[tuple[str, str, str, bytes, dict[str, str], int]] = []
 

@@ -1,4 +1,4 @@
-"""Questions for a soak of the server, each with the answer that the model alone gives to it."""
+"""Questions for a soak test of the server, each with the answer that the model alone gives."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from regard.serving.text import Text
 from regard.workbench.trained.folder import RECORD, open_trained
 
 CLEAR, TIMES_ROUNDING = 0.002, 10
-"""By how much the likeliest token must lead at each place of a greedy answer: rounding of another batch decides no closer ones.
-At least so much, and so many times what rounding changes."""
+"""The logit margin by which the likeliest token of a greedy answer must lead, so that rounding in another batch cannot change
+it: at least `CLEAR`, and `TIMES_ROUNDING` times the measured rounding error."""
 LENGTHS = (8, 16, 24)
 LONG, SLOW = 128, 200
-"""Tokens of answers that somebody goes away from, and of those that are read slowly."""
+"""Fewest and most tokens of long answers, which clients abandon or read slowly."""
 TURNS = 8
-"""Tries for each question until an answer is clear and like no other."""
+"""Attempts for each question to find a clear answer that no other question has."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one choice must say.
+    """The expected content of one choice of a response.
 
     Attributes:
-        tokens: how many were written; None where a stop string ended it.
+        tokens: number of generated tokens; None if a stop string ended the answer.
     """
 
     text: str
@@ -42,10 +42,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """A request's body without its model, and what must come of it.
+    """A request's body without its model, and the answers that it must get.
 
     Attributes:
-        prompt_tokens: as the answer counts them; None where that is the server's to say, in chats.
+        prompt_tokens: the count expected in the response's usage; None for chats, which are not checked.
     """
 
     kind: str
@@ -55,20 +55,20 @@ class Question:
 
     @property
     def chat(self) -> bool:
-        """Whether it is one of messages."""
+        """True for a chat, False for a completion."""
         return "messages" in self.body
 
     @property
     def path(self) -> str:
-        """Where it is asked."""
+        """The path of its endpoint."""
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
 class Alone:
-    """A model by itself, as `generate` asks it.
+    """A model by itself, called through `generate`.
 
     Attributes:
-        clear: by how much the likeliest token leads wherever an answer is known.
+        clear: the logit margin that the likeliest token needs for an answer to count as known.
     """
 
     def __init__(self, folder: Path, text: Text) -> None:
@@ -83,7 +83,7 @@ class Alone:
 
     @torch.no_grad()
     def _rounding(self) -> float:
-        """The most that a logit changes where few tokens are read by themselves: weights of few bits have a way of their own."""
+        """Largest change of a logit when few tokens are read at a time, for which low-bit weights use another kernel."""
         ids = torch.tensor(
             [self.text.encode("What one reads alone, and what one reads among others, is the same.\n" * 4)]
         )
@@ -92,7 +92,7 @@ class Alone:
 
     @torch.no_grad()
     def greedy(self, prompt: Sequence[int], count: int) -> list[int] | None:
-        """The answer's tokens; None where two of them were nearly as likely somewhere."""
+        """The answer's tokens; None if two tokens were nearly equally likely at some place."""
         ids, stops = torch.tensor([list(prompt)]), sorted(self.text.stop_tokens)
         if self.own:
             new = self.model.generate(ids, count, stop_tokens=stops)[0]
@@ -105,7 +105,7 @@ class Alone:
 
     @torch.no_grad()
     def sampled(self, prompt: Sequence[int], count: int, seed: int, **options: Any) -> list[int]:
-        """The answer's tokens, drawn with a seed."""
+        """The answer's tokens, sampled with a seed."""
         ids, stops = torch.tensor([list(prompt)]), self.text.stop_tokens
         generator = torch.Generator().manual_seed(seed)
         if self.own:
@@ -119,7 +119,7 @@ class Alone:
         return new
 
     def _logits(self, ids: Tensor) -> Tensor:
-        """Of each place, (N, vocab)."""
+        """Logits at each place, (N, vocab)."""
         result = self.model(ids)
         return (result.output if self.own else result.logits)[0]
 
@@ -128,17 +128,17 @@ class Pool:
     """Draws questions and asks the model alone.
 
     Args:
-        prose: what prompts are cut out of.
-        context: of the server: most tokens of a prompt and its answer.
+        prose: the text from which prompts are cut.
+        context: the server's limit on the tokens of a prompt and its answer together.
     """
 
     def __init__(self, alone: Alone, prose: str, context: int, draws: random.Random) -> None:
         self.alone, self.text, self.prose, self.context, self.draws = alone, alone.text, prose, context, draws
-        self.shared = [self._cut(context) for _ in range(3)]  # about a third of the context, in bytes
+        self.shared = [self._cut(context) for _ in range(3)]  # `context` bytes: about a third of the context in tokens
         self._seen: set[str] = set()
 
     def fill(self, each: int) -> list[Question]:
-        """So many of each kind."""
+        """Make up to `each` questions of each kind."""
         makers = (self._plain, self._shared, self._full, self._chat, self._sampled, self._stopped, self._slow)
         made = [question for maker in makers for _ in range(each) if (question := self._clear(maker))]
         kinds = {question.kind for question in made}
@@ -180,7 +180,7 @@ class Pool:
         return self._greedy("shared beginning", body, self.text.encode(prompt))
 
     def _full(self) -> Question | None:
-        """A prompt that with its answer has as many tokens as there may be."""
+        """A question whose prompt and answer fill the context."""
         count = self.draws.choice(LENGTHS)
         tokens = self.text.encode(self._cut(8 * self.context))[: self.context - count]
         return self._greedy("full context", {"prompt": tokens, "max_tokens": count}, tokens)
@@ -212,7 +212,7 @@ class Pool:
         return Question("sampled with a seed", body, (self._answer(new),), len(tokens))
 
     def _stopped(self) -> Question | None:
-        """A greedy one with a stop string out of the midst of its answer."""
+        """A greedy question with a stop string taken from the middle of its answer."""
         found = self._plain()
         if found is None or len(found.answers[0].text) < 6:
             return None
@@ -225,7 +225,7 @@ class Pool:
 
 
 def together(questions: Sequence[Question]) -> Question:
-    """Completions of one length asked in one request."""
+    """Several completions of the same length in one request."""
     body = questions[0].body | {"prompt": [question.body["prompt"] for question in questions]}
     counted = sum(question.prompt_tokens or 0 for question in questions)
     return Question("several prompts", body, tuple(question.answers[0] for question in questions), counted)

@@ -1,14 +1,14 @@
-"""Times of sparse attention beside dense, for one layer: a prompt, and a token after it.
+"""Times of sparse and dense attention for one layer: a prompt, and a token after it.
 
     python benchmarks/sparse.py                                  # 8192 tokens, 9 query heads over 3 of width 64 (SmolLM2-135M)
     python benchmarks/sparse.py --length 4k --ratios 4,8 --methods block_sparse,quest
     OMP_NUM_THREADS=1 python benchmarks/sparse.py --length 8k,32k --methods quest
 
-Dense is the native attention that regard's models run, not sparse code with everything selected. Queries and keys are those of
-a random walk with a few keys that many queries look at, since methods that follow importance select almost everything of white
-noise; what was selected is printed beside the time. A token's is that of its attention: neither side writes it into its cache.
-With one thread the time is that of its processor, which counts no interruption by other programs (but that they share caches
-and memory); with more, do not measure on a busy machine.
+Dense is the native attention that regard's models run, not sparse code with everything selected. Queries and keys follow a
+random walk, with a few keys that many queries attend to, since methods that select by importance would keep almost all of
+white noise; the selected share is printed next to the time. The time of a token is that of its attention: neither side writes
+to its cache. With one thread, times are CPU times, which other programs affect only through shared caches and memory; with
+more threads, do not measure on a busy machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCALE = WIDTH**-0.5
 
 
 def tensors(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values whose scores fall with distance and have some vertical lines."""
+    """Queries, keys and values whose scores decrease with distance, with some vertical lines."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def measure(n: int, asked: argparse.Namespace) -> None:
-    """The rows of a length."""
+    """Print the rows for one length."""
     q, k, v = tensors(n)
     query, key, value = q[:, :, -1:], k[:, :, -1:], v[:, :, -1:]
     where, causal = CountedRanks(n, n, 0, True, q.device), Visibility(causal=True)

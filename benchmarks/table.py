@@ -1,4 +1,4 @@
-"""A Markdown table of `regard profile --json`: medians in milliseconds, and their ratio to softmax in the same run.
+"""Prints `regard profile --json` as a Markdown table: median milliseconds, and their ratio to softmax in the same run.
 
 regard profile linear gated_linear --json > profile.json
 python benchmarks/table.py profile.json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def table(measurements: list[dict], what: str) -> str:
-    """One kind of work: a row a mechanism, a column a length."""
+    """The table of one kind of work: a row for each mechanism, a column for each length."""
     rows = [m for m in measurements if m["what"] == what]
     lengths = sorted({m["length"] for m in rows})
     names = list(dict.fromkeys(m["mechanism"] for m in rows))

@@ -1,11 +1,11 @@
-"""The cost and the saving of each way of stacking layers beside the plain model: parameters, memory and time.
+"""The cost and the saving of each way of stacking layers, compared with the plain model: parameters, memory and time.
 
 python benchmarks/techniques.py                       # a language model of 16 layers, softmax; --json for programs
 python benchmarks/techniques.py --mechanism mamba --layers 8
 
-Memory is the peak of a training step above what was there before (activations, gradients, temporaries). Time is that of
-one thread on its processor, so that other programs do not count; models take turns (A B C C B A), medians. `decode` is
-a step of one sequence; for exits all tokens leave at the first one, the most that can be saved.
+Memory is the peak of a training step above that before it (activations, gradients, temporaries). Times are CPU times of
+one thread, so that other programs do not count, medians over models taking turns (A B C C B A). `decode` is a step of one
+sequence; with early exits all tokens leave at the first exit, which is the most that can be saved.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ START = frozenset({"state"})
 
 
 def techniques(layers: int) -> dict[str, dict[str, Any]]:
-    """Options of the stack by name."""
+    """The stack's options for each technique."""
     segment = max(1, round(math.sqrt(layers)))
     return {
         "plain": {},
@@ -45,7 +45,7 @@ def techniques(layers: int) -> dict[str, dict[str, Any]]:
 
 
 def thread_times(actions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of the thread for each action, in turn, after one run of each."""
+    """Median CPU seconds of the thread for each action, in turn, after one run of each."""
     found: dict[str, list[float]] = {name: [] for name in actions}
     order = list(actions)
     for name in order:

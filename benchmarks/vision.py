@@ -1,13 +1,13 @@
-"""Image backbones at 224 pixels beside timm's, or beside the official code, and where linear cost pays.
+"""Image backbones at 224 pixels against timm's or the official code, and the image size from which linear cost pays.
 
     pip install 'regard[vision]'
-    python benchmarks/vision.py                          # each backbone, and timm's where timm has it
+    python benchmarks/vision.py                          # each backbone, and timm's version if there is one
     python benchmarks/vision.py --beside official.py     # a file with MODELS = {"van_b0": a function that makes the model}
-    python benchmarks/vision.py --large                  # at which side which of them is faster than DeiT with softmax
+    python benchmarks/vision.py --large                  # image sides at which each is faster than DeiT with softmax
     python benchmarks/vision.py --names van_b0 deit_t --json
 
-Inference without gradients; what is compared alternates in one process; medians. ``torch`` is the same backbone without the
-native kernels. The floor is the time of its products and convolutions at the speed of one large product of matrices.
+Inference without gradients; contestants alternate in one process; times are medians. ``torch`` is the same backbone without
+the native kernels. The floor is the time of its matrix products and convolutions at the speed of one large matrix product.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ TIMM = {
     "mixer_s16": "mixer_s16_224",
 }
 LINEAR = ("van_b0", "biformer_t", "agent_deit_t", "vim_t", "vmamba_t", "agent_pvt_t")
-"""Backbones whose cost grows with the pixels, not with their square."""
+"""Backbones whose cost is linear in the number of pixels rather than quadratic."""
 
 
 def flops(model: nn.Module, images: torch.Tensor) -> float:
-    """Of products and convolutions, fused attention among them, where no native kernel hides them."""
+    """FLOPs of matrix products, convolutions and fused attention, counted without native kernels, which would hide them."""
     with torch.no_grad(), backends.only("torch"), flop_counter() as counter:
         model(images)
     return float(counter.get_total_flops())
 
 
 def peak() -> float:
-    """FLOP/s of one large product of matrices, the best of several."""
+    """FLOP/s of one large matrix product, the best of several runs."""
     a = torch.randn(2048, 2048)
     best = 0.0
     for _ in range(8):
@@ -80,7 +80,7 @@ def in_torch(model: nn.Module, images: torch.Tensor) -> None:
 
 @torch.no_grad()
 def measure(names: list[str], others: dict[str, Callable[[], nn.Module]], seconds: float) -> list[dict[str, Any]]:
-    """Milliseconds of each backbone and of what stands beside it, at batches of 1 and 16."""
+    """Milliseconds of each backbone and its counterpart, at batch sizes 1 and 16."""
     rows, speed = [], peak()
     for name in names:
         own = create_backbone(name).eval()
@@ -115,7 +115,7 @@ def line(row: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def large(seconds: float, sides: tuple[int, ...] = (224, 384, 512, 768, 1024)) -> list[dict[str, Any]]:
-    """Milliseconds of one image at growing sides, of the backbones of linear cost and of DeiT with softmax."""
+    """Milliseconds for one image at growing sides, for the backbones of linear cost and DeiT with softmax."""
     rows = []
     for side in sides:
         images = torch.randn(1, 3, side, side)

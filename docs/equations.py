@@ -1,20 +1,20 @@
-r"""Equations of docstrings, which are written as plain text, as TeX.
+r"""Translates the plain-text equations of docstrings to TeX.
 
     python docs/equations.py regard/mechanisms/*.py      # the TeX of every indented block, or why it stays code
 
-The notation is the one that the mechanisms' docstrings share:
+The mechanisms' docstrings share this notation:
 
-- ``x_ij``, ``x_{t-1}``, ``W_max`` are subscripts; ``x^2``, ``K^-1/2``, ``e^(a + b)``, ``e^{a + b}`` superscripts, of which
+- ``x_ij``, ``x_{t-1}``, ``W_max`` have subscripts; ``x^2``, ``K^-1/2``, ``e^(a + b)``, ``e^{a + b}`` superscripts, where
   ``^T`` is the transpose and ``^+`` the pseudo-inverse. ``x'``, ``x~`` and ``x^_i`` have a prime, a tilde and a hat.
-- Products are written side by side; `` . `` is the dot product, `` * `` the product of elements. ``a / (b)`` at the end of
-  a term is a fraction; any other slash stays one.
+- Products are written side by side; `` . `` is the dot product, `` * `` the elementwise product. ``a / (b)`` at the end of
+  a term is a fraction; any other slash stays a slash.
 - ``|x|``, ``||x||`` and ``<x, y>`` are brackets, ``{ x }`` is a set, ``(0, 1]`` an interval.
-- Two spaces or more begin another equation on the same line. A line that is indented further continues the one before.
-- Words are those of `FUNCTIONS` and `WORDS`, and names of options in backticks. All other letters are variables of one
-  letter, or indices.
+- Two or more spaces begin another equation on the same line. A line that is indented further continues the previous one.
+- Words are the entries of `FUNCTIONS` and `WORDS`, and option names in backticks. All other letters are one-letter
+  variables or indices.
 
-What is not understood, or can be read in two ways, is refused and stays a block of code: a page shows an equation as it was
-meant, or as it was written.
+A block that cannot be parsed, or can be read in two ways, is refused and stays a code block: a page shows an equation as it
+was meant, or as it was written.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega
 """)
 
 NAMES = {"inf": r"\infty", "eps": r"\varepsilon", "dt": r"\operatorname{dt}"}
-"""Variables of several letters that have a sign of their own."""
+"""Multi-letter variables that have a symbol of their own."""
 
 SUMS = _words("sum prod max min")
 COMMANDS = SUMS | _words("exp log ln sin cos tanh")
-"""Functions that TeX has a command for."""
+"""Functions that have a TeX command."""
 
 FUNCTIONS = COMMANDS | _words("""
 softmax softplus sigmoid logsigmoid logsumexp relu gelu silu swish clip clamp cap round argsort top-k diag tril concat
@@ -59,10 +59,10 @@ permutations places pooled positive QR queries query random rank regions residua
 segment seq several shape shared shortcut signed six small ssm T1 T2 temperature that the then there these this those
 times to together token tokens trained training UK unbiased unbounded UQ used UV Var visible when where which with
 """)
-"""All other words. One is added here when a docstring first uses it in an equation."""
+"""All other words. Add a word here when a docstring first uses it in an equation."""
 
 FENCES = {"sqrt": (r"\sqrt{", "}"), "floor": (r"\lfloor ", r" \rfloor"), "ceil": (r"\lceil ", r" \rceil")}
-"""Functions whose argument TeX encloses."""
+"""Functions that TeX writes around their argument."""
 
 INFIX = {"mod": r"\bmod", "div": r"\;\mathrm{div}\;"}
 
@@ -79,7 +79,7 @@ RELATIONS = {
     "≈": r"\approx",
 }
 CLOSERS = {"(": (")", "]"), "[": ("]", ")"), "{": ("}",), "|": ("|",), "||": ("||",), "<": (">",)}
-"""Signs that may close a bracket; the first does, the second only an interval."""
+"""Signs that may close each bracket: the first normally, the second only for a half-open interval."""
 
 LEFT = {"(": "(", "[": "[", "{": r"\{", "|": r"\lvert ", "||": r"\lVert ", "<": r"\langle "}
 RIGHT = {")": ")", "]": "]", "}": r"\}", "|": r" \rvert", "||": r" \rVert", ">": r" \rangle"}
@@ -95,12 +95,12 @@ TOKEN = re.compile(
 
 
 class Refused(ValueError):
-    """The text is no equation in this notation, or could be read in two ways."""
+    """The text is not an equation in this notation, or could be read in two ways."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A piece of a line: `kind` is that of `TOKEN` or "end"; `before` and `after` count the spaces around it."""
+    """A token of a line: `kind` is a group of `TOKEN` or "end"; `before` and `after` count the spaces around it."""
 
     kind: str
     text: str
@@ -114,11 +114,11 @@ class Item:
     """A piece of an equation in TeX.
 
     Attributes:
-        kind: "operand", "prefix" (a function or sum, which reaches over what follows), "text", "sign", "plus", "product",
+        kind: "operand", "prefix" (a function or sum, which applies to what follows), "text", "sign", "plus", "product",
             "slash", "relation", "comma" or "gap" (between two equations).
-        tex: the TeX; of a text the words.
-        inner: of an operand in round brackets what they hold.
-        column, spaces: of a gap where it ends, and how wide it is.
+        tex: the TeX; for "text" the plain words.
+        inner: for an operand in round brackets, the TeX inside them.
+        column, spaces: for a gap, the column where it ends and its width.
     """
 
     kind: str
@@ -130,17 +130,17 @@ class Item:
 
 END = Token("end", "", 0, 0, 0)
 WIDTH = 90
-"""Characters of a line from which on its equations go to lines of their own."""
+"""Longest line in characters; a longer one is broken at the gaps between its equations."""
 
 DANGLING = ("sign", "plus", "product", "slash", "relation")
-"""Kinds that need an operand after them."""
+"""Kinds that must be followed by an operand."""
 
 
 def equation(block: str) -> str:
-    """The TeX of an indented block: of one line, or `aligned` lines.
+    """The TeX of an indented block: one line, or several `aligned` ones.
 
     Raises:
-        Refused: Some of it is not understood.
+        Refused: The block cannot be parsed, or is ambiguous.
     """
     lines = block.splitlines()
     indents = [len(line) - len(line.lstrip()) for line in lines]
@@ -161,7 +161,7 @@ def equation(block: str) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[Item]], begins: Sequence[bool], lengths: Sequence[int]) -> list[str]:
-    """Lines of TeX; those of `rows` that do not begin an equation continue the one above."""
+    """Lines of TeX; rows that do not begin an equation continue the one above."""
     at_relations = all(_anchor(row) for begin, row in zip(begins, rows, strict=True) if begin)
     in_columns = _in_columns(rows, begins)
     written = []
@@ -179,13 +179,13 @@ def _aligned(rows: Sequence[Sequence[Item]], begins: Sequence[bool], lengths: Se
 
 
 def _in_columns(rows: Sequence[Sequence[Item]], begins: Sequence[bool]) -> bool:
-    """Whether the equations of each line stand below those of the line above."""
+    """Return whether the equations of all lines start in the same columns."""
     gaps = [columns for row in rows if (columns := [item.column for item in row if item.kind == "gap"])]
     return all(begins) and len(gaps) > 1 and all(columns == gaps[0] for columns in gaps)
 
 
 def _parts(row: Sequence[Item]) -> list[list[Item]]:
-    """The parts of a line between its gaps."""
+    """Split a line at its gaps."""
     parts: list[list[Item]] = [[]]
     for item in row:
         if item.kind == "gap":
@@ -196,7 +196,7 @@ def _parts(row: Sequence[Item]) -> list[list[Item]]:
 
 
 def _wrapped(row: Sequence[Item], length: int) -> list[list[Item]]:
-    """A line of `length` characters, as lines of no more than `WIDTH` where gaps allow that."""
+    """Break a line of `length` characters at its gaps into lines of at most `WIDTH` where possible."""
     first, *others = _parts(row)
     gaps = [item for item in row if item.kind == "gap"]
     starts = [0, *(gap.column for gap in gaps)]
@@ -214,7 +214,7 @@ def _wrapped(row: Sequence[Item], length: int) -> list[list[Item]]:
 
 
 def _anchor(row: Sequence[Item]) -> int:
-    """Where in a line the relation is at which it is aligned with others; 0 where there is none."""
+    """Index of the relation at which a line is aligned with the others; 0 if it has none."""
     for i, item in enumerate(row):
         if item.kind == "relation":
             return i
@@ -234,7 +234,7 @@ def _continued(row: Sequence[Item]) -> str:
 
 
 def join(items: Sequence[Item], script: bool = False) -> str:
-    """The TeX of `items` one after the other; in a script without fractions, and without space after commas."""
+    """Join the TeX of `items`; in a script without fractions, and without space after commas."""
     items = items if script else list(_fractions(items))
     spaced = ("operand", "prefix", "text") if script else ("operand", "prefix", "text", "comma")
     written = []
@@ -249,7 +249,7 @@ def join(items: Sequence[Item], script: bool = False) -> str:
 
 
 def _fractions(items: Sequence[Item]) -> Iterator[Item]:
-    """`items`, with a fraction for each term ``a / (b)``."""
+    """Yield `items` with each term ``a / (b)`` replaced by a fraction."""
     term: list[Item] = []
     for item in [*items, Item("end", "")]:
         if item.kind in ("operand", "prefix", "text", "product", "slash"):
@@ -272,7 +272,7 @@ def _fraction(term: Sequence[Item]) -> Sequence[Item]:
 
 
 def tokenize(line: str) -> list[Token]:
-    """The tokens of a line, with an end."""
+    """The tokens of a line, followed by the end token."""
     found: list[re.Match[str]] = []
     at = 0
     while at < len(line):
@@ -293,7 +293,7 @@ def tokenize(line: str) -> list[Token]:
 
 
 class Parser:
-    """Reads one line from left to right."""
+    """Parses one line from left to right."""
 
     def __init__(self, line: str) -> None:
         self.tokens = tokenize(line)
@@ -308,12 +308,12 @@ class Parser:
         return self.tokens[self.at - 1]
 
     def tight(self, *texts: str, ahead: int = 0) -> bool:
-        """Whether one of `texts` follows without a space, `ahead` tokens after the next."""
+        """Return whether the token `ahead` places after the next one is one of `texts`, without a space before it."""
         token = self.tokens[self.at + ahead]
         return token.before == 0 and token.text in texts
 
     def items(self, opener: str = "") -> list[Item]:
-        """The items up to what closes `opener`, which is left, or up to the end of the line."""
+        """The items up to the bracket that closes `opener` (which is not consumed), or up to the end of the line."""
         items: list[Item] = []
         while not self._closes(opener, items):
             if self.next is END:
@@ -331,7 +331,7 @@ class Parser:
         return self.next.text in CLOSERS[opener] and not (opener in ("|", "||") and _expects(items))
 
     def _begins_another(self, opener: str, items: Sequence[Item]) -> bool:
-        """Whether wide spaces part two equations; around a relation they align it with others."""
+        """Return whether wide spaces separate two equations (around a relation they only align it with others)."""
         wide = self.next.before > 1 and bool(items) and not opener
         return wide and items[-1].kind not in DANGLING and self.next.text not in RELATIONS
 
@@ -384,7 +384,7 @@ class Parser:
         tex = self._scripts(_name(name), name)
         if tex == "x" and items and items[-1].kind == "operand" and self.next.kind in ("word", "number"):
             raise Refused("x: a variable or times?")
-        if self.next.text in ("+", "-"):  # which TeX would take for a sign after an operator
+        if self.next.text in ("+", "-"):  # after an operator TeX would set it as a unary sign
             tex = tex.replace("operatorname", "mathrm")
         if name in SUMS and self.next.kind not in ("word", "number") and self.next.text not in LEFT:
             raise Refused(f"nothing follows {name!r}")
@@ -392,7 +392,7 @@ class Parser:
         return Item("prefix" if reaches else "operand", tex)
 
     def _is_text(self, at: int) -> bool:
-        """Whether the token at `at` is a word of a sentence, rather than a quantity or a function."""
+        """Return whether the token at `at` is a word of a sentence rather than a quantity or a function."""
         token = self.tokens[at]
         if token.kind == "code":
             return True
@@ -468,7 +468,7 @@ class Parser:
         return Item("comma", r"\colon")
 
     def _scripts(self, tex: str, base: str = "") -> str:
-        """`tex` with the accents, primes, subscript and superscript that follow it."""
+        """Append to `tex` the accents, primes, subscript and superscript that follow it."""
         if self.tight("~") and (self.next.after or self.at + 2 == len(self.tokens) or self.tight(*"_^)],'", ahead=1)):
             self.take()
             tex = rf"\tilde{{{tex}}}"
@@ -486,10 +486,10 @@ class Parser:
                 below = f"_{_braced(self._subscript(base))}"
             else:
                 above = f"^{_braced(self._superscript())}"
-        return tex + above + below  # TeX joins a superscript to primes
+        return tex + above + below  # in this order TeX merges the superscript with the primes
 
     def _enclosed(self) -> list[Item]:
-        """The items of brackets that are not written."""
+        """The items inside brackets that are not themselves printed."""
         opener = self.take().text
         items = self.items(opener)
         if self.take().text != CLOSERS[opener][0] or not items:
@@ -531,7 +531,7 @@ class Parser:
         return self.take().text
 
     def _ends_here(self, *texts: str) -> None:
-        """Refuses what may belong to a script without brackets or not: ``x_t-1``."""
+        """Refuse text that may or may not belong to an unbracketed script: ``x_t-1``."""
         following = self.tokens[self.at + 1] if self.next is not END else END
         goes_on = following is not END and (following.before == 0 or self.next.text == "(")
         if self.tight("+", "-", *texts) and goes_on:
@@ -539,7 +539,7 @@ class Parser:
 
 
 def _expects(items: Sequence[Item]) -> bool:
-    """Whether an operand has to follow `items`."""
+    """Return whether `items` must be followed by an operand."""
     return not items or items[-1].kind in (*DANGLING, "comma", "gap")
 
 
@@ -565,7 +565,7 @@ def _name(name: str) -> str:
 
 
 def _index(name: str, base: str) -> str:
-    """The TeX of a part of a subscript without brackets: numbers, indices side by side, or a word."""
+    """The TeX of a part of an unbracketed subscript: numbers, adjacent indices, or a word."""
     if len(name) == 2 and name.islower() and name in WORDS and not (name == "in" and base.isupper()):
         raise Refused(f"'_{name}': two indices or a word?")
     if name.isdigit() or re.fullmatch(r"[a-z]\d+", name):

@@ -1,7 +1,7 @@
-"""mkdocs hook: questions in whole sentences find their answers.
+"""mkdocs hook: lets the site search answer questions in whole sentences.
 
-docs/assets/search.js goes into the theme's search worker, and where there is node the questions of docs/questions.txt are
-put to the built site: one whose answer is not on the first or second page found is a warning, an error with ``--strict``.
+docs/assets/search.js is added to the theme's search worker. If node is installed, the questions of docs/questions.txt are
+put to the built site; a question whose answer is not among the first two hits is a warning, or an error with ``--strict``.
 """
 
 from __future__ import annotations

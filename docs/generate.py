@@ -1,6 +1,6 @@
-"""Writes the pages that follow from the catalogue: one a mechanism, the verified matrix, mechanisms in models of other
-libraries, growth with length, the ranking, backbones on Fashion-MNIST, parity with other code, findings of the
-studies, mixing matrices, and the verdicts of the reproductions.
+"""Writes the generated pages: one for each mechanism, the verified matrix, mechanisms in models of other libraries,
+growth with length, the ranking, backbones on Fashion-MNIST, parity with other code, findings of the studies, mixing
+matrices, and the verdicts of the reproductions.
 
     python docs/generate.py                          # into docs/
     python docs/generate.py --plugin mine.py --output pages
@@ -54,7 +54,7 @@ COLUMNS = {
     "native float32": ("float32", "native"),
     "native bfloat16": ("bfloat16", "native"),
 }
-"""Columns of the matrix: dtype and backend. Native kernels hand float64 and float16 to torch."""
+"""Columns of the matrix: dtype and backend. Native kernels leave float64 and float16 to torch."""
 
 AXES = {
     "b": "batch",
@@ -74,7 +74,7 @@ Cells = list[dict[str, Any]]
 def mechanism_page(
     card: Mechanism, cells: Cells, reproduced: Sequence[Mapping[str, Any]] = (), variants: Cells = ()
 ) -> str:
-    """The page of one mechanism, in Markdown."""
+    """The Markdown page of one mechanism."""
     also = f" Also called {_codes(card.spelled_aliases())}." if card.aliases else ""
     parts = [
         f"# {card.name}",
@@ -123,7 +123,7 @@ def _without_roles(text: str) -> str:
 
 
 def function_snippet(card: Mechanism) -> str:
-    """Code that calls the mechanism's function on inputs of the right shapes."""
+    """Example code that calls the mechanism's function on inputs of the right shapes."""
     pattern = _pattern(card)
     subject = Subject(card, pattern)
     inputs = subject.inputs(12)
@@ -142,7 +142,7 @@ def function_snippet(card: Mechanism) -> str:
 
 
 def layer_snippet(card: Mechanism) -> str:
-    """Code that makes the mechanism's layer, and decodes with it where it can."""
+    """Example code that builds the mechanism's layer, and decodes with it if it can."""
     pattern = _pattern(card)
     context = ", context=Context(grid=(3, 4))" if Subject(card, pattern).on_grid else ""
     subject = Subject(card, pattern)
@@ -234,7 +234,7 @@ def _options(card: Mechanism) -> str:
 
 
 def attributes_of(docstring: str) -> dict[str, str]:
-    """Meaning of each name in the ``Attributes:`` section of a docstring."""
+    """The description of each name in the ``Attributes:`` section of a docstring."""
     found: dict[str, str] = {}
     names: list[str] = []
     inside = False
@@ -326,7 +326,7 @@ def _verified(card: Mechanism, cells: Cells) -> str:
 
 
 def _variants(card: Mechanism, measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The sets of options with which the matrix is measured too."""
+    """The table of variants: other sets of options with which the matrix is measured."""
     if not card.variants:
         return []
     of = {found["variant"]: found for found in measured if found["mechanism"] == card.name}
@@ -371,12 +371,12 @@ def _error(value: float, digits: int) -> str:
 
 
 def _reproduced(one: Mapping[str, Any]) -> list[str]:
-    """The section of a mechanism's page about a reproduction."""
+    """The section about a reproduction on a mechanism's page."""
     return ["## The paper's claim", f"{one['claim']} At a small size: **{one['outcome']}**.", *_tried(one)]
 
 
 def _tried(one: Mapping[str, Any]) -> list[str]:
-    """The experiment for a claim, and what came of each expectation."""
+    """The experiment that tests a claim, and the outcome of each expectation."""
     needs = [(f"it can tell only if {f['says']}", measured_words(f), f["outcome"]) for f in one["needs"]]
     rows = needs + [(f["says"], measured_words(f), f["outcome"]) for f in one["findings"]]
     missing = f", missing: {', '.join(one['missing'])}" if one["missing"] and one["done"] else ""
@@ -392,14 +392,14 @@ ORDER = (Outcome.DID_NOT_HOLD, Outcome.UNDECIDED, Outcome.HELD, Outcome.NOT_RUN)
 
 
 def reproductions(data: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Every reproduction in docs/data, those that did not hold first; those that it lacks were not run."""
+    """Every reproduction, claims that did not hold first; one that docs/data lacks counts as not run."""
     measured = {one["name"]: one for one in data["reproductions"]} if data else {}
     every = {one["name"]: one for one in collect(list_reproductions(), None)}
     return sorted((every | measured).values(), key=lambda one: (ORDER.index(one["outcome"]), one["name"]))
 
 
 def verdicts_page(reproduced: Sequence[Mapping[str, Any]], measured: str | None) -> str:
-    """The verdicts of all reproductions, what did not hold first."""
+    """The page of verdicts of all reproductions, claims that did not hold first."""
     parts = [
         "# Verdicts",
         "What papers claim, tried at a size that a laptop can run: how is told in [Reproductions](reproductions.md). What "
@@ -433,7 +433,7 @@ def verdicts_page(reproduced: Sequence[Mapping[str, Any]], measured: str | None)
 
 
 def _drawn(one: Mapping[str, Any]) -> str:
-    """The picture of a reproduction's table, of the rows in which both columns are measured."""
+    """A scatter plot of a reproduction's table, with the rows in which both columns are measured."""
     name, across, up = one.get("picture") or (None, None, None)
     rows = [row for row in one["table"] if name and row[across] is not None and row[up] is not None]
     if not rows:
@@ -467,7 +467,7 @@ def _drawn(one: Mapping[str, Any]) -> str:
 
 
 def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
-    """The verified matrix of all mechanisms."""
+    """The page of the verified matrix of all mechanisms."""
     head = [
         WIDE,
         "# The verified matrix",
@@ -526,7 +526,7 @@ def matrix_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
 
 
 def integrations_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> str:
-    """Each mechanism in models of other libraries."""
+    """The page of mechanisms in models of other libraries."""
     from_models = "Llama, GPT-2, BERT, ViT and PyTorch's encoder and decoder"
     head = [
         WIDE,
@@ -574,7 +574,7 @@ def integrations_page(data: Mapping[str, Any] | None, names: Sequence[str]) -> s
 
 
 def _swapped(cell: Mapping[str, Any]) -> str:
-    """A cell of the table: the largest difference, and what generation goes on from."""
+    """A cell of the table: the largest error, and the kind of cache that generation uses."""
     if "refused" in cell:
         return "**no**"
     found = [cell["errors"], cell.get("variants", {}).get("errors", {})]
@@ -588,7 +588,7 @@ OTHER_OPTIONS = ("variants", "their cells", "failed ", "random cases", "failed  
 
 
 def _other_options(data: Mapping[str, Any], mechanism: str) -> tuple[str, ...]:
-    """Measurements with other options than the default ones."""
+    """Cells of a mechanism's row about options other than the defaults: variants and random cases."""
     own = [found for found in data.get("variants", ()) if found["mechanism"] == mechanism]
     drawn = [found for found in data.get("random", ()) if found["mechanism"] == mechanism]
     cells = (len(own), sum(found["cells"] for found in own), sum(found["failed"] for found in own))
@@ -636,7 +636,7 @@ GROWS_OTHERWISE = {
     "universal_rpe": "keys near a query, which have factors of their own and are linear, take more of the time than of the "
     "operations",
 }
-"""Why time or memory grow otherwise than the card says."""
+"""Reasons why time or memory does not grow as the card says."""
 
 SLOWER_THAN_SOFTMAX = {
     "clipped_softmax": "a weight is clipped after its row's sum is known, so the scores are computed twice",
@@ -655,7 +655,7 @@ SLOWER_THAN_SOFTMAX = {
     "synthesizer": "its scores are its input, a number for each pair, which must be read from memory",
     "universal_rpe": "softmax attention with a factor for each offset, in parts that are put together",
 }
-"""Why a mechanism is slower than softmax at the longest length that was measured."""
+"""Reasons why a mechanism is slower than softmax at the longest measured length."""
 
 
 def _why(names: Sequence[str], reasons: Mapping[str, str]) -> str:
@@ -663,7 +663,7 @@ def _why(names: Sequence[str], reasons: Mapping[str, str]) -> str:
 
 
 def scaling_page(data: Mapping[str, Any] | None) -> str:
-    """How time and memory grow with the length, and from which length each mechanism beats softmax."""
+    """The page of how time and memory grow with length, and from which length each mechanism beats softmax."""
     parts = [
         "# Growth with length",
         "Forward passes of the functions on one sequence with 4 heads of 64. The exponent p of time or memory ~ length^p is "
@@ -712,7 +712,7 @@ def scaling_page(data: Mapping[str, Any] | None) -> str:
 
 
 def _elsewhere(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which rows of a table were measured on another machine than most."""
+    """Sentences naming the rows of a table that were measured on a different machine from most."""
     machines: dict[str, list[str]] = {}
     for name, found in rows.items():
         if "measured" in found:
@@ -721,7 +721,7 @@ def _elsewhere(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def ranking_page(data: Mapping[str, Any] | None) -> str:
-    """All mechanisms on the same work, best first."""
+    """The page that ranks all mechanisms on the same work, best first."""
     parts = [
         "# All mechanisms on the same work",
         "`regard compare --mechanisms all` gives every mechanism the same backbone at the same number of parameters, the "
@@ -783,7 +783,7 @@ def _ranked(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def fashion_page(data: Mapping[str, Any] | None, resolution: Mapping[str, Any] | None) -> str:
-    """Small backbones on Fashion-MNIST, best first, and positions in larger images."""
+    """The page of small backbones on Fashion-MNIST, best first, and of positions in larger images."""
     return _page(["# Image backbones on Fashion-MNIST", *_backbones(data), *_resolution(resolution)])
 
 
@@ -831,7 +831,7 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
 
 
 def _resolution(data: Mapping[str, Any] | None) -> list[str]:
-    """Positions trained at one size of image and tested at larger ones."""
+    """The section on positions trained at one image size and tested at larger ones."""
     parts = [
         "## Larger images than in training",
         "An encoder of three layers of softmax attention is trained on 28 x 28 pixels and tested on the same images resized to "
@@ -865,7 +865,7 @@ def _resolution(data: Mapping[str, Any] | None) -> list[str]:
 
 
 def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, names: Sequence[str]) -> str:
-    """Comparisons with code written elsewhere, and how large the differences are."""
+    """The page of comparisons with code written elsewhere, with the size of the differences."""
     parts = [
         "# Parity with other code",
         "Inputs and outputs (and gradients, where recorded) of other implementations were stored once; the tests run "
@@ -919,7 +919,7 @@ FAMILIES = {
     "Mixing without pairs": "Convolutions and transforms over the sequence, without queries and keys.",
     "Parts of a model": "Poolings, linear layers, and what goes around the heads of another mechanism.",
 }
-"""Families of mechanisms, in the order of the navigation."""
+"""Families of mechanisms with their descriptions, in the order of the navigation."""
 
 PLACED = {
     "aaren": "Recurrences and state spaces",
@@ -935,7 +935,7 @@ PLACED = {
     "sea": "Chosen keys",
     "sinkhorn": "Chosen keys",
 }
-"""Families of those that the card alone would put into another."""
+"""Families of the mechanisms that their card alone would place in another family."""
 
 SHORT = {
     Pattern.NONCAUSAL_SELF: "NS",
@@ -944,21 +944,21 @@ SHORT = {
     Pattern.CAUSAL_CROSS: "CC",
 }
 WIDE = "---\nhide: [toc]\n---"
-"""Head of a page whose tables need the room of its table of contents."""
+"""Front matter of a page whose tables need the space of the table of contents."""
 
 AT = LENGTHS[-1]
-"""Length at which the chooser compares."""
+"""Length at which the chooser compares mechanisms."""
 
 
 def family(card: Mechanism) -> str:
-    """The family of a mechanism, by what its card says of kind, inputs, engine, weights and cost."""
+    """The family of a mechanism, by its card's kind, inputs, engine, weights and cost."""
     if card.name in PLACED:
         return PLACED[card.name]
     if card.kind not in (Kind.ATTENTION, Kind.MIXER):
         return "Parts of a model"
-    if _operations(card) > 0.25:  # of softmax's: a share of the pairs that does not shrink with the length
+    if _operations(card) > 0.25:  # it computes a fixed share of softmax's pairs, however long the input
         return "Softmax and its kin"
-    if card.domains:  # decays, steps or strengths of writing
+    if card.domains:  # decays, step sizes or writing strengths
         return "Recurrences and state spaces"
     if card.kind is Kind.MIXER:
         return "Mixing without pairs"
@@ -968,14 +968,14 @@ def family(card: Mechanism) -> str:
 
 
 def by_family(names: Iterable[str]) -> dict[str, list[Mechanism]]:
-    """The mechanisms `names` of each family that has any."""
+    """The mechanisms `names` by family, without empty families."""
     cards = [get_mechanism(name) for name in names]
     families = {name: [card for card in cards if family(card) == name] for name in FAMILIES}
     return {name: members for name, members in families.items() if members}
 
 
 def _operations(card: Mechanism) -> float:
-    """Operations by the card, as a fraction of softmax's."""
+    """Operations according to the card, as a fraction of softmax's."""
     return _cost_at(card, AT).flops / _cost_at(get_mechanism("softmax"), AT).flops
 
 
@@ -989,7 +989,7 @@ def index_page(
     ranking: Mapping[str, Any] | None = None,
     reproduced: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The chooser, a table of all mechanisms, and the list of each family."""
+    """The index page: the chooser (a table of all mechanisms) and the list of each family."""
     tasks = {task: _arrow(ranking, task) for task in ranking["tasks"]} if ranking else {}
     families = by_family(names)
     rows = [
@@ -1017,7 +1017,7 @@ def index_page(
 
 
 def _arrow(ranking: Mapping[str, Any], task: str) -> str:
-    """Where better scores are; entries come best first."""
+    """An arrow that says whether higher or lower scores are better; a ranking's entries come best first."""
     means = [e["mean"] for e in ranking["entries"] if e["task"] == task and e["mean"] is not None]
     return "↑" if means and means[0] > means[-1] else "↓"
 
@@ -1033,13 +1033,13 @@ def _chosen_by(
     ranking: Mapping[str, Any] | None,
     reproduced: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """Cells of the chooser after name and family."""
+    """The chooser's cells after name and family."""
     state = "none"
     if card.state is not None:
         state = f"{_number(_cost_at(card, AT).state)} {'fixed' if card.recurrent else 'grows'}"
     measured = (scaling or {"mechanisms": {}})["mechanisms"].get(card.name, {})
     time = "—"
-    if "time over softmax" in measured and card.kind is not Kind.WRAPPER:  # whose heads are another mechanism's
+    if "time over softmax" in measured and card.kind is not Kind.WRAPPER:  # a wrapper's heads are another mechanism's
         time = f"{measured['time over softmax']:.2g}"
         time += "" if measured["longest"] == AT else f" at {measured['longest']:,}"
     scores = []
@@ -1076,7 +1076,7 @@ def _read(path: Path) -> Any:
 
 
 def write(output: Path, names: Sequence[str]) -> list[Path]:
-    """All generated pages for the mechanisms `names`, below `output`."""
+    """Write all generated pages for the mechanisms `names` below `output`."""
     verified = _read(DATA / "verify.json")
     cells = verified["cells"] if verified else []
     judged = _read(DATA / "reproductions.json")
@@ -1106,7 +1106,7 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
 
 
 def on_config(config: Any) -> Any:
-    """mkdocs hook: fill the navigation's list of mechanisms, by family."""
+    """mkdocs hook: fill the navigation with the mechanisms of each family."""
     for entry in config["nav"]:
         if "Mechanisms" in entry:
             families = by_family(name for name in list_mechanisms() if (DOCS / f"mechanisms/{name}.md").is_file())
@@ -1116,7 +1116,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """mkdocs hook: Markdown knows neither roles, which become links where the reference has what they name, nor ``::``."""
+    """mkdocs hook: replace roles by links, if the reference has their target, and ``::``, neither of which Markdown has."""
 
     def link(found: re.Match[str]) -> str:
         path, short = found[2], found[1]

@@ -1,4 +1,4 @@
-"""The page of what makes a language model lighter, drawn from its measured table."""
+"""The page about making a language model lighter, drawn from its measured table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEFT_OUT = (
 
 
 def lighter_page(data: Mapping[str, Any] | None) -> list[str]:
-    """The page of ``lighter.json`` in pieces of Markdown."""
+    """The page made from ``lighter.json``, as pieces of Markdown."""
     parts = [
         "# Lighter: each family on one model",
         "A survey of efficient inference ([2307.07982](https://arxiv.org/abs/2307.07982)) sorts methods into families and quotes "

@@ -1,16 +1,16 @@
 """Measures what the documentation's tables show, into docs/data: `make matrix`, `make reproductions`, `make scaling`.
 
 python docs/measure.py                # parity, matrix, variants, random and integrations
-python docs/measure.py matrix         # regard verify                    -> verify.json, cells; goes on where it stopped
-python docs/measure.py variants       # the same with other options      -> verify.json, variants; goes on where it stopped
-python docs/measure.py random         # regard verify --random           -> verify.json, random; goes on where it stopped
+python docs/measure.py matrix         # regard verify                    -> verify.json, cells; continues where it stopped
+python docs/measure.py variants       # the same with other options      -> verify.json, variants; continues where it stopped
+python docs/measure.py random         # regard verify --random           -> verify.json, random; continues where it stopped
 python docs/measure.py parity         # the parity tests                 -> parity.json
-python docs/measure.py restore        # what the next and `keep` left    -> runs, so that its cells are not run again
+python docs/measure.py restore        # published and kept cells         -> runs, so that they are not run again
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
 python docs/measure.py studies        # what runs/studies holds          -> studies.json
-python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; goes on where it stopped
-python docs/measure.py keep           # the unfinished one in runs/all   -> ranking-cells.db.gz, to go on with elsewhere
-python docs/measure.py integrations   # each mechanism in models of other libraries -> integrations.json; goes on where it stopped
+python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; continues where it stopped
+python docs/measure.py keep           # unfinished ranking in runs/all   -> ranking-cells.db.gz, to continue elsewhere
+python docs/measure.py integrations   # each mechanism in models of other libraries -> integrations.json; continues where it stopped
 python docs/measure.py ranking        # the comparison in runs/all       -> ranking.json
 """
 
@@ -61,7 +61,7 @@ READERS = {"load", "recorded_state"}
 """Functions of `tests/support.py` that read recordings."""
 RECORDINGS = TESTS / "parity" / "fixtures"
 COMPARISONS = ("close", "assert_close", "relative_error")
-"""Names of the functions in these tests that compare (found, expected)."""
+"""Functions with which these tests compare (found, expected)."""
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 GROWS_FROM = 1024
@@ -71,7 +71,7 @@ REPRODUCED = Path("runs/reproduce/results.db")
 STUDIED = Path("runs/studies/results.db")
 COMPARED = Path("runs/all/results.db")
 KEPT = DATA / "ranking-cells.db.gz"
-"""Runs of a ranking that is not finished."""
+"""Runs of an unfinished ranking."""
 
 VERIFIED = Path("runs/verify/results.db")
 SWAPPED = Path("runs/integrations/results.db")
@@ -92,10 +92,10 @@ BELOW = (
 """The parts of the package that every mechanism's cells depend on."""
 
 IN_MODELS = ("integrations", "models")
-"""The parts that cells of mechanisms in models depend on beside those."""
+"""Further parts that the cells of mechanisms in models depend on."""
 
 RANDOM_CASES = 100
-"""Random cases of each mechanism on each backend."""
+"""Number of random cases of each mechanism on each backend."""
 
 MEASURED = f"regard {regard.__version__}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
 
@@ -103,11 +103,11 @@ MEASURED = f"regard {regard.__version__}, torch {torch.__version__}, {platform.s
 class Recorder:
     """A pytest plugin that keeps, for each recording, the largest error of the comparisons made after it was loaded.
 
-    It sees comparisons through `COMPARISONS` and torch.testing.assert_close; the error of others stays None.
+    It sees comparisons made by `COMPARISONS` and torch.testing.assert_close; without one, a recording's error stays None.
     """
 
     def __init__(self, tests: Mapping[Path, set[str]] | None = None) -> None:
-        """`tests`: names of the tests that are run, by file; all when None."""
+        """`tests`: names of the tests to run, by file; None runs all."""
         self.tests = tests
         self.fixtures: dict[str, dict[str, Any]] = {}
         self._loaded: str | None = None
@@ -160,7 +160,7 @@ class Recorder:
 
 
 def readers(source: str, known: Collection[str]) -> set[str]:
-    """Names of the functions of a file that read recordings: by those that are known, or by others of the file that do."""
+    """Names of a file's functions that read recordings, through `known` readers or through each other."""
     if not any(f"{name}(" in source for name in known):
         return set()
     defined = {node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
@@ -213,7 +213,7 @@ def measure_matrix() -> None:
 
 
 def _kept(store: Store, table: str, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured with these sources, or is now."""
+    """The stored measurement made with the current sources; it is made now if there is none."""
     key = {"table": table, **key, "sources": sources()[key["mechanism"]]}
     row = store.get("verify", key)
     if row is None:
@@ -225,12 +225,12 @@ def _kept(store: Store, table: str, key: dict[str, Any], measure: Callable[[], d
 
 @functools.cache
 def sources(more: tuple[str, ...] = ()) -> dict[str, str]:
-    """A digest for each mechanism of all that its cells are made of, so that a run goes on after changes of other things.
+    """A digest of each mechanism's sources and all that they depend on, so that unrelated changes do not restart a run.
 
-    All at once, before anything is measured: what changes meanwhile is not what runs.
+    All digests are computed at once, before anything is measured: files changed during the run are not the code that runs.
 
     Args:
-        more: parts of the package that count beside `BELOW`.
+        more: parts of the package to include in addition to `BELOW`.
     """
     package = Path(regard.__file__).parent
     shared = _digest([package / part for part in (*BELOW, *more)])
@@ -238,7 +238,7 @@ def sources(more: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def own_sources(name: str) -> list[Path]:
-    """Files and folders of a mechanism and of those that it takes from; of a wrapper, which may take any, those of all."""
+    """Source files of a mechanism and of those it imports; for a wrapper, which may take any, the whole folder."""
     folder = Path(regard.__file__).parent / "mechanisms"
     if get_mechanism(name).kind is Kind.WRAPPER:
         return [folder]
@@ -273,7 +273,7 @@ def _verified() -> dict[str, Any]:
 
 
 def measure_variants() -> None:
-    """One row for each variant. Programs, which take seconds each, are left to `regard verify --variant all`."""
+    """Measure one row for each variant. Compiled programs, seconds each, are left to `regard verify --variant all`."""
     properties = [p.name for p in PROPERTIES if p.name not in PROGRAMS]
 
     def verified(name: str, variant: str) -> dict[str, Any]:
@@ -325,7 +325,7 @@ def measure_random() -> None:
 
 
 def restore_cells() -> None:
-    """Cells that docs/data holds, into runs: they need not be run again."""
+    """Copy the cells in docs/data back into runs, so that they need not be run again."""
     published = json.loads((DATA / "reproductions.json").read_text())["reproductions"]
     with Store(REPRODUCED) as store:
         print(f"{restore(published, store)} published cells restored into {REPRODUCED}")
@@ -343,7 +343,7 @@ def restore_cells() -> None:
 
 
 def keep_cells() -> None:
-    """The runs that an unfinished ranking has so far; plans and costs belong to a machine and are made again."""
+    """Save the runs of an unfinished ranking; plans and costs depend on the machine and are made again."""
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder, "cells.db")
         with Store(packed) as store:
@@ -353,7 +353,7 @@ def keep_cells() -> None:
 
 
 def measure_reproductions() -> None:
-    """Judge what `regard reproduce` has left in runs/reproduce; nothing is run here, since all of it takes hours."""
+    """Judge what `regard reproduce` has left in runs/reproduce; nothing is run here, since that takes hours."""
     command = [sys.executable, "-m", "regard", "reproduce", "all", "--table", "--json"]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(found.stdout)
@@ -362,7 +362,7 @@ def measure_reproductions() -> None:
 
 
 def measure_studies() -> None:
-    """What `regard study` has left in runs/studies, for the largest preset of each study that has begun, with all mechanisms
+    """Collect what `regard study` has left in runs/studies: each study's largest preset with any results, with all mechanisms
     that have entered; nothing is run here."""
     found = []
     with Store(STUDIED, read_only=True) as store:
@@ -384,7 +384,7 @@ def measure_studies() -> None:
 
 
 def measure_integrations() -> None:
-    """A row for each mechanism in each model: its default options in all of them first, then the worst of its variants."""
+    """Measure each mechanism in each model: first default options everywhere, then the worst of the variants."""
     if missing := HOSTS.keys() - hosts():
         raise SystemExit(
             f"{', '.join(sorted(missing))} need transformers and timm: integrations.json is left as it was"
@@ -416,7 +416,7 @@ def _write_integrations(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
 
 
 def _worst_of(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Variants of a mechanism in a model: those that are refused, and the largest errors of the others."""
+    """Summarise the variants of a mechanism in a model: which are refused, and the largest errors of the rest."""
     errors: dict[str, float] = {}
     for cell in cells:
         for name, error in cell.get("errors", {}).items():
@@ -426,7 +426,7 @@ def _worst_of(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_ranking() -> None:
-    """The newest finished comparison of all mechanisms; nothing is run here, since all of it takes hours."""
+    """Publish the newest finished comparison of all mechanisms; nothing is run here, since that takes hours."""
     with Store(COMPARED) as store:
         finished = store.rows("run")
     if not finished:
@@ -458,8 +458,8 @@ def measure_ranking() -> None:
 
 
 def measure_scaling() -> None:
-    """Growth with length and efficiency lengths of every mechanism that scaling.json does not have; each row says on what
-    machine, where it is another than that of most. Without the file everything is measured anew."""
+    """Measure growth with length and efficiency lengths of every mechanism missing from scaling.json; a row names its
+    machine if that differs from most rows'. Without the file everything is measured anew."""
     measured = f"{MEASURED}, {fingerprint()['cpu']}, {torch.get_num_threads()} threads"
     path = DATA / "scaling.json"
     known = json.loads(path.read_text()) if path.is_file() else {"measured": measured, "mechanisms": {}}
@@ -473,9 +473,9 @@ def measure_scaling() -> None:
 
 
 def scaling(card: Mechanism) -> dict[str, Any]:
-    """Efficiency lengths, and exponents of growth from 1024 tokens on, measured and by the card's cost.
+    """Efficiency lengths, and growth exponents from 1024 tokens on, both measured and by the card's cost.
 
-    Lengths whose temporary storage would pass `MOST_BYTES` are left out.
+    Lengths whose temporary storage would reach `MOST_BYTES` are left out.
     """
     pattern = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in card.patterns else card.patterns[0]
     storage = {n: 4 * card.cost(Shape(1, HEADS, n, n, WIDTH, WIDTH), card.options()).memory for n in LENGTHS}
@@ -498,7 +498,7 @@ def scaling(card: Mechanism) -> dict[str, Any]:
 
 
 def _write(name: str, data: dict[str, Any], rows: str) -> None:
-    """One line an entry of `rows`, so that a change of one is a change of one line."""
+    """Write one line for each entry of `rows`, so that a changed entry is a one-line diff."""
     many = data[rows]
     if isinstance(many, dict):
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in many.items()]

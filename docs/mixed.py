@@ -8,7 +8,7 @@ from regard.workbench.mixing import PHRASE, STRUCTURES, TOKENS, Mixing, as_svg, 
 
 
 def mixing_page(names: Iterable[str]) -> list[str]:
-    """The page in pieces of Markdown: by what is measured on each matrix."""
+    """The page as pieces of Markdown, one section for each quantity measured on the matrices."""
     drawn = [mixing_of(name) for name in names if name in mixed_mechanisms()]
     parts = [
         "---\nhide: [toc]\n---",

@@ -1,8 +1,8 @@
-"""Writes regard/functional.pyi, by which editors and type checkers know the functions that are made of the catalogue.
+"""Writes regard/functional.pyi, which tells editors and type checkers about the functions generated from the catalogue.
 
     python docs/stubs.py
 
-A test says when it must be written again.
+A test fails when the file is out of date.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TYPES = {
     "progress": "float | None",
     "want": "frozenset[str] | None",
 }
-"""Types of what all functions take; options of mechanisms have the type of their default."""
+"""Types of the arguments that all functions share; a mechanism's options have the type of their default."""
 
 HEAD = '''"""Written by docs/stubs.py from the catalogue; see functional.py."""
 
@@ -73,7 +73,7 @@ def text() -> str:
 
 
 def _option(field: Any) -> str:
-    """The type of an option, where it is one that every reader knows."""
+    """The type of an option if it is a common one, else Any."""
     known = {"bool", "int", "float", "str", "int | None", "float | None", "str | None", "bool | None"}
     said = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "Any")
     return said if said in known else "Any"

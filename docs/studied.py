@@ -1,4 +1,4 @@
-"""The page of what the studies have found, drawn from their published cells."""
+"""The page of the studies' findings, drawn from their published cells."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regard.workbench.reports.sections import section
 
 
 def studies_page(data: Mapping[str, Any] | None) -> list[str]:
-    """The page of ``studies.json`` in pieces of Markdown."""
+    """The page made from ``studies.json``, as pieces of Markdown."""
     parts = [
         "# Findings of the studies",
         "A study puts a question to many mechanisms at once; [Studies](studies.md) says how each one asks it, and how to put "

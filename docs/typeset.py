@@ -1,6 +1,6 @@
 """mkdocs hook: indented blocks that `equations` understands are typeset in the browser, by docs/assets/equations.js.
 
-The page keeps the plain text, which is what is searched, and shown where no script runs; the TeX is an attribute beside it.
+The page keeps the plain text, which is searched, and shown where no script runs; the TeX is stored in an attribute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from markdown.util import AtomicString
 
 
 class Equations(BlockProcessor):
-    """Takes indented blocks before those that make code of them."""
+    """Handles indented blocks before the processors that turn them into code."""
 
     def test(self, parent: ElementTree.Element, block: str) -> bool:
         before = self.lastChild(parent)
@@ -39,7 +39,7 @@ class Equations(BlockProcessor):
 
 class EquationsExtension(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
-        md.parser.blockprocessors.register(Equations(md.parser), "equations", 85)  # lists 90, code 80
+        md.parser.blockprocessors.register(Equations(md.parser), "equations", 85)  # priorities: lists 90, code 80
 
 
 def on_config(config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Calls of the attention engine, and what they should give: the definition, with the whole matrix of scores, in float64."""
+"""Calls of the attention engine and their expected results: the definition, with the full score matrix, in float64."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Problem:
     """One call of the engine.
 
     Attributes:
-        table: biases by distance (heads or 1, distances), that of distance 0 in the middle.
-        valid: which queries are no padding, (B, N); None when all.
+        table: biases by distance, (heads or 1, distances), with distance 0 in the middle.
+        valid: which queries are not padding, (B, N); None if all are valid.
     """
 
     q: Tensor
@@ -50,7 +50,7 @@ class Problem:
         return (*self.q.shape[:3], self.k.shape[2])
 
     def leaves(self, dtype: torch.dtype | None = None) -> tuple[Problem, dict[str, Tensor]]:
-        """The problem on tensors that require gradients, in another dtype if one is given, and these tensors."""
+        """The problem on leaf tensors that require gradients, optionally in another dtype, and these leaves."""
         given = {name: x for name in TENSORS if (x := getattr(self, name)) is not None}
         found = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in given.items()}
         return replace(self, **found), found
@@ -60,7 +60,7 @@ class Problem:
         return None if table is None else DistanceBias(lambda d: table[:, d + table.shape[1] // 2])
 
     def found(self, backend: str, **wanted: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Output, weights where wanted and log-sum-exp (of softmax) by a backend."""
+        """A backend's output, weights (if wanted) and log-sum-exp (for softmax)."""
         options = {"want_lse": self.rule == "softmax", "backend": backend, **wanted}
         return attention(
             self.q, self.k, self.v, self.ranks, visibility=self.visibility, scale=self.scale, rule=self.rule,
@@ -69,7 +69,7 @@ class Problem:
         )  # fmt: skip
 
     def activation(self, scores: Tensor) -> Tensor:
-        """Weights, of scores that are -inf where hidden."""
+        """Weights for scores, which are -inf for hidden pairs."""
         if self.rule != "softmax":
             return ACTIVATIONS[self.rule](scores + self.shift)
         if self.stretch is not None:
@@ -81,7 +81,7 @@ class Problem:
         return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
     def expected(self, added: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, weights and log-sum-exp by the definition, of tensors in float64; `added`: to the scores of all pairs."""
+        """Output, weights and log-sum-exp by the definition, in float64; `added` is added to the scores of all pairs."""
         visible, bias = masked_scores_bias(
             self.ranks, self.visibility, self.bias, self.position_bias(), self.blocks, torch.float64
         )
@@ -114,7 +114,7 @@ def plain(
     n: int, m: int | None = None, *, width: int = 16, values: int | None = None, heads: int = 2, groups: int | None = None,
     batch: int = 1, visibility: Visibility = CAUSAL, dtype: torch.dtype = torch.float32, **options: Any,
 ) -> Problem:  # fmt: skip
-    """The last n of m tokens, or n queries of all m where nothing is hidden."""
+    """Causal attention of the last n of m tokens, or of n queries to all m keys if nothing is hidden."""
     m = n if m is None else m
     given = tensors(batch, heads, groups or heads, n, m, width, values or width, dtype)
     where = counted(n, m, Pattern.NONCAUSAL_CROSS if visibility.everything and n != m else Pattern.CAUSAL_SELF)
@@ -123,7 +123,7 @@ def plain(
 
 
 def gaps(batch: int, n: int, m: int, queries: str = "counted", unordered: bool = True) -> Ranks:
-    """Keys in some places of a cache, in any order; queries that are the last of their row, or of any rank."""
+    """Ranks of keys that fill some places of a cache, in any order; the queries are the last of their row, or of any rank."""
     there = torch.rand(batch, m) < 0.6
     keys = torch.where(there, there.cumsum(-1) - 1, -1)
     keys = keys[:, torch.randperm(m)] if unordered else keys
@@ -135,7 +135,7 @@ def random_problem(
     seed: int, dtype: torch.dtype, tokens: Sequence[int] = (1, 5, 16, 37, 48, 49, 64, 97, 130),
     others: Sequence[int] = (1, 7, 40, 64, 65, 200), widths: Sequence[int] = (8, 5, 17, 64, 33), block: int = 64,
 ) -> Problem:  # fmt: skip
-    """Any pattern, heads shared or not, widths that differ, any rule, any mask and bias, alone and together."""
+    """A random problem: any pattern, shared heads or not, unequal widths, and any mix of rules, masks and biases."""
     torch.manual_seed(seed)
     pick = random.Random(seed)
     choice = pick.choice

@@ -1,4 +1,4 @@
-"""A tokenizer of transformers whose tokens are the bytes of a text."""
+"""A transformers tokenizer whose tokens are the bytes of a text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def save_byte_tokenizer(folder: Path) -> Any:
-    """One of 256 tokens, written into a folder."""
+    """Save a tokenizer of 256 tokens into a folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

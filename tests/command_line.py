@@ -1,4 +1,4 @@
-"""`regard` on a command line, run in the process of the test."""
+"""Runs `regard` command lines in the test's own process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL_COMPARISON = "--mechanisms softmax --seeds 1 --dim 16 --layers 1 --rates 0
 
 
 def run(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> tuple[int, str, str]:
-    """Exit code, output and messages of `regard LINE`, with more arguments that are not split into words."""
+    """Exit code, stdout and stderr of `regard LINE`, with further arguments that are not split into words."""
     code: Any = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["regard", *shlex.split(line), *map(str, more)])
@@ -26,7 +26,7 @@ def run(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> tuple[i
 
 
 def answer(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> Any:
-    """What a command that must succeed prints as JSON."""
+    """The JSON that a command prints; it must succeed."""
     code, out, messages = run(capsys, line, *more, "--json")
     assert code == 0, out[-2000:] + messages
     return json.loads(out, parse_constant=_refuse)

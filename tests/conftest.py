@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Settings and fixtures that every test shares."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch.utils._device import _device_constructors
 from regard import catalogue
 from regard.measurement import timing
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look for kernels of its models in the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look online for kernels for its models
 
-_device_constructors()  # remembers the constructors that a device context steers, before any test replaces some
+_device_constructors()  # caches the constructors that a device context affects, before any test replaces some
 
 with torch.device("meta"):
-    torch.empty(0)  # at the first use torch lists what follows a device, which must not be the replacements below
+    torch.empty(0)  # at the first use torch lists the functions that follow a device, before they are replaced below
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays: the garbage collector need not look through it again, a twentieth of the time."""
+    """Exempt everything imported and collected so far from garbage collection, which saves a twentieth of the time."""
     gc.collect()
     gc.freeze()
 
@@ -38,18 +38,18 @@ def _at_most(seconds: float, rounds: Callable[..., dict[str, list[float]]]) -> C
     return few
 
 
-timing.rounds = _at_most(0.005, timing.rounds)  # no test asks how long anything takes; before other modules import it
+timing.rounds = _at_most(0.005, timing.rounds)  # tests need no exact timings; set before other modules import it
 
 
 if (
     not torch.accelerator.is_available()
-):  # torch's own formats the stack once for each kind of accelerator: milliseconds
+):  # torch's own version formats the stack for each kind of accelerator, which takes milliseconds
     torch.manual_seed = torch.default_generator.manual_seed
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_calibrations() -> Iterator[None]:
-    """Of a comparison, which then tells another remaining time and nothing else."""
+    """Shorten the calibrations of a comparison, which only affect the remaining time that it reports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("regard.workbench.comparison.planning.CALIBRATION_SECONDS", 0.4)
         patch.setattr("regard.workbench.comparison.work.LEAST_SECONDS", 0.02)
@@ -58,7 +58,7 @@ def _short_calibrations() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What regard measures about the machine under test load is not kept for the user."""
+    """Keep what regard measures about the machine under test load out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -66,7 +66,7 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(autouse=True, scope="module")
 def _catalogue_as_it_was() -> Iterator[None]:
-    """Mechanisms that a file's tests enter (plugins, names with options) are not in the catalogue of the next file's."""
+    """Undo what a file's tests add to the catalogue (plugins, names with options) before the next file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalogue, "_plugins", dict(catalogue._plugins))
         yield
@@ -74,7 +74,7 @@ def _catalogue_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, so that reading it shows."""
+    """Fill uninitialised memory with NaN, so that reading it is noticed."""
     for name in ("empty", "empty_like"):
         original = getattr(torch, name)
 
@@ -90,7 +90,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_seed(request: pytest.FixtureRequest) -> None:
-    """A seed of its own for each test, the same in every run."""
+    """Give each test its own seed, the same in every run."""
     seed = sum(ord(c) * 31**i for i, c in enumerate(request.node.nodeid)) % (1 << 31)
     torch.manual_seed(seed)
     random.seed(seed)

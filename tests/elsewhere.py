@@ -1,4 +1,4 @@
-"""A sweep whose cells are made in the process of the test."""
+"""A sweep whose cells are computed in the test's own process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NO_PLUGINS = Plugins(list)
 
 
 class Elsewhere:
-    """Makes cells, the last one first, in stores of their own, and takes over what comes of them."""
+    """Computes cells, the last one first, each in its own store, and copies the results into the shared store."""
 
     def __init__(self):
         self.cells = []

@@ -1,4 +1,4 @@
-"""Recordings for tests: each digit a sine of its own, each speaker an octave."""
+"""Synthetic recordings: each digit has its own sine wave, each speaker its own octave."""
 
 import wave
 from pathlib import Path

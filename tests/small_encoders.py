@@ -32,7 +32,7 @@ def tokenizer():
 
 
 def bert(kind="BertForMaskedLM", layers=2, **options):
-    """A model of random weights, whose first layer's attention matters more than the others'."""
+    """A model with random weights, in which the first layer's attention matters more than the others'."""
     config = transformers.BertConfig(**{**SIZES, **options}, num_hidden_layers=layers)
     return getattr(transformers, kind)(config).eval()
 

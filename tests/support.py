@@ -1,4 +1,4 @@
-"""What tests of all folders share: recordings of other code, random inputs, calls, and how close two tensors are."""
+"""Helpers for all tests: recordings of other code, random inputs, calls, and comparisons of tensors."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from regard.contract import Context, Mechanism, Result, Unsupported
 FIXTURES = Path(__file__).parent / "parity" / "fixtures"
 WANT_STATE = Context(want=frozenset({"state"}))
 GRAPH = "aot_eager" if os.environ.get("REGARD_TEST_ALL") else "eager"
-"""How what is made of mechanisms is compiled: into one graph, which runs as it is, twice as fast to make as one that AOTAutograd
-takes apart. The mechanisms in it, and their operators, are taken apart in tests of their own."""
+"""Backend that compiles models built from mechanisms. "eager" runs the captured graph as it is, which is twice as fast to
+compile as with AOTAutograd; mechanisms and their operators go through AOTAutograd in tests of their own."""
 
 
 def load(name: str) -> dict[str, Tensor]:
-    """Tensors that were recorded from another implementation; `tests/parity` says which, and by what call."""
+    """Load tensors recorded from another implementation; `tests/parity` says which one, and by what call."""
     with np.load(FIXTURES / f"{name}.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "shapes"}
 
 
 def recorded_state(name: str) -> dict[str, Tensor]:
-    """The weights of the model whose outputs were recorded, made of a seed by the names and shapes that it has there."""
+    """Weights of a model whose outputs were recorded, made from a seed and the recorded names and shapes."""
     with np.load(FIXTURES / f"{name}.npz") as arrays:
         return seeded_state(json.loads(str(arrays["shapes"])))
 
 
 def seeded_state(shapes: dict[str, Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
-    """Weights of a model by name, which need not be recorded beside its outputs: made of a seed, in the names' order."""
+    """Weights of a model by name, drawn from a seed in the order of names, so that they need not be recorded."""
     generator, found = np.random.default_rng(seed), {}
     for name in sorted(shapes):
         shape = tuple(shapes[name])
@@ -58,14 +58,14 @@ def seeded_state(shapes: dict[str, Sequence[int]], seed: int = 0) -> dict[str, T
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    """Shape and dtype are equal, and no element differs by more than a fraction of the largest expected value."""
+    """Assert equal shape and dtype, and differences of at most `tolerance` times the largest expected value."""
     size = float(expected.detach().abs().max()) if expected.numel() else 0.0
     assert math.isfinite(size), "infinite or NaN where a number is expected"
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * (size or 1.0))
 
 
 def refused(words: str, call: Callable[..., Any], /, *given: Any, **options: Any) -> None:
-    """The call raises the one exception for what is not supported, and says these words (a regular expression)."""
+    """Assert that a call raises Unsupported with a message that matches `words`, a regular expression."""
     with pytest.raises(Unsupported, match=words):
         call(*given, **options)
 
@@ -73,7 +73,7 @@ def refused(words: str, call: Callable[..., Any], /, *given: Any, **options: Any
 def close_gradients(
     found: Tensor, expected: Tensor, leaves: Sequence[Tensor] | dict[str, Tensor], tolerance: float = 1e-12
 ) -> None:
-    """Outputs are close, and so is a random vector's product with their derivatives by each of the leaves."""
+    """Assert that outputs are close, and their gradients with respect to all leaves for a random output gradient."""
     close(found, expected, tolerance)
     leaves = list(leaves.values()) if isinstance(leaves, dict) else list(leaves)
     cotangent = torch.randn_like(expected)
@@ -87,7 +87,7 @@ def close_gradients(
 def check_gradients(
     recording: dict[str, Tensor], output: Tensor, leaves: dict[str, Tensor], tolerance: float = 1e-12
 ) -> None:
-    """The gradients of the output by the leaves, which have the recording's names, are those that were recorded."""
+    """Assert that the gradients of the output with respect to the leaves (named as recorded) are the recorded ones."""
     gradients = torch.autograd.grad(output, list(leaves.values()), recording["grad_out"], retain_graph=True)
     for name, gradient in zip(leaves, gradients, strict=True):
         close(gradient, recording[f"grad_{name}"], tolerance)
@@ -96,7 +96,7 @@ def check_gradients(
 def check_recorded(
     recording: dict[str, Tensor], output: Tensor, leaves: dict[str, Tensor], tolerance: float = 1e-12
 ) -> None:
-    """The output too is the one that was recorded."""
+    """Assert that the output and its gradients are the recorded ones."""
     close(output, recording["out"], tolerance)
     check_gradients(recording, output, leaves, tolerance)
 
@@ -119,12 +119,12 @@ def qkv(
 
 
 def cut(inputs: dict[str, Tensor], part: slice | Tensor, names: Sequence[str] = ("q", "k", "v")) -> dict[str, Tensor]:
-    """The tokens `part` of the inputs called `names`, (B, H, tokens, ...); the others as they are."""
+    """Cut the inputs called `names`, (B, H, tokens, ...), to the tokens `part`; keep the others as they are."""
     return {name: x[:, :, part] if name in names else x for name, x in inputs.items()}
 
 
 def calls(mechanism: Mechanism, pattern: str = "causal-self") -> Callable[..., Result]:
-    """`run(inputs, options=None, **call)`: the mechanism with some options, in `pattern` unless the call says another."""
+    """`run(inputs, options=None, **call)`: runs the mechanism with these options, in `pattern` unless `call` has another."""
     default = pattern
 
     def run(inputs: dict[str, Tensor], options: dict[str, Any] | None = None, **call: Any) -> Result:
@@ -137,7 +137,7 @@ def calls(mechanism: Mechanism, pattern: str = "causal-self") -> Callable[..., R
 def in_pieces(
     read: Callable[[Any, Any], Result], pieces: Iterable[Any], state: Any = None, axis: int = 2
 ) -> tuple[Tensor, Any]:
-    """Outputs of `read(piece, state)`, where each piece goes on from the state before it, in one, and the last state."""
+    """Concatenated outputs of `read(piece, state)`, each piece continuing from the previous state, and the last state."""
     outputs = []
     for piece in pieces:
         result = read(piece, state)
@@ -147,12 +147,12 @@ def in_pieces(
 
 
 def read_in_pieces(module: nn.Module, x: Tensor, sizes: int | list[int], state: Any = None) -> tuple[Tensor, Any]:
-    """The same of a layer or a model that reads pieces of these sizes."""
+    """Outputs of a layer or model that reads x in pieces of these sizes, and the last state."""
     return in_pieces(lambda piece, s: module(piece, state=s, context=WANT_STATE), x.split(sizes, 1), state, 1)
 
 
 def in_steps(layer: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-    """Outputs of a layer that takes x (B, N, D) token by token, and the last state."""
+    """Outputs of a layer that reads x (B, N, D) token by token, and the last state."""
     outputs = []
     for token in x.unbind(1):
         output, state = layer.step(token, state)
@@ -161,7 +161,7 @@ def in_steps(layer: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
 
 
 def saved_for_backward(run: Callable[[], Any]) -> list[int]:
-    """Bytes of each storage that the backward pass of `run()` needs."""
+    """Bytes of each storage that `run()` saves for its backward pass."""
     storages: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def saved_for_backward(run: Callable[[], Any]) -> list[int]:
 
 
 def watched(patch: pytest.MonkeyPatch, module: Any, name: str, note: Callable[..., Any]) -> list[Any]:
-    """What `note` says of the arguments of each call of a module's function, which does what it did."""
+    """Record `note(*arguments)` for each call of a module's function, which still does what it did."""
     seen, original = [], getattr(module, name)
 
     def run(*given: Any, **options: Any) -> Any:
@@ -186,7 +186,7 @@ def watched(patch: pytest.MonkeyPatch, module: Any, name: str, note: Callable[..
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers of a tensor that an operation inside the block makes."""
+    """Records the number of elements of the largest tensor that an operation inside the block returns."""
 
     numbers = 0
 
@@ -197,7 +197,7 @@ class Largest(TorchDispatchMode):
 
 
 def shaken(module: nn.Module, size: float = 0.1) -> nn.Module:
-    """In float64, with every parameter away from its initial value, so that none of them has no effect."""
+    """Convert to float64 and perturb every parameter, so that each one has an effect."""
     module = module.double()
     with torch.no_grad():
         for parameter in module.parameters():

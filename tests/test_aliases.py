@@ -1,4 +1,4 @@
-"""Other names of mechanisms mean what they say, wherever a name is taken."""
+"""Aliases of mechanisms mean what they say, wherever a name is accepted."""
 
 from __future__ import annotations
 
@@ -125,5 +125,5 @@ def test_randomized_attention_is_no_lara():
 
 
 def test_projections_have_no_variants():
-    """They are named as a `linear` kind too, which has no place for options of a name."""
+    """Their names also serve as `linear` kinds, where a name cannot carry options."""
     assert all(not card.alias_options for card in CARDS if card.kind is Kind.PROJECTION)

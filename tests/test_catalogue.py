@@ -1,4 +1,4 @@
-"""The catalogue: who runs a mechanism, and packages that bring their own."""
+"""The catalogue: which forms run a mechanism, and packages that add their own."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_backend_of_nothing_is_refused(asked, words):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Makes the entry point of an installed package whose module has the given source."""
+    """Make the entry point of an installed package whose module has the given source."""
 
     def make(source):
         (tmp_path / "someones_attention.py").write_text(source, encoding="utf-8")

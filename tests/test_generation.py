@@ -28,7 +28,7 @@ def drawing():
 
 
 def check_generation(model, prompt, tokens, temperature):
-    """What the model writes through its state is what it would choose when it reads the whole again for each token."""
+    """Assert that generating through the state gives the tokens that rereading the whole sequence each time would."""
     through_state = model.generate(prompt, tokens, temperature=temperature, generator=drawing())
     assert through_state.shape == (2, tokens)
     logits = model(torch.cat([prompt, through_state], 1)).output[:, prompt.shape[1] - 1 : -1]
@@ -45,7 +45,7 @@ def test_generation_through_the_state_equals_recomputing(plan, text):
     history = train(model, text, TrainConfig(steps=12, batch_size=4, learning_rate=1e-2, measure_memory=False))
     assert history.finished and history.final_loss < history.curve[0].loss - 0.5
     prompt = text.training_batch(0, 1, 2).inputs[:, :30]
-    # a barely trained model's likeliest text may repeat itself; drawn text may not, and shows any drift of the logits
+    # greedy text of a barely trained model may repeat itself; sampled text does not, and shows any drift of the logits
     drawn = check_generation(model.double().eval(), prompt, 110, 1.0)  # past blocks and windows of 32, 64 and 128
     assert drawn.unique().numel() > 10
 

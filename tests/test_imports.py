@@ -1,4 +1,4 @@
-"""The rules of imports in pyproject.toml, which `make test` checks on the code, find what would break them."""
+"""The import rules in pyproject.toml, which `make test` checks on the code, detect violations."""
 
 import ast
 import copy
@@ -47,7 +47,7 @@ def imports():
 def kept(rule, graph):
     options = {n: str(v) if isinstance(v, bool) else v for n, v in rule.items() if n not in ("name", "type")}
     contract = KINDS[rule["type"]](rule["name"], {"root_packages": ["regard"]}, options)
-    return contract.check(copy.deepcopy(graph), verbose=False).kept  # a check takes ignored imports out
+    return contract.check(copy.deepcopy(graph), verbose=False).kept  # a check removes ignored imports from the graph
 
 
 @pytest.mark.parametrize(("rule", "importer", "imported"), PLANTED)
@@ -66,7 +66,7 @@ def test_every_rule_has_a_planted_violation():
 
 
 def test_no_module_takes_the_name_of_what_its_package_defines():
-    """Importing it later would put the module in the place of the function."""
+    """Importing such a module later would replace the function in its package."""
     taken = []
     for package in (ROOT / "regard").rglob("__init__.py"):
         defined = {node.name for node in ast.parse(package.read_text()).body if isinstance(node, DEFINITIONS)}

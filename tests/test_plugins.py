@@ -1,4 +1,4 @@
-"""One file in a folder of the user's is all that a new mechanism of any kind needs."""
+"""One file in the user's folder is all that a new mechanism of any kind needs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PLUGINS = {
 
 @pytest.fixture(params=PLUGINS)
 def name(request, tmp_path, monkeypatch):
-    """Name of a mechanism whose file lies alone in the working folder."""
+    """The name of a mechanism whose file is alone in the working folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(EXAMPLES / f"{request.param}.py", tmp_path)
     return request.param
 
 
 def told(capsys, name, line):
-    """What `regard LINE` answers with the plugin, which is forgotten afterwards, as by a new process."""
+    """The JSON answer of `regard LINE` with the plugin, which is unregistered afterwards, as in a new process."""
     try:
         return answer(capsys, f"{line} --plugin {name}.py")
     finally:
@@ -59,7 +59,7 @@ def test_it_is_listed_by_kind_and_pattern_and_shown(capsys, name):
 
 
 def test_every_cell_of_its_matrix_holds(capsys, name):
-    """A compiled program, which takes seconds, in causal-self where there is one; all but programs in all patterns."""
+    """Compiled programs take seconds, so they are tried in causal-self only; other properties in all patterns."""
     plain = " ".join(f"--property {p.name}" for p in PROPERTIES if p.name not in PROGRAMS)
     cells = told(capsys, name, f"verify {name} {plain}")["cells"]
     if any(cell["pattern"] == "causal-self" for cell in cells):

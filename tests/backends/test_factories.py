@@ -1,4 +1,4 @@
-"""Where tensors are made in backends and engines."""
+"""How backends and engines create tensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import regard
 
 FACTORIES = {made.__name__ for made in _device_constructors()}
 INTEGERS = {"arange", "randint"}
-"""Factories whose results are 64-bit integers, whatever the default dtype is."""
+"""Factories that return 64-bit integers, whatever the default dtype."""
 
 
 def careless(source: str) -> Iterator[str]:
-    """Calls that leave the device or the dtype of a new tensor to a default that any user of torch may change."""
+    """Yield calls that leave a new tensor's device or dtype to a default that users may change."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue

@@ -1,4 +1,4 @@
-"""Every route of the linear product, its operator, and how a route is chosen."""
+"""The routes of the linear product, their operator, and how a route is chosen."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ needs_onednn = pytest.mark.skipif("onednn" not in AVAILABLE, reason="this build 
 
 @pytest.fixture(autouse=True)
 def choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choices:
-    """Nothing is measured for, or read from, the user's cache."""
+    """Fresh choices that neither read nor write the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(entry, "CHOICES", Choices())
     return entry.CHOICES
@@ -48,7 +48,7 @@ def sample(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(*rows, k), torch.randn(n, k) / k**0.5, torch.randn(n)
 
 
-# What a route computes.
+# The results of a route.
 
 
 @each_route
@@ -122,7 +122,7 @@ def test_second_derivatives_are_those_of_float64(name: str) -> None:
             near(got, wanted, 5e-6)
 
 
-# What looks at a call.
+# Observers of a call.
 
 
 @each_route
@@ -134,7 +134,7 @@ def test_operator_passes_opcheck(name: str, bias: bool) -> None:
         torch.library.opcheck(torch.ops.regard.linear, (torch.randn(20, 6).t(), torch.randn(20, 9).t(), None))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, within jvp
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # raised by torch in jvp
 @each_route
 def test_transforms_of_functions(name: str) -> None:
     x, weight, bias = sample(5, 4, 8, 6)
@@ -185,7 +185,7 @@ def test_compiled_equals_eager(name: str) -> None:
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     with use_route(name):
-        for n in (24, 7, 0):  # other lengths, one of them none
+        for n in (24, 7, 0):  # also other lengths, and none
             part = x[:, :n]
             (got,), (expected,) = (torch.autograd.grad(f(part), weight) for f in (compiled, loss))
             torch.testing.assert_close(got, expected, equal_nan=True)
@@ -221,7 +221,7 @@ def test_operations_are_counted_as_torch_s(name: str) -> None:
 
 
 def measured_as(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[Product]:
-    """Let each measurement find the next of these times of "onednn", where torch's is 1, and the last of them for ever."""
+    """Let measurements find these times of "onednn" one by one, and then always the last; torch's time is always 1."""
     measured: list[Product] = []
 
     def probe(product: Product) -> dict[str, float]:
@@ -245,7 +245,7 @@ def test_a_route_is_believed_after_two_processes_have_measured_it(monkeypatch: p
         assert process.route(product) == "onednn" and len(measured) == count
     assert list(json.loads(cache_file().read_text())) == [machine(torch.get_num_threads())]
     monkeypatch.setattr("regard.backends.linear.choices.available_routes", lambda: ("torch", "onednn", "another"))
-    assert Choices().route(LARGE) == "onednn" and len(measured) == 6  # a new route is given its chance
+    assert Choices().route(LARGE) == "onednn" and len(measured) == 6  # a new route is measured too
     assert len(json.loads(cache_file().read_text())) == 2
 
 
@@ -265,7 +265,7 @@ def test_routes_of_another_process_are_taken_where_none_is_chosen_yet_and_the_ma
 def test_a_doubtful_measurement_is_torch_s_and_is_not_kept(monkeypatch: pytest.MonkeyPatch, choices: Choices) -> None:
     measured = measured_as(monkeypatch, 0.5, 1.5, 0.5)
     assert choices.route(LARGE) == "torch" and not cache_file().exists()
-    assert choices.route(LARGE) == "torch" and len(measured) == 2  # for as long as the process lives
+    assert choices.route(LARGE) == "torch" and len(measured) == 2  # until the process ends
     assert Choices().route(LARGE) == "onednn"
 
 
@@ -298,7 +298,7 @@ def test_operands_of_one_class_lie_alike_and_are_measured_as_they_lie(layout: st
 
 @needs_onednn
 def test_onednn_is_given_no_weight_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no kernel for those, only a loop."""
+    """oneDNN has no kernel for such weights, only a loop."""
     given = []
     original = torch.ops.mkldnn._linear_pointwise.default
 
@@ -342,7 +342,7 @@ def test_without_a_folder_to_write_in_the_choice_lasts_as_long_as_the_process(
 
 def test_a_choice_that_cannot_be_stored_leaves_no_file(monkeypatch: pytest.MonkeyPatch, choices: Choices) -> None:
     monkeypatch.setattr("regard.backends.linear.choices.choice", lambda product: ("torch", True))
-    cache_file().mkdir(parents=True)  # which no file takes the place of
+    cache_file().mkdir(parents=True)  # a folder, which no file can replace
     assert choices.route(LARGE) in AVAILABLE
     assert list(cache_file().parent.iterdir()) == [cache_file()]
 
@@ -357,7 +357,7 @@ def test_threads_that_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch
         worker.start()
     for worker in workers:
         worker.join()
-    # the number of threads of torch is a thread's own until it has computed something
+    # a thread has its own torch thread count until it has computed something
     assert len(asked) == len(choices.known)
 
 
@@ -368,7 +368,7 @@ def test_products_that_go_to_torch_are_remembered_until_a_route_is_forced(monkey
     monkeypatch.setattr(measuring, "probe", lambda product: {"torch": 0.5, AVAILABLE[-1]: 1.0})
     x, weight, bias = sample(64, 512, 1024)
     expected = F.linear(x.double(), weight.double(), bias.double())
-    for given in (x, x, x.mT.contiguous().mT):  # laid out in another way it is another product
+    for given in (x, x, x.mT.contiguous().mT):  # another layout is another product
         near(linear(given, weight, bias), expected)
     assert len(asked) == 2
     with use_route(FORCED[-1]):
@@ -376,7 +376,7 @@ def test_products_that_go_to_torch_are_remembered_until_a_route_is_forced(monkey
     assert len(asked) > 2, "not asked which route is forced"
     linear(x, weight, bias)
     asked.clear()
-    with FrozenWeights():  # in which packed weights have a route of their own
+    with FrozenWeights():  # packed weights have their own route
         linear(x, torch.nn.Parameter(weight), bias)
     torch.set_num_threads(torch.get_num_threads() + 1)
     linear(x, weight, bias)
@@ -385,7 +385,7 @@ def test_products_that_go_to_torch_are_remembered_until_a_route_is_forced(monkey
     for rows in range(64, 74):
         near(linear(x[:1].expand(rows, -1).contiguous(), weight, bias), expected[:1].expand(rows, -1))
     assert len(choices.torchs) <= 3
-    assert linear(x.to_sparse(), weight).shape == expected.shape  # has no strides
+    assert linear(x.to_sparse(), weight).shape == expected.shape  # sparse: no strides
 
 
 def test_measuring_leaves_no_trace(choices: Choices) -> None:
@@ -413,7 +413,7 @@ def test_few_rows_go_to_the_kernel_where_it_is_faster_and_nobody_watches(shape, 
     expected = F.linear(*(t if t is None else t.double() for t in (x, weight, b)))
     near(linear(x, weight, b), expected)
     assert len(ran) == 1 and set(choices.known.values()) == {"native"}
-    near(linear(x.flip(-1).flip(-1).mT.contiguous().mT, weight, b), expected)  # strided: not the shortest way
+    near(linear(x.flip(-1).flip(-1).mT.contiguous().mT, weight, b), expected)  # strided: no fast path
     weight.requires_grad_()
     linear(x, weight, b).sum().backward()
     near(weight.grad, x.flatten(0, -2).sum(0).double().expand_as(weight), 1e-5)
@@ -447,7 +447,7 @@ def test_small_products_and_slower_routes_are_torch_s(choices: Choices) -> None:
     assert not choices.known
     assert measuring.fastest({"torch": 1.0, "onednn": 0.99}) == "torch"
     assert measuring.fastest({"torch": 1.0, "onednn": 0.9, "another": 0.8}) == "another"
-    assert measuring.fastest({"torch": 50e-6, "onednn": 25e-6}) == "torch"  # the time of the call
+    assert measuring.fastest({"torch": 50e-6, "onednn": 25e-6}) == "torch"  # mostly call overhead
 
 
 def test_unknown_routes_are_refused(choices: Choices) -> None:
@@ -467,13 +467,13 @@ def test_packed_weights_follow_changes() -> None:
         for change in (lambda: None, lambda: weight.add_(1), lambda: setattr(weight, "data", torch.randn(48, 32))):
             change()
             with packs:
-                for part in (weight, weight[:20]):  # as the tied head of a model does
+                for part in (weight, weight[:20]):  # as in a tied head
                     near(linear(x, part), F.linear(x.double(), part.double()))
         assert any(kept is weight for _, kept, _ in packs._packs.values())
         count = len(packs._packs)
-        assert count == 4  # two weights, for the assignment to `data` gave another, and a part of each
+        assert count == 4  # two weights (assigning `data` made another), and a part of each
         with packs:
-            linear(x, weight * 2)  # computed anew, not kept
+            linear(x, weight * 2)  # a new tensor, not kept
             linear(x, weight)
         linear(x, weight[:7])  # outside the block nothing is packed
         assert len(packs._packs) == count

@@ -1,4 +1,4 @@
-"""Operators: whatever looks at a call sees it, with and without the quick way."""
+"""Operators are visible to everything that observes calls, with and without the fast path."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_fake_and_meta_tensors_are_never_computed_on(learning):
     with FakeTensorMode():
         fake = rows(*leaves(learning))
     assert fake.shape == (4, 5) and fake.requires_grad == learning
-    outside = rows(fake, None)  # a fake tensor outside its mode
+    outside = rows(fake, None)  # a fake tensor used outside its mode
     meta = rows(*(torch.empty_like(t, device="meta", requires_grad=learning) for t in leaves()))
     assert type(outside) is type(fake) and meta.is_meta and meta.shape == (4, 5)
 

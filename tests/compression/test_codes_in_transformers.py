@@ -1,4 +1,4 @@
-"""Codes that `regard compress` writes, read by transformers' own `from_pretrained`."""
+"""Codes written by `regard compress` and read by transformers' own `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -67,6 +67,6 @@ def test_what_transformers_cannot_do_with_codes_is_refused(tmp_path, monkeypatch
         load(tmp_path / "codes").save_pretrained(tmp_path / "again")
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "parts")
-    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "regard")  # as where regard was not imported
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "regard")  # as if regard was not imported
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         load(tmp_path / "codes")

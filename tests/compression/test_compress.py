@@ -1,4 +1,4 @@
-"""The door: models of regard, transformers and timm made smaller in place, undone, saved, loaded, and resumed."""
+"""`regard.compress`: models of regard, transformers and timm compressed in place, restored, saved, loaded and resumed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_gptq_loses_less_than_rounding_and_reports_what_each_layer_loses():
 
 
 def test_statistics_of_a_chain_of_blocks_are_those_of_the_model_so_far():
-    """Blocks run once for each batch, on what the quantized ones before them gave: as when all runs again."""
+    """Blocks run once for each batch, on the outputs of the quantized blocks before them, as if everything ran again."""
     recipe = read_recipe("int4:bits=2")
     for model in (language_model(), llama()):
         data = windows()

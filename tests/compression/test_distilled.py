@@ -1,4 +1,4 @@
-"""Losses of distillation and TransKD: the official modules, and what the method says of itself."""
+"""Distillation losses and TransKD, against the official modules and the claims of the paper."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def stages(widths: tuple[int, ...], batch: int = 2) -> Stages:
 
 
 def official(name: str) -> dict[str, Tensor]:
-    """Weights of the official modules by the names here."""
+    """The official modules' weights under our names."""
     found = {}
     fusion: dict[int, Tensor] = {}
     names = (
@@ -129,13 +129,13 @@ def test_fusion_alignment_losses_and_gradients_are_the_official_ones() -> None:
     total = module.loss(own, teacher)
     close(total, told["hcl"] + told["pea"])
     total.backward()
-    for i in range(4):  # numbers of 6e-6, left of terms of size 1: one rounding of these is 4e-11 of them
+    for i in range(4):  # gradients of 6e-6, left over from terms of size 1: one rounding of these is 4e-11 of them
         close(own.maps[i].grad, told[f"grad_map{i}"], 1e-10)
         close(own.embeddings[i].grad, told[f"grad_embedding{i}"], 1e-10)
 
     module.load_state_dict(official("vision_transkd_base"))
     module.eval()
-    for i, found in enumerate(module.fuse([x[:1] for x in own.maps])):  # one image has a squeeze of its own
+    for i, found in enumerate(module.fuse([x[:1] for x in own.maps])):  # a single image has its own squeeze
         close(found, told[f"single_map{i}"])
 
 
@@ -158,7 +158,7 @@ def test_parameters_are_those_of_the_paper_and_the_student_has_none_of_them() ->
             for variant in VARIANTS
         ]
     assert (count(student), count(teacher)) == (3_719_284, 27_362_004)
-    assert [count(each) for each in beside] == [843_840, 1_499_970, 1_814_792]  # of the official modules
+    assert [count(each) for each in beside] == [843_840, 1_499_970, 1_814_792]  # counts of the official modules
     assert [round((count(student) + count(each)) / 1e6, 2) for each in beside] == [4.56, 5.22, 5.53]
 
 
@@ -225,7 +225,7 @@ def test_the_context_loss_is_zero_quadratic_and_of_the_pooled_sides_below_the_he
 
 
 def test_the_features_reach_every_stage_and_an_embedding_those_before_its_blocks() -> None:
-    """The pitfall: embeddings are taken before a stage's blocks, maps after its norm."""
+    """A pitfall: embeddings are taken before a stage's blocks, maps after its norm."""
     student, teacher = segmenter((4, 6, 8)), segmenter((6, 8, 10))
     images = torch.randn(2, 1, 32, 32)
     encoder = encoder_of(student)
@@ -233,7 +233,7 @@ def test_the_features_reach_every_stage_and_an_embedding_those_before_its_blocks
         teacher.backbone(images)
 
     def reached(config: TransKDConfig) -> list[tuple[bool, bool]]:
-        """Whether the embedding, and the blocks, of each stage have a gradient."""
+        """Whether the embedding and the blocks of each stage get a gradient."""
         module = TransKD(encoder.config, encoder_of(teacher).config, config)
         student.zero_grad()
         with recorded(encoder) as own:
@@ -303,7 +303,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(tmp_path: Path) -> None:
     task, teacher, first = scenes(16), segmenter((6, 8, 10), scenes(16)), segmenter((4, 6, 8), scenes(16))
 
     def begin() -> Taught:
-        torch.manual_seed(0)  # of what is beside the student
+        torch.manual_seed(0)  # for the parts next to the student
         return Taught(copy.deepcopy(first), teacher, read_method("transkd:width=8"), task)
 
     def stop(point: Point) -> None:
@@ -364,7 +364,7 @@ def test_methods_are_read_with_their_options_or_refused() -> None:
 
 
 def test_the_loss_of_the_paper_reads_labels_at_the_size_of_the_logits() -> None:
-    """The pitfall: logits and scores of the official code are of every fourth pixel."""
+    """A pitfall: the official code's logits and scores are those of every fourth pixel."""
     labels = torch.randint(0, 4, (2, 16, 16))
     logits, weights = normal(2, 4, 4, 4), torch.tensor([1.0, 2.0, 3.0, 0.0]).double()
     reduced = labels[:, 2::4, 2::4]

@@ -1,4 +1,4 @@
-"""DynamicViT: the official outputs and losses, attention under a policy, and dropping really and under masks."""
+"""DynamicViT: the official outputs and losses, attention under a policy, and dropping for real and by masks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATCHES = 16
 
 
 def pruned(**options: Any) -> DynamicTransformer:
-    """With predictors that tell patches apart."""
+    """A model whose predictors distinguish patches."""
     model = DynamicTransformer(VisionTransformer(VisionTransformerConfig(**SMALL)), **options).double().eval()
     for predictor in model.predictors:
         for linear in (predictor.inner, *predictor.outer):
@@ -150,7 +150,7 @@ def test_the_loss_is_the_sum_of_its_parts() -> None:
 
 
 def batches(step: int) -> tuple[Tensor, Tensor]:
-    """Noise, with a corner that says the class."""
+    """Noise images, with a corner that encodes the class."""
     draws = torch.Generator().manual_seed(step)
     labels = torch.randint(2, (16,), generator=draws)
     pictures = 0.1 * torch.randn(16, 3, 32, 32, generator=draws)

@@ -1,4 +1,4 @@
-"""FastV: what goes on is what the last token looks at, with the positions that it had; and the model is as before afterwards."""
+"""FastV keeps the tokens that the last token attends to, with their positions, and leaves the model unchanged afterwards."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def prompt(batch=2, length=24):
 
 @torch.no_grad()
 def by_hand(one, ids, chosen, layer):
-    """Logits of the last token where layers from `layer` on read the chosen tokens alone, and attention of the layer before."""
+    """The last token's logits when layers from `layer` on read only the chosen tokens, and the previous layer's attention."""
     inner = one.model
     x, places = inner.embed_tokens(ids), torch.arange(ids.shape[1]).expand(len(ids), -1)
     for number, block in enumerate(inner.layers):
@@ -50,9 +50,9 @@ def test_later_layers_read_what_the_last_token_looks_at(kind, implementation):
         found = one(ids, use_cache=True)
     one.set_attn_implementation("eager")
     expected, seen = by_hand(one, ids, fast.places, 2)
-    close = 1e-10 if implementation == "eager" else 1e-6  # eager attention has its softmax in float32
+    close = 1e-10 if implementation == "eager" else 1e-6  # eager attention computes softmax in float32
     assert (found.logits[:, -1] - expected).abs().max() < close
-    assert fast.places.shape == (2, 24 - 17 + 7)  # ceil(0.4 * 17) of 17
+    assert fast.places.shape == (2, 24 - 17 + 7)  # ceil(0.4 * 17) of 17 remain
     for row, chosen in zip(seen, fast.places.tolist(), strict=True):
         ranked = sorted(range(3, 20), key=lambda j: -float(row[j]))[:7]
         assert chosen == sorted([*range(3), *ranked, *range(20, 24)])
@@ -68,7 +68,7 @@ def test_a_share_of_one_changes_nothing_and_the_model_is_itself_afterwards():
         assert one.generate(ids, **choice).equal(before)
     with fewer_tokens(one, keep=0.2) as fast:
         written = one.generate(ids, **choice)
-        assert written.shape == before.shape and fast.places.shape == (2, 6)  # 5 of 23, and the last
+        assert written.shape == before.shape and fast.places.shape == (2, 6)  # 5 of 23, plus the last
     assert one.generate(ids, **choice).equal(before)
 
 

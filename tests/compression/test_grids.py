@@ -1,4 +1,4 @@
-"""Merging tokens of a grid around a module: the official matching, and what merging and unmerging keep."""
+"""Merging tokens of a grid around a module: the official matching, and invariants of merging and unmerging."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tokens(batch: int = 2) -> Tensor:
 
 
 class DiffusionBlock(nn.Module):
-    """A block with the names of diffusers."""
+    """A block whose submodules are named as in diffusers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ def test_merging_what_was_unmerged_is_nothing_new_and_equal_tokens_stay_what_the
     close(found.merge(found.unmerge(y)), y)
     assert found.unmerge(y).shape == (2, N, 5)
     close((found.merge(x) * found.sizes[..., None]).sum(1), x.sum(1))
-    alike = x.gather(1, found.places[..., None].expand(-1, -1, C))  # any function of the group
+    alike = x.gather(1, found.places[..., None].expand(-1, -1, C))  # constant within each group
     close(found.unmerge(found.merge(alike)), alike)
 
 
 def destinations(batch: int, seed: int, **options: Any) -> list[int]:
-    """Tokens that are in the same merged one in all of many rows."""
+    """Tokens that keep the same merged token in all of many rows."""
     found = match_on_grid(tokens(batch), GRID, ratio=1.0, generator=torch.Generator().manual_seed(seed), **options)
     assert found is not None
     return (found.places == found.places[:1]).all(0).nonzero()[:, 0].tolist()
@@ -112,7 +112,7 @@ def test_the_tokens_most_like_a_destination_go_first_and_more_of_them_with_a_lar
         kept = [{t for t in range(N) if int(m.places[row, t]) in a} for m, a in zip((few, more), alone, strict=True)]
         assert kept[1] < kept[0]
     assert match_on_grid(x, GRID, ratio=0.0) is None
-    assert match_on_grid(x[:, :3], (1, 3), ratio=0.5) is None  # no whole cell
+    assert match_on_grid(x[:, :3], (1, 3), ratio=0.5) is None  # less than a cell
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -154,10 +154,10 @@ def test_attention_of_a_block_is_that_of_its_merged_tokens() -> None:
 def test_equal_tokens_merged_with_proportional_attention_are_what_they_were_alone(make: Any) -> None:
     model, call = make()
     cells = torch.randn(2, 2, 3, C, dtype=torch.float64)
-    x = cells.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)  # all tokens of a cell are equal
+    x = cells.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)  # tokens of a cell are equal
     x = x * torch.tensor([1.0, 2.0], dtype=torch.float64)[:, None, None]
     x[:, -1] = torch.randn(C, dtype=torch.float64)
-    ratio = 17.5 / N  # all but the last
+    ratio = 17.5 / N  # merges all but the last
     with torch.no_grad():
         whole = call(x)
         with merge_on_grid(model, GRID, ratio=ratio, random=False, proportional=True):

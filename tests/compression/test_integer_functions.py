@@ -1,4 +1,4 @@
-"""Functions in integers alone: near the functions that they stand for, by integers alone, and equal to public code."""
+"""Integer-only functions: close to the functions they approximate, free of floating point, and equal to public code."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""IA-RED²: the official scores, dropping really and under masks, and an unbiased policy gradient."""
+"""IA-RED²: the official scores, dropping for real and by masks, and an unbiased policy gradient."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS = 17
 
 
 def interpreted(**changed: Any) -> InterpretedTransformer:
-    """With scores on both sides of the threshold."""
+    """A model with scores on both sides of the threshold."""
     model = InterpretedTransformer(VisionTransformer(VisionTransformerConfig(**SMALL)), **changed).double().eval()
     for interpreter in model.interpreters:
         for linear in (interpreter.query, interpreter.key):
@@ -148,7 +148,7 @@ def test_the_loss_moves_the_policy_alone_and_draws_are_the_generators() -> None:
 
 
 def marked_corners(step: int) -> tuple[Tensor, Tensor]:
-    """Noise, with a corner that says the class."""
+    """Noise images, with a corner that encodes the class."""
     draws = torch.Generator().manual_seed(step)
     labels = torch.randint(2, (32,), generator=draws)
     pictures = 0.1 * torch.randn(32, 3, 32, 32, generator=draws)
@@ -198,7 +198,7 @@ def test_a_curriculum_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Pat
     for stop in (1, 2, 7):
         with pytest.raises(KeyboardInterrupt):
             run(file, stop)
-    for model in (run(file), run(file, 0)):  # the second is finished and asks for no batch
+    for model in (run(file), run(file, 0)):  # the second run is already finished and needs no batch
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, whole.state_dict()[name]), name
     refused("other settings", run, file, error_penalty=0.5)

@@ -1,4 +1,4 @@
-"""Grids that are learned: their gradients, what training gains, and a run that was stopped."""
+"""Learned grids: their gradients, the gain from training, and a run that was stopped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_gradients_of_weights_and_steps_are_those_of_the_paper(format):
     weight = torch.randn(5, 64, dtype=torch.float64)
     steps = LearnedSteps(weight, format).double()
     with torch.no_grad():
-        steps.scale.copy_(steps.scale.to(torch.bfloat16))  # as codes hold it, or the gradient is that of another number
+        steps.scale.copy_(steps.scale.to(torch.bfloat16))  # as codes store it: gradients are for that number
     weight.requires_grad_(True)
     outer = torch.randn(5, 64, dtype=torch.float64)
     (steps(weight) * outer).sum().backward()

@@ -1,4 +1,4 @@
-"""Shorter prompts: what stays is what the model expects the least, behind what stayed before."""
+"""Shorter prompts keep the tokens that the model expects least, given the tokens kept so far."""
 
 import math
 
@@ -19,7 +19,7 @@ def model():
 
 
 def information(one, before, ids):
-    """Of the definition: -log p of each token behind all those before it, read at once."""
+    """Information by the definition: -log p of each token given all tokens before it, in one pass."""
     text = torch.cat([before, ids])
     with torch.no_grad():
         logits = one(text[None]).output[0].log_softmax(-1)

@@ -1,4 +1,4 @@
-"""PruMerge: which patches of an image stay, what they take up, and that an image does not depend on its neighbours."""
+"""PruMerge: which patches of an image stay, what is merged into them, and independence of other images in the batch."""
 
 import numpy as np
 import pytest

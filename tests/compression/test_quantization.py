@@ -1,4 +1,4 @@
-"""Simulated quantization: what a grid does to numbers, how ranges are found, and what becomes of a model."""
+"""Simulated quantization: rounding to a grid, finding ranges, and quantizing a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def normals(*shape: int) -> torch.Tensor:
 
 
 def grids(bits: int) -> list[Grid]:
-    """Of numbers about 0, and of numbers that lie on one side of it or mostly so."""
+    """Grids for numbers around 0, and for numbers that are entirely or mostly on one side of it."""
     ranges = [sorted((normals(2) * 10 ** normals(1)).tolist()) for _ in range(4)]
     sided = [asymmetric_grid(low, high, bits) for low, high in [*ranges, (-3.7, -0.2), (0.1, 5.0), (0.0, 0.0)]]
     return [symmetric_grid(3 * normals(50), bits), symmetric_grid(torch.zeros(3), bits), *sided]

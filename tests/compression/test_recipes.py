@@ -1,4 +1,4 @@
-"""Recipes as people write them, and what does not go together."""
+"""Recipes as people write them, and combinations that are refused."""
 
 from __future__ import annotations
 

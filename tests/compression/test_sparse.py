@@ -1,4 +1,4 @@
-"""Sparse attention at inference: what methods select, that they compute exactly that, and the models that they run in."""
+"""Sparse attention at inference: what methods select, that they compute exactly that, and models that run with them."""
 
 from __future__ import annotations
 
@@ -108,12 +108,12 @@ def test_selections_are_causal_but_look_at_the_last_queries(text):
     q2[:, :, -8:] = 3 * torch.randn_like(q[:, :, -8:])
     again = method.select(q2, k, place).mask()[..., :80, :80]
     same = torch.equal(again, selection.mask()[..., :80, :80])
-    assert same == text.startswith(("local", "block"))  # the others cannot be streamed
+    assert same == text.startswith(("local", "block"))  # the others depend on the last queries
 
 
 def ranges_by_loop(offsets, row, size):
-    """Blocks of a row of queries, from the rule in words: a distance is a block; one that begins in or right behind a range
-    prolongs it by a block."""
+    """Blocks of a row of queries, by the rule in words: each distance gives a block; one that begins inside or right after
+    a range extends that range by a block."""
     end, found = (row + 1) * size, []
     for offset in sorted((o for o in offsets if o < end), reverse=True):
         stop = max(end - offset, size)
@@ -191,7 +191,7 @@ def test_more_compression_computes_less_and_as_little_as_it_says(name):
         kept = 1 - place.meter.sparsity("prefill" if prefills else "decode")
         assert kept < before
         before = kept
-        # decoding reads the newest page or token too
+        # decoding also reads the newest page or token
         assert kept == pytest.approx(1 / ratio, rel=0.2, abs=0.0 if prefills else 17 / 512)
 
 
@@ -213,7 +213,7 @@ def test_snapkv_keeps_exactly_its_capacity_and_what_is_forced():
 
 def test_ada_snapkv_divides_the_layers_budget_among_heads():
     q, k, _ = heads(200)
-    q[:, :2] *= 6  # these look at few tokens
+    q[:, :2] *= 6  # these attend to few tokens
     method = AdaSnapKV(capacity=40, window=16, kernel=5, local=12, prefix=3)
     kept = method.keep(q, k, Place(scale=SCALE))
     counts = kept.sum(-1)
@@ -261,7 +261,7 @@ def test_quest_reads_its_pages_and_the_newest_one_alone(share, dtype):
 
 
 def evicting_by_loops(name, q, k, v, prompt, capacity):
-    """Outputs of the tokens after a prompt of H2O, TOVA and StreamingLLM, with the set of each head's tokens."""
+    """Outputs for the tokens after a prompt with H2O, TOVA or StreamingLLM, with an explicit token set for each head."""
     batch, queries, n, _ = q.shape
     groups = k.shape[1]
     each = queries // groups
@@ -331,7 +331,7 @@ def test_heads_of_unequal_lengths_decode_what_each_kept(dtype):
 
 
 def nearest(x, axis):
-    """Rounded to 8 bits with one step along an axis."""
+    """Round to 8 bits with one step size along an axis."""
     step = x.abs().amax(axis, keepdim=True) / 127
     return step * (x / step).round()
 
@@ -341,10 +341,10 @@ def test_a_cache_of_integers_attends_to_the_nearest_codes_and_rounds_what_grows_
     method, place = read_method("int8:block=16,window=5"), Place(scale=SCALE)
     q, k, v = (
         x.transpose(1, 2).contiguous().transpose(1, 2) for x in heads(90, dtype, batch=1)
-    )  # as projections lay them out
+    )  # the layout of projections
     _, cache = call(method, *(x[:, :, :50] for x in (q, k, v)), None, place, keeps=True)
     first = cache
-    k[:, :, 0::16] *= 9  # what the steps of a block follow is inside of it
+    k[:, :, 0::16] *= 9  # a block's step sizes follow its own numbers
     _, cache = call(method, *(x[:, :, :50] for x in (q, k, v)), None, place, keeps=True)
     assert place.meter.cache[0] < 0.5 and not torch.equal(first.blocks[0].k_step, cache.blocks[0].k_step)
     assert all(x.is_contiguous() for block in cache.blocks for x in (block.k, block.v)), "products read rows"
@@ -378,10 +378,10 @@ def test_a_needle_that_the_last_queries_look_at_survives_and_one_for_later_is_lo
     place = Place(scale=32**-0.5)
     aim = torch.randn(32)
     later = torch.randn(32)
-    later -= (1 + later @ aim) / (aim @ aim) * aim  # what the last queries rather look away from
+    later -= (1 + later @ aim) / (aim @ aim) * aim  # unattended by the last queries
     q[:, :, -256:] = 3 * aim + 0.3 * torch.randn(1, 4, 256, 32)
     k[:, :, 700] = 3 * aim
-    k[:, :, 1180:1220] -= aim  # nothing near it is looked at either
+    k[:, :, 1180:1220] -= aim  # nor are its neighbours attended to
     k[:, :, 1200] = 3 * later
     lines = at_compression("vertical_slash", ratio, n).select(q, k, place)
     assert lines.vertical[..., 700].all()

@@ -1,4 +1,4 @@
-"""Text encoders that go on with fewer tokens: by number (PoWER-BERT), and by what is attended to (LTP)."""
+"""Text encoders that drop tokens on the way: to a given number (PoWER-BERT), or by attention (LTP)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fewer tokens: the official code's outputs, what merging keeps, and that nothing removed is nothing changed."""
+"""Fewer tokens: the official code's outputs, invariants of merging, and no change if nothing is removed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def images(batch: int = 2) -> Tensor:
 
 
 def tokens(batch: int = 2, n: int = 13, protected: int = 1) -> tuple[Tokens, Evidence]:
-    """Tokens that have been merged before, and what an attention layer says of them."""
+    """Tokens that have been merged before, with the evidence of an attention layer about them."""
     made = Tokens.begin(torch.randn(batch, n, 6, dtype=torch.float64), protected)
     sizes = torch.randint(1, 4, (batch, n)).double()
     evidence = Evidence(torch.randn(batch, n, 4, dtype=torch.float64), torch.randn(batch, n).double().softmax(-1))
@@ -110,7 +110,7 @@ def test_class_tokens_stay_first_and_alone(method: str, protected: int) -> None:
 def test_merged_duplicates_with_proportional_attention_are_what_they_were_alone() -> None:
     model = small(num_layers=2)
     twice = images(1)
-    twice[..., 8:16] = twice[..., :8]  # the second column of patches repeats the first, and the fourth the third
+    twice[..., 8:16] = twice[..., :8]  # the second column of patches repeats the first, the fourth the third
     twice[..., 24:] = twice[..., 16:24]
     with torch.no_grad():
         model.positions[1:] = model.positions[1:].mean(0)

@@ -1,4 +1,4 @@
-"""How codes are chosen: grids, calibrators, GPTQ beside its definition, and scales that leave the product as it is."""
+"""How codes are chosen: grids, calibrators, GPTQ against its definition, and scales that do not change the product."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IDS = [str(format) for format in FORMATS]
 
 
 def correlated(rows: int, columns: int) -> Tensor:
-    """Inputs whose columns know of each other, and some of which are large."""
+    """Inputs with correlated columns, some of which are large."""
     mixing = torch.randn(columns, columns, dtype=torch.float64) / columns**0.5
     return (
         torch.randn(rows, columns, dtype=torch.float64) @ mixing * torch.logspace(-1, 1, columns, dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_rounding_moves_no_number_by_more_than_half_a_step_and_codes_round_to_th
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_symmetric_grids_have_their_longer_side_where_steps_are_smaller(bits):
-    """No step is larger than with the shorter side at both ends, and all codes are used."""
+    """No step is larger than on a grid with the shorter side at both ends, and all codes are used."""
     format = Format(bits, 32)
     low, high = format.codes
     weight = torch.rand(40, 32, dtype=torch.float64) - torch.rand(40, 1, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_the_mse_calibrator_loses_no_more_than_the_whole_range():
 
 
 def plain_gptq(weight: Tensor, second: Tensor, format: Format, damping: float) -> Tensor:
-    """The definition: after each column, the others move by what the inverse of H says, which then loses that column."""
+    """The definition: after each column, later ones are updated by the inverse of H, from which it is then removed."""
     work, found = weight.clone(), torch.zeros_like(weight)
     h = second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
     inverse = torch.linalg.inv(h)
@@ -166,7 +166,7 @@ def test_gptq_loses_less_than_rounding_to_nearest(format, order):
 
 @pytest.mark.parametrize("order", ["columns", "activations"])
 def test_gptq_of_inputs_that_are_equal_and_unrelated_is_rounding_to_nearest(order):
-    weight = weights(12, 80)  # the last group is padded
+    weight = weights(12, 80)  # pads the last group
     for format in FORMATS:
         for calibrate in ("minmax", "mse"):
             found = gptq(weight, 3 * torch.eye(80, dtype=torch.float64), format, order=order, calibrate=calibrate)

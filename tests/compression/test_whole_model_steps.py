@@ -1,4 +1,4 @@
-"""The steps of recipes that concern the whole model: distilled, with fewer tokens, as a program."""
+"""Recipe steps that concern the whole model: distillation, fewer tokens, export."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def answers(model: Any, batch: Any) -> Tensor:
 
 
 def divergence(model: nn.Module, expected: list[Tensor], data: list[Tensor]) -> float:
-    """KL of a model's answers from those expected, the mean over tokens."""
+    """KL divergence of a model's answers from the expected ones, averaged over tokens."""
     pairs = zip(expected, data, strict=True)
     return sum(
         float(

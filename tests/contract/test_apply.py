@@ -1,4 +1,4 @@
-"""How mechanisms are called as functions: nothing asked for is ignored, and states go on wherever they can."""
+"""Mechanisms called as functions: no argument is ignored, and states can be continued wherever possible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINEAR, SOFTMAX = get_mechanism("linear"), get_mechanism("softmax")
 
 
 def continued(name, n, m):
-    """`n` queries after `m` new keys, continuing a state of 7 keys; and the definition on all keys."""
+    """The output of `n` queries with `m` new keys that continue a state of 7 keys, and the definition on all keys."""
     subject = Subject(get_mechanism(name), Pattern.CAUSAL_SELF)
     whole, past = subject.inputs(n, 7 + m), subject.inputs(7, 7, seed=1)
     new = dict(whole)
@@ -36,7 +36,7 @@ def continued(name, n, m):
     ("name", "sizes"),
     [
         *[(name, sizes) for name in UNEVEN for sizes in ((1, 3), (2, 4), (0, 3))],
-        *[(name, sizes) for name in ("softmax", "sigmoid") for sizes in ((1, 0), (4, 2))],  # read keys of the state
+        *[(name, sizes) for name in ("softmax", "sigmoid") for sizes in ((1, 0), (4, 2))],  # read the state's keys
     ],
 )
 def test_queries_continue_a_state_beside_another_number_of_new_keys(name, sizes):
@@ -181,7 +181,7 @@ MISTAKES = [
     (lambda: run(get_mechanism("sigmoid"), want={"lse"}), "log-sum-exp"),
     (lambda: run(LINEAR, rotate=lambda x, ranks: x), "rotation"),
     (lambda: run(LINEAR, backend="native", pattern="noncausal-self"), "torch"),
-    (lambda: run(get_mechanism("landmark"), backend="native"), "torch"),  # which lacks the dtype
+    (lambda: run(get_mechanism("landmark"), backend="native"), "torch"),  # lacks kernels for this dtype
     (lambda: run(SOFTMAX, form="reference", state=state_of(SOFTMAX)), "whole sequences"),
     (lambda: run(SOFTMAX, form="parallel", return_state=True), "whole sequences"),
     (lambda: run(LINEAR, form="reference", mask=UNEQUAL), "rows of equal length"),
@@ -222,7 +222,7 @@ def test_a_max_length_beyond_all_tokens_costs_nothing():
 
 
 def test_an_option_of_a_config_is_reached_under_its_own_name():
-    """`form` is an option of local attention, and a word of the call elsewhere."""
+    """`form` is an option of local attention, and an argument of the call for other mechanisms."""
     inputs = qkv(9)
     options = {"form": "block", "block": 3, "lookback": 0}
     found = functional.local_attention(**inputs, **options)

@@ -1,6 +1,6 @@
-"""Under autocast outputs and states keep the dtypes of their tensors: a state is continued without it, and the other way round.
+"""Under autocast, outputs and states keep their dtypes, so that a state can be continued without autocast and vice versa.
 
-Sums over the sequence do not lose digits to it.
+Sums over the sequence lose no digits to autocast.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_outputs_and_states_keep_their_dtypes_and_sums_their_digits_under_autoca
         states += [subject.absorb(memory)] if subject.absorbs else []
         return [result.output, *(x for state in states for x in state.tensors().values())]
 
-    for available in (nullcontext(), backends.only("torch")):  # as devices without native kernels have it
+    for available in (nullcontext(), backends.only("torch")):  # without: as on other devices
         with available:
             expected = results()
             with torch.autocast("cpu", torch.bfloat16):

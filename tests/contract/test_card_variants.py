@@ -1,4 +1,4 @@
-"""The variants of a card reach every option: what no variant changes would be outside the matrix. What it lacks is refused."""
+"""A card's variants reach every option (others would be outside the matrix), and what it does not support is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ASKED = {
 
 @pytest.mark.parametrize("name", list_mechanisms())
 def test_what_a_card_does_not_honour_is_refused(name):
-    """Biases and blocks too: the matrix has them."""
+    """The matrix has the same check for biases and blocks."""
     card = get_mechanism(name)
     for pattern in card.patterns:
         subject = Subject(card, pattern)

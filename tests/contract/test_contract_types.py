@@ -1,4 +1,4 @@
-"""What the contract's own types refuse, compare and save."""
+"""How the contract's own types validate, compare and save."""
 
 from __future__ import annotations
 

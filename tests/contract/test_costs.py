@@ -1,4 +1,4 @@
-"""Where attention is to some pairs of tokens alone, a cost counts the operations of those pairs."""
+"""The costs on cards count the operations that are needed; for sparse attention, those of the visible pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from regard.workbench.verification.subjects import Subject
 
 SPARSE = ("bigbird", "block_sparse", "diagonal", "local", "longformer", "sparse_strided", "transformer_xl")
 PLACES = {"transformer_xl"}
-"""Their scores have another product, with the distance of the pair."""
+"""Mechanisms whose scores need a second product, with an encoding of the pair's distance."""
 OF_THE_MEAN = {("block_sparse", "random")}
 CASES = [
     (name, variant)
@@ -29,7 +29,7 @@ CASES = [
 
 
 def pairs(subject: Subject, n: int) -> torch.Tensor:
-    """Which pairs of n tokens have a weight, (H, N, N): values are unit vectors."""
+    """A mask (H, N, N) of the pairs of n tokens with a nonzero weight, found with unit vectors as values."""
     inputs = subject.inputs(n, batch=1)
     for name in inputs:
         if name in ("v", "v_global"):
@@ -53,7 +53,7 @@ def test_the_cost_counts_visible_pairs(name, variant):
     subject = Subject.of(card, pattern, variant)
     options = {**subject.options, "output_norm": "none"} if name == "diagonal" else subject.options
     subject = Subject(card, pattern, options)
-    for n in (12, 24, 36) if name == "bigbird" else (0, 1, 7, 12, 31):  # drawn blocks that are cut short count whole
+    for n in (12, 24, 36) if name == "bigbird" else (0, 1, 7, 12, 31):  # cut random blocks count whole
         seen = pairs(subject, n)
         numbers = 2 * (4 * (2 if name in PLACES else 1) + 5)
         assert card.cost(Shape(1, len(seen), n, n, 4, 5), subject.config).flops == pytest.approx(numbers * seen.sum())
@@ -64,12 +64,10 @@ def test_the_cost_counts_visible_pairs(name, variant):
 
 
 SHARED_BY_HEADS = {"activator", "fnet", "funnel", "large_kernel", "mlp_mixer", "ninformer", "sea", "token_parameter"}
-"""Which mix channels over heads, or have parts that all heads share."""
+"""Mechanisms that mix channels across heads, or have parts that all heads share."""
 
 
-@pytest.mark.parametrize(
-    "name", [x for x in list_mechanisms() if x != "s4d"]
-)  # which makes its kernel once for all rows
+@pytest.mark.parametrize("name", [x for x in list_mechanisms() if x != "s4d"])  # s4d makes its kernel once for all rows
 def test_the_cost_of_twice_the_rows_or_heads_is_twice_as_high(name):
     card = get_mechanism(name)
     once, rows, heads = (card.cost(Shape(b, h, 256, 256, 32, 48), card.options()) for b, h in ((3, 4), (6, 4), (3, 8)))
@@ -86,7 +84,7 @@ COUNTED = [
     ),
     *((name, {}) for name in ("norm_linear", "random_feature", "sigmoid", "universal_rpe")),
     ("delta_rule", {"vector_beta": True}),
-    ("gated_linear", {"gate": "none"}),  # torch sums gates by products, which nothing else does
+    ("gated_linear", {"gate": "none"}),  # without gates: only torch sums them by matrix products
     ("performer", {"kernel": "relu"}),
     ("performer", {"kernel": "relu", "num_features": 5}),
 ]
@@ -94,7 +92,7 @@ ROUGHLY = {"universal_rpe": 0.05}
 
 
 def counted(subject: Subject, inputs: Tensors, also: Mapping[Any, Callable[..., int]], **call: Any) -> int:
-    """Operations of a call in torch, of products of matrices and of what is counted `also`."""
+    """Operations of a call in torch: those of matrix products and of the operators in `also`."""
     with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False, custom_mapping=dict(also)) as counter:
         subject.run(inputs, **call)
     return counter.get_total_flops()
@@ -108,7 +106,7 @@ def test_the_cost_is_what_is_counted_of_the_products_in_torch(name, options):
     for n, width, value_width in ((64, 8, 7), (128, 8, 6), (192, 16, 12)):
 
         def solve(lower: torch.Size, right: torch.Size, *, width: int = width, **_: Any) -> int:
-            return 2 * math.prod(lower) * (right[-1] - width)  # of values; kernels need no solution for the keys
+            return 2 * math.prod(lower) * (right[-1] - width)  # only for values; kernels do not solve for the keys
 
         inputs = subject.inputs(n, batch=1, d=width, k=width, v=value_width)
         found = counted(subject, inputs, {torch.ops.aten.linalg_solve_triangular: solve})
@@ -151,7 +149,7 @@ def test_the_memory_is_about_what_torch_holds_at_once(name, options):
     [
         (1.95, 2.05, ["softmax", "sigmoid", "differential"]),
         (0.95, 1.05, ["linear", "gated_linear", "delta_rule", "mamba2", "local"]),
-        (1.05, 1.2, ["fnet"]),  # N log N
+        (1.05, 1.2, ["fnet"]),  # grows as N log N
     ],
 )
 def test_the_cost_grows_with_the_tokens_as_its_class_does(least, most, names):

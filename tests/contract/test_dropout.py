@@ -1,4 +1,4 @@
-"""Dropout of a mechanism's weights, wherever a card honours it: drawn from the generator, and without bias."""
+"""Dropout of a mechanism's weights, wherever a card honours it: drawn from the generator, and unbiased."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_LINEAR = {("combiner", v) for v in ("rows", "rows, weighted sums", "rows, pr
 NOT_LINEAR |= {("diagonal", v) for v in ("relu", "relu window", "window", "normed")}
 NOT_LINEAR |= {("ninformer", v) for v in ("", *get_mechanism("ninformer").variants)}
 NOT_LINEAR |= {("hard_softmax", v) for v in ("", *get_mechanism("hard_softmax").variants)}
-"""A second network, a norm or a choice of the largest comes after what is dropped, so that the mean of the outputs is another."""
+"""Cases with a network, a norm or a choice of the largest after the dropout, which changes the mean of the outputs."""
 CELLS = [
     (n, v, p)
     for n in list_mechanisms(where=lambda card: "dropout" in card.honours)
@@ -43,4 +43,4 @@ def test_dropout_follows_the_generator_and_keeps_the_mean(name, variant, pattern
         return
     deviation = found.std(0) / ROWS**0.5
     assert ((found.mean(0) - exact).abs() <= 5 * deviation + 1e-9).all()
-    assert ((found.mean(0) - 0.7 * exact).abs() > 5 * deviation).any()  # it would be seen if nothing made up for it
+    assert ((found.mean(0) - 0.7 * exact).abs() > 5 * deviation).any()  # what it would be without rescaling

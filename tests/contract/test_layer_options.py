@@ -1,4 +1,4 @@
-"""What a layer's own options must not break: every mechanism with every option of the shell that it accepts."""
+"""Every mechanism works with every option of the layer shell that it accepts."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def test_no_rows_and_no_tokens_are_no_mistake(name, pattern, options):
         memory = torch.randn(batch, n, DIM) if subject.pattern.cross else None
         output = layer(x, memory, context=Context(grid=subject.grid(n), roles=roles)).output
         assert output.shape[0] == batch and (subject.output_axis() is None or output.shape == x.shape)
-        (output.sum() + x.sum()).backward()  # what is pooled of no tokens has no gradient of its own
+        (output.sum() + x.sum()).backward()  # an output pooled from no tokens has no gradient of its own
 
 
 @pytest.mark.parametrize(("turn", "name"), list(enumerate(list_mechanisms())), ids=list_mechanisms())
 def test_tensors_that_have_only_shapes_give_the_shape_of_the_output(turn, name):
-    """As counters of operations and planners of memory call a model; in one pattern by turns."""
+    """FLOP counters and memory planners call models like this; each mechanism is tried in one of its patterns."""
     card = get_mechanism(name)
     layer = LayerSubject(Subject(card, card.patterns[turn % len(card.patterns)]), torch.float32)
     inputs, context = sequences(layer, 20)

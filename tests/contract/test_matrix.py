@@ -1,4 +1,4 @@
-"""The equality matrix for every mechanism in the catalogue: a new mechanism is tested here with no new line."""
+"""The equality matrix for every mechanism in the catalogue: a new mechanism is tested here without a new line of code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regard.contract import Kind, Pattern, Unsupported
 from regard.workbench.verification.verify import PROGRAMS, PROPERTIES, Place, check, plan, verified_backends
 
 ALL = bool(os.environ.get("REGARD_TEST_ALL"))
-"""Every program in every pattern, as `make test-all` and `make matrix` have it: an hour."""
+"""Whether to try every compiled program in every pattern, as `make test-all` and `make matrix` do; takes an hour."""
 
 SHARE = {
     "compile": (8, 1),
@@ -22,11 +22,11 @@ SHARE = {
     "layer_onnx": (6, 0),
     "layer_recompile": (64, 6),
 }
-"""Of every so many mechanisms one has a program here, beginning with that number."""
+"""(every, first): of each `every` mechanisms, the one numbered `first` is compiled."""
 
 
 def failures_of(name, pattern, properties, variant="", dtypes=None):
-    """What does not hold, on any backend, in all dtypes or in the first so many."""
+    """The properties that fail on any backend, in all dtypes or in the first `dtypes` of them."""
     places = (
         Place(get_mechanism(name), pattern, prop, dtype, backend, variant)
         for prop in properties
@@ -39,14 +39,14 @@ def failures_of(name, pattern, properties, variant="", dtypes=None):
 
 
 def tried(prop, turn, place, patterns):
-    """Programs take seconds each, so here a mechanism has them in one of its patterns, and neighbours in different ones,
-    so that the shell of layers is seen in all; the function alone is compiled in another."""
+    """Programs take seconds each, so a mechanism is compiled in one of its patterns, and its neighbours in others, so that
+    the layer shell is covered in all patterns; the bare function is compiled in a different pattern."""
     if ALL:
         return True
     every, first = SHARE[prop.name]
     if turn % every != first:
         return False
-    if prop.name == "layer_recompile":  # with a state after the tokens
+    if prop.name == "layer_recompile":  # needs a state after the tokens
         return patterns[place] is Pattern.CAUSAL_SELF
     own = turn % len(patterns)
     if prop.name == "compile":
@@ -59,8 +59,8 @@ CELLS = [(name, pattern) for name in list_mechanisms() for pattern in get_mechan
 
 
 def calls_tried(name, pattern):
-    """The shell of layers is the same in all patterns, so that a mechanism has its properties in two of them here: one by
-    turns, and causal-self, which alone has states and steps."""
+    """The layer shell is the same in all patterns, so a mechanism's layer properties are checked in only two of them: one
+    that varies by mechanism, and causal-self, the only one with states and steps."""
     patterns = get_mechanism(name).patterns
     turn = patterns[list_mechanisms().index(name) % len(patterns)]
     layers = ALL or pattern in (turn, Pattern.CAUSAL_SELF)
@@ -69,7 +69,7 @@ def calls_tried(name, pattern):
 
 @pytest.mark.parametrize(("name", "pattern"), CELLS, ids=[f"{n}-{p.value}" for n, p in CELLS])
 def test_every_property_holds(name, pattern):
-    """One alone: `regard verify NAME --property PROPERTY`."""
+    """To check a single property: `regard verify NAME --property PROPERTY`."""
     failures = failures_of(name, pattern, calls_tried(name, pattern))
     assert not failures, "; ".join(failures)
 
@@ -96,8 +96,8 @@ VARIANTS = [(name, variant) for name in list_mechanisms() for variant in get_mec
 
 
 def patterns_tried(turn, name, variant):
-    """Of every second variant here one pattern: causal-self, which alone has states and steps, for every second of these,
-    and any by turns. `make test-all` and `regard verify NAME --variant all` have all."""
+    """Every second variant is tried in one pattern: half of them in causal-self, the only one with states and steps, the
+    others in varying patterns. `make test-all` and `regard verify NAME --variant all` try everything."""
     patterns = get_mechanism(name).patterns_of(variant)
     if ALL:
         return patterns

@@ -1,4 +1,4 @@
-"""Gradients go through a state: a sequence read in two parts has those of the whole."""
+"""Gradients flow through a state: a sequence read in two parts has the same gradients as when read whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A state keeps as many numbers for a sequence as the cost on its card says."""
+"""A state stores as many numbers for a sequence as the cost on its card says."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from regard.mechanisms.landmark import RETRIEVING
 from regard.workbench.verification.subjects import Subject, axes_of
 
 ROUGH = {"agent", "combiner", "kernelized_rpe", "large_kernel", "mamba", "reformer", "routing", "s4d", "sea"}
-"""Their costs round, or take sizes from options that the inputs of functions do not have to follow."""
+"""Mechanisms whose costs are rounded, or depend on options that a function's inputs need not match."""
 UNCOUNTED = {
     ("core_context", "mean query"),
-    # blocks of the inputs have other sizes than the option says; see test_landmark.py
+    # the inputs' blocks have other sizes than the option says; see test_landmark.py
     *(("landmark", variant) for variant in RETRIEVING),
     ("latent", "narrow"),
     ("positional_attention", "content"),

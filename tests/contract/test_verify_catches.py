@@ -1,4 +1,4 @@
-"""For every property of the matrix a deliberately broken mechanism, which `verify` must catch."""
+"""For every property of the matrix there is a deliberately broken mechanism that `verify` must catch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from regard.workbench.verification.verify import PROPERTIES, Place, check
 CAUSAL, NONCAUSAL, CROSS = Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS
 LINEAR, SOFTMAX = get_mechanism("linear"), get_mechanism("softmax")
 BROKEN = []
-"""Properties, with the name of what breaks each, a sound card, a broken one and the pattern in which it shows."""
+"""Parameters of the test: a property, a sound card, a broken card and the pattern in which the fault shows."""
 
 
 def with_forms(card, **forms):
@@ -29,7 +29,7 @@ def with_forms(card, **forms):
 
 
 def with_output(card, change):
-    """Every fast form's output changed."""
+    """A card whose fast forms all have their output changed."""
 
     def changed(form):
         def run(call, **inputs):
@@ -48,7 +48,7 @@ def add(properties, name, sound, broken, pattern):
 
 
 def breaks(*properties, of=LINEAR, pattern=CAUSAL, form=None):
-    """A function that takes the place of a form, or changes the output of all, breaks these properties."""
+    """Decorate a function that replaces a form, or changes the output of all forms, and so breaks these properties."""
 
     def told(function):
         broken = with_output(of, function) if form is None else with_forms(of, **{form: function})
@@ -59,7 +59,7 @@ def breaks(*properties, of=LINEAR, pattern=CAUSAL, form=None):
 
 
 def breaks_layer(*properties):
-    """A class of projections breaks these properties of the layer of softmax."""
+    """Decorate a projection class that breaks these properties of the softmax layer."""
 
     def told(projection):
         for name in properties:
@@ -255,7 +255,7 @@ def output_that_threads_share(o, inputs, call):
 
 @dataclass(frozen=True)
 class Ones(State):
-    """A state that is reset to ones."""
+    """A state that resets to ones."""
 
     memory: torch.Tensor = state_field(fill=1.0)
     length: torch.Tensor = state_field()
@@ -300,7 +300,7 @@ def test_gradient_into_padding_is_caught(monkeypatch):
 
 
 class PassesOn(Projection):
-    """Leaves the shell's heads as they are; broken ones change them."""
+    """Leaves the shell's heads as they are; the broken subclasses change them."""
 
     def __init__(self, spec):
         super().__init__()
@@ -330,7 +330,7 @@ class LastToken(State):
 
 @breaks_layer("layer_ragged")
 class RemembersTheLastPlace(PassesOn):
-    """Adds the token before, and keeps the last column for the next call, whatever the lengths."""
+    """Adds the previous token, and keeps the last column for the next call, ignoring the lengths."""
 
     def forward(self, heads, call):
         kept = call.x.new_zeros(call.x.shape[0], 1, call.x.shape[2]) if call.state is None else call.state.kept

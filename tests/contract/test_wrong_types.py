@@ -1,4 +1,4 @@
-"""What is of another type than it should be is refused by the one exception, in every place where a user gives something."""
+"""Values of a wrong type are refused with Unsupported, wherever a user can pass one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ X, Q = torch.randn(2, 5, 16), torch.randn(2, 2, 5, 4)
 
 
 def refuses_or_accepts(call, *args, **options):
-    """Unsupported is the only exception that may come out."""
+    """Call; the only exception that may be raised is Unsupported."""
     with contextlib.suppress(Unsupported):
         call(*args, **options)
 
@@ -129,7 +129,7 @@ def test_ids_that_are_none_of_the_vocabulary_are_refused():
 def test_a_step_without_a_state_is_the_first_token(name):
     layer = create_layer(name, 16, 2, pattern=Pattern.CAUSAL_SELF).eval()
     if hasattr(layer, "step"):
-        with contextlib.suppress(Unsupported):  # what keeps no state
+        with contextlib.suppress(Unsupported):  # mechanisms without a state
             torch.testing.assert_close(layer.step(X[:, 0])[0], layer(X[:, :1]).output[:, 0], rtol=1e-4, atol=1e-5)
 
 

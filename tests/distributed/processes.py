@@ -1,4 +1,4 @@
-"""What each of several real processes does in a test: its part of a sequence, compared with the whole."""
+"""The work of each of several real processes in a test: its part of a sequence, compared with the whole."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from regard.workbench.verification.subjects import Subject
 def join(rank: int, ranks: int, store: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    torch.manual_seed(0)  # all ranks draw the same whole
+    torch.manual_seed(0)  # all ranks draw the same sequence
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
 
 
@@ -79,7 +79,7 @@ def compare_recurrence(rank: int, ranks: int) -> None:
 
 
 def compare_training() -> None:
-    """Two steps of a model whose sequences the ranks share, and of its copy on each rank alone."""
+    """Compare two training steps of a model whose sequences are split over ranks with those of a copy on each rank."""
     for plan in (["softmax"] * 2, ["gated_linear", "delta_rule", "softmax"]):
         config = LanguageModelConfig(11, dim=16, plan=plan, num_heads=2)
         shared, alone = (LanguageModel(config).double() for _ in range(2))
@@ -102,7 +102,7 @@ def compare_training() -> None:
 
 
 class Repeating(Task):
-    """A sequence that repeats its beginning; some targets do not count, and not equally many in each item."""
+    """Sequences that repeat their beginning; some targets are ignored, a different number in each item."""
 
     name, pattern, objective, length, vocab_size = "repeating", Pattern.CAUSAL_SELF, "next-token", 12, 7
 
@@ -121,7 +121,7 @@ class Repeating(Task):
 
 
 class Stopped(Exception):
-    """What ends a run in its middle."""
+    """Interrupts a run midway."""
 
 
 def stop(point):
@@ -140,7 +140,7 @@ def run_together(way, folder, model, config, *, stopped=False):
 
 
 def train_in_every_way(rank: int, folder: Path) -> None:
-    """Losses are those of one process, also where a run begins in two processes and goes on in one, and the other way."""
+    """Losses equal those of one process, also if a run begins in two processes and continues in one, or vice versa."""
     plan = ["softmax", "gated_linear"]
     config = TrainConfig(steps=6, batch_size=3, learning_rate=1e-2, checkpoint_every=2, measure_memory=False)
 
@@ -155,7 +155,7 @@ def train_in_every_way(rank: int, folder: Path) -> None:
     alone = fresh()
     expected = losses(train(alone, Repeating(), config))
     for way in WAYS:
-        own = folder / f"{way}-{rank}"  # of what one process does by itself
+        own = folder / f"{way}-{rank}"  # runs of a single process
         shared = folder / way
         whole = fresh()
         close(losses(run_together(way, folder / f"{way}-whole", whole, config)), expected, 1e-10)
@@ -187,7 +187,7 @@ def train_in_every_way(rank: int, folder: Path) -> None:
 
 
 def train_a_folder(rank: int, folder: Path) -> None:
-    """A folder of `regard train` in shards, written by the first rank alone; the last weights are not the best."""
+    """Train a `regard train` folder with sharding: only the first rank writes, and the last weights are not the best."""
     settings = CompareSettings(
         ("softmax",), Budget.parse("24 steps"), seeds=1, frames=("bare",), dim=16, layers=1, heads=2, rates=(3e-2,)
     )

@@ -1,4 +1,4 @@
-"""Language models on sequences that virtual ranks share: loss and gradients are those of one rank."""
+"""Language models on sequences split over virtual ranks: loss and gradients are those of one rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_loss_and_gradients_are_those_of_one_rank(plan):
     for one, other in zip(torch.autograd.grad(found, list(whole.parameters())), slopes, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
     assert all(over.forward_traffic[0].bytes for _, over in parallel.mixers)
-    assert torch.equal(whole.loss(ids), expected)  # its layers mix as before
+    assert torch.equal(whole.loss(ids), expected)  # its layers are unchanged
 
 
 def test_models_whose_layers_do_more_are_refused_in_words():

@@ -1,4 +1,4 @@
-"""Softmax attention of a sequence in pieces, on virtual ranks: equal to the whole, counted as planned."""
+"""Softmax attention of a sequence split over virtual ranks: equal to the whole, with traffic as planned."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def whole(q, k, v, causal, scale=None):
 def test_pieces_equal_the_whole_with_gradients_and_what_is_sent_is_what_was_planned(
     scheme, ranks, length, grid, causal, monkeypatch
 ):
-    # at most three of the four heads go round a ring together
+    # at most three of the four heads travel around the ring together
     monkeypatch.setattr("regard.distributed.plans.LEAST_ROUND", 3 * 2 * (6 + 5) * 8 * max(length // ranks, 1))
     q, k, v = tensors(length)
     distributed = DistributedAttention(scheme, ranks=ranks, causal=causal, grid=grid)
@@ -67,7 +67,7 @@ def test_pieces_equal_the_whole_with_gradients_and_what_is_sent_is_what_was_plan
     assert sum(t.bytes for t in backward) == planned.backward_bytes
     assert {t.steps for t in forward} == {planned.forward_steps}
     assert {t.steps for t in backward} == {planned.backward_steps}
-    if length % (2 * ranks) == 0:  # the same for each
+    if length % (2 * ranks) == 0:  # equal for all ranks
         assert {t.bytes * ranks for t in forward} == {planned.forward_bytes}
         assert {t.bytes * ranks for t in backward} == {planned.backward_bytes}
     work = [t.scores for t in forward]

@@ -1,4 +1,4 @@
-"""Recurrent mechanisms on pieces of a sequence, the state handed along, on virtual ranks: equal to the whole."""
+"""Recurrent mechanisms on a sequence split over virtual ranks that pass on the state: equal to the whole."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_any_number_of_ranks_computes_the_same_and_sends_what_the_closed_form_sa
         assert [t.bytes for t in forward] == [n * (state + moved) for n in hops]
         assert sum(t.bytes for t in backward) == sum(t.bytes for t in forward)
         return
-    assert [t.bytes for t in forward] == [state + 2 * 8] * (ranks - 1) + [0]  # and the lengths of two rows
+    assert [t.bytes for t in forward] == [state + 2 * 8] * (ranks - 1) + [0]  # 2 * 8: lengths of two rows
     assert [t.bytes for t in backward] == [0] + [state] * (ranks - 1)
 
 

@@ -13,7 +13,7 @@ from regard.distributed import attend_million
 
 
 class Watched:
-    """An array that knows how much of it was ever asked for at once, and how much together."""
+    """An array that records how many tokens each read asked for."""
 
     def __init__(self, array):
         self.array, self.shape, self.read, self.watch = array, array.shape, [], lambda: None
@@ -43,7 +43,7 @@ def test_chunks_of_a_file_give_what_the_whole_gives(n, m, q_chunk, kv_chunk, cau
 
 
 def anonymous_bytes():
-    """Memory of this process that is no page of a file."""
+    """Memory of this process that is not backed by a file."""
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
 
@@ -53,7 +53,7 @@ def test_memory_is_that_of_some_chunks_and_not_that_of_the_file(tmp_path):
     np.save(tmp_path / "file.npy", np.random.default_rng().standard_normal((1, 2, 120_000, 32), dtype=np.float32))
     file, q, used = Watched(np.load(tmp_path / "file.npy", mmap_mode="r")), torch.randn(1, 2, 16, 32), []
     first = file[:, :, :4096]
-    attend_million(q, first, first, kv_chunk=4096)  # what is made once
+    attend_million(q, first, first, kv_chunk=4096)  # one-time allocations
     file.watch = lambda: used.append(anonymous_bytes())
     before = anonymous_bytes()
     attend_million(q, file, file, kv_chunk=4096)

@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and the documentation show is true: snippets run, tables agree with the catalogue."""
+"""README, CONTRIBUTING and the documentation are correct: snippets run, and tables agree with the catalogue."""
 
 from __future__ import annotations
 
@@ -331,7 +331,7 @@ def test_a_table_with_a_picture_is_drawn_where_both_columns_are_measured():
     drawn = generate._drawn(one)
     assert drawn.count("<title>") == 3 and drawn.count(">ToMe<") == 1 and "EViT" not in drawn
     front = re.search(r'class="front" points="([^"]*)"', drawn)
-    assert front is not None and len(front[1].split()) == 2  # the third point is beaten in both
+    assert front is not None and len(front[1].split()) == 2  # the third point is dominated
     page = generate.verdicts_page([one], "this")
     assert drawn in page and "| ToMe" in page
     assert "<svg" not in generate.verdicts_page([one | {"picture": None}], "this")
@@ -350,7 +350,7 @@ def test_the_parity_page_names_every_recording_with_its_error():
 
 
 def test_every_recording_has_a_test_whose_error_is_told():
-    """Tests that read recordings are found, by functions between too; the page says *not tested* of none."""
+    """Tests that read recordings are found, also through helper functions; no recording is shown as *not tested*."""
     measure = load("measure")
     source = "def reads(): load('a')\ndef between(x): return reads()\ndef test_a(between): pass\ndef test_b(): pass\n"
     assert measure.readers(source, {"load"}) == {"reads", "between", "test_a"}

@@ -1,4 +1,4 @@
-"""Equations of docstrings become the TeX that they mean, or stay as they are."""
+"""Equations in docstrings are translated to the TeX that they mean, or stay as they are."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ COMMANDS = {"{", "}", "\\", ",", ";", "_", " ", *equations.GREEK, *equations.COM
         quad qquad""",
     )
 )
-"""All that a backslash may precede."""
+"""Everything that may follow a backslash."""
 
 
 def typeset(blocks):

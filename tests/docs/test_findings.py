@@ -1,4 +1,4 @@
-"""The page of what the studies have found."""
+"""The page of the studies' findings."""
 
 import json
 from pathlib import Path

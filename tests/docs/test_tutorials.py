@@ -1,4 +1,4 @@
-"""The tutorials run as they stand: files are written, snippets and commands executed, in the order of the page."""
+"""The tutorials run as printed: files are written, snippets and commands executed, in the order of the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = re.compile(r'^```(python|sh)(?: title="([\w.]+)")?\n(.*?)^```', re.DOTAL
 NEEDS = {"swap": ("timm", "transformers")}
 PLUGINS = ("relu",)
 SHOWN_ONLY = {"report"}
-"""Pages whose commands are about an output folder that another page makes."""
+"""Pages whose commands read an output folder that another page creates."""
 ALL = bool(os.environ.get("REGARD_TEST_ALL"))
 
 
@@ -27,7 +27,7 @@ def test_a_tutorial_runs_as_it_stands(page, tmp_path, monkeypatch, capsys):
     for module in NEEDS.get(page.stem, ()):
         pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
-    if not ALL:  # programs of a mechanism in one file are those of the page for authors (test_documents.py)
+    if not ALL:  # programs of a single-file mechanism are tested with the page for authors (test_documents.py)
         calls = [prop for prop in PROPERTIES if prop.name not in PROGRAMS]
         monkeypatch.setattr("regard.workbench.verification.verify.PROPERTIES", calls)
     names: dict[str, object] = {}
@@ -42,4 +42,4 @@ def test_a_tutorial_runs_as_it_stands(page, tmp_path, monkeypatch, capsys):
                 code, _, messages = run(capsys, line.split("  #")[0].removeprefix("regard "))
                 assert code == 0, line + messages
                 for name in PLUGINS:
-                    catalogue.unregister(name)  # each command is a process of its own for whoever follows the page
+                    catalogue.unregister(name)  # for readers each command is a new process

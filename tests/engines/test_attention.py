@@ -1,4 +1,4 @@
-"""The attention engine in torch against its definition, in every way that it cuts the work into blocks, and what it keeps."""
+"""The attention engine in torch against its definition, for every way of cutting the work into blocks, and what it stores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def small_problem(seed: int) -> Problem:
 
 
 def differentiated(problem: Problem, by_definition: bool, weights: list[Tensor]) -> list[Tensor]:
-    """Output at valid queries, weights, log-sum-exp, first derivatives and, in some directions, second ones."""
+    """Output at valid queries, weights, log-sum-exp, first derivatives, and second ones in random directions."""
     given, leaves = problem.leaves()
     output, shares, lse = (
         given.expected() if by_definition else given.found("torch", want_weights=bool(len(weights) % 2))
@@ -103,7 +103,7 @@ def test_second_derivatives_of_softmax_exist_where_the_native_kernels_send_for_t
 
 
 def test_the_kernel_s_gradients_are_kept_by_nothing_that_saves_tensors_anew():
-    """Under hooks on saved tensors, as of checkpointing, nothing else may hold on to them."""
+    """Under saved-tensor hooks, such as those of checkpointing, nothing else may keep the tensors alive."""
     q = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or len(kept) - 1, lambda i: kept[i]):
@@ -115,7 +115,7 @@ def test_the_kernel_s_gradients_are_kept_by_nothing_that_saves_tensors_anew():
 
 
 def test_no_kernel_is_given_a_row_that_sees_nothing(monkeypatch):
-    """Some kernels answer such rows with NaN, which no selection afterwards removes from the gradients."""
+    """Some kernels return NaN for such rows, which selecting afterwards does not remove from the gradients."""
     note = lambda *tensors, **options: options.get("attn_mask")  # noqa: E731
     given = watched(monkeypatch, torch.nn.functional, "scaled_dot_product_attention", note)
     bias = torch.zeros(1, 1, 9, 9)
@@ -137,11 +137,11 @@ def test_large_hidden_scores_leave_gradients_finite():
     assert all(gradient.isfinite().all() for gradient in found)
 
 
-# What is kept for the backward pass.
+# Tensors stored for the backward pass.
 
 
 def stored(run: Any) -> int:
-    """Bytes that the backward pass of `run()` will need."""
+    """Bytes that `run()` stores for its backward pass."""
     return sum(saved_for_backward(run))
 
 
@@ -199,13 +199,13 @@ def test_seeded_dropout_is_the_same_when_a_block_is_computed_again(monkeypatch, 
         return call(tensors | {"v": v}, dropout=0.4, generator=torch.Generator().manual_seed(5)).output
 
     cut_small(monkeypatch, 1 << 8, 4, 8)
-    # the output is linear in v: its gradient along a direction is the output of that direction under the same dropout
+    # the output is linear in v, so its derivative along a direction is the output for that direction with the same dropout
     v, direction, weight = tensors["v"].requires_grad_(), torch.randn_like(tensors["v"]), torch.randn_like(tensors["v"])
     (gradient,) = torch.autograd.grad((run(v) * weight).sum(), v)
     close((gradient * direction).sum(), (run(direction) * weight).sum(), 1e-11)
 
 
-# Ranks and states.
+# Ranks and visibility.
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -224,7 +224,7 @@ def test_counts_and_idle_limits_agree_with_the_mask(seed):
     assert ahead is None or (distance <= ahead).all()
 
 
-# Programs and refusals.
+# Compiled programs and refusals.
 
 
 @pytest.mark.parametrize(("name", "options"), [("softmax", {}), ("sigmoid", {"window": (3, None)})])
@@ -241,7 +241,7 @@ def test_blocked_work_compiles_whole(monkeypatch, name, options):
 
 
 def test_blocks_are_numbered_alike_compiled():
-    """By inductor, whose vectors of 16 leave one token over."""
+    """Compiled by inductor, whose vectors of 16 leave one token over."""
 
     def numbers():
         return block_numbers(torch.arange(17), 16)

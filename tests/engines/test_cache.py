@@ -1,4 +1,4 @@
-"""The growing memory behind caches: what was returned never changes, and most tokens copy nothing."""
+"""The growing memory behind caches: returned tensors never change, and appending most tokens copies nothing."""
 
 import copy
 

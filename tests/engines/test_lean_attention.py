@@ -1,4 +1,4 @@
-"""However the work is divided, the result is softmax attention; and the lean schedule divides it evenly."""
+"""The result is softmax attention however the work is divided, and the lean schedule divides it evenly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def problem(lengths, *, heads=6, kv_heads=2, n=1, width=8, value_width=5, dtype=
 
 
 def expected(q, k, v, lengths, *, causal=False, mask=None):
-    """Each request alone by PyTorch, and the log-sum-exps by their definition; 0 where a query sees nothing."""
+    """Outputs of each request alone by PyTorch (0 for a query that sees nothing), and log-sum-exps by their definition."""
     outputs, lses = [], []
     for b, length in enumerate(lengths):
         n, groups = q.shape[2], q.shape[1] // k.shape[1]
@@ -67,7 +67,7 @@ def test_any_division_of_ragged_decoding_is_softmax_attention(scheme, backend):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("rows", [None, 1, 3])
 def test_prefill_in_blocks_of_queries_is_softmax_attention(causal, rows):
-    lengths = [17, 9, 4, 0]  # fewer keys than queries too
+    lengths = [17, 9, 4, 0]  # the third request has fewer keys than queries
     q, k, v = problem(lengths, n=7)
     mask = torch.rand(4, 17) < 0.7
     for workers in (1, 3, 8):
@@ -149,7 +149,7 @@ def test_states_merge_in_any_order_and_grouping():
         n = draws.randint(1, 12)
         scores, values = 5 * torch.randn(n).double(), torch.randn(n, 3).double()
         names = torch.randint(0, 4, (n,))
-        parts = [state_of(scores[names == i], values[names == i]) for i in range(4)]  # some are empty
+        parts = [state_of(scores[names == i], values[names == i]) for i in range(4)]  # some parts are empty
         draws.shuffle(parts)
 
         def merged(*states):
@@ -184,7 +184,7 @@ def test_a_thousand_random_schedules_cover_every_tile_once_and_lean_loads_are_ev
             assert all(part.first < part.end for parts in plan.workers for part in parts)
         lean = lean_schedule(counts, workers)
         assert max(lean.loads) - min(lean.loads) <= 1 and lean.makespan == -(-len(every) // len(lean.workers))
-        begun = [parts[0].first > 0 for parts in lean.workers if parts]  # by another worker
+        begun = [parts[0].first > 0 for parts in lean.workers if parts]  # units begun by another worker
         assert all(part.first == 0 for parts in lean.workers for part in parts[1:])
         ends = {sum(counts[: i + 1]) for i in range(len(counts))}
         starts = [sum(lean.loads[:i]) for i in range(1, len(lean.workers))]
@@ -221,7 +221,7 @@ def test_causal_tiles_are_a_triangle_and_a_block_reaches_its_last_query():
 
 
 def test_workers_are_counted_as_the_authors_do():
-    assert worker_count([8] * 4, 108) == 16  # two tiles each
+    assert worker_count([8] * 4, 108) == 16  # two tiles for each worker
     assert worker_count([1024] * 32, 108) == 216 and worker_count([4000], 10) == 20 and worker_count([4000], 108) == 32
     assert worker_count([], 4) == worker_count([0], 4) == worker_count([1], 4) == 1
 

@@ -1,4 +1,4 @@
-"""Attentions to parts of the keys, merged by their log-sum-exps."""
+"""Attention to parts of the keys, merged by the log-sum-exps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regard.engines.merging import merge
 
 
 def parts(sizes: list[int]) -> tuple[list, list, torch.Tensor, list]:
-    """Outputs and log-sum-exps of attention to each part, attention to all, and the tensors of both."""
+    """Outputs and log-sum-exps of attention to each part, attention to all keys, and the tensors of both."""
     q, outputs, lses, pairs = qkv(5)["q"].requires_grad_(), [], [], []
     for size in sizes:
         k, v = (qkv(size)[name].requires_grad_() for name in "kv")

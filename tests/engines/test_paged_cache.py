@@ -21,7 +21,7 @@ def random(*shape, dtype=torch.float32):
 
 
 def expected(rows, q, causal=True, window=None, scale=24**-0.5, **options):
-    """Output and log-sum-exp of attention to each row's tokens in one tensor, by the definition in float64."""
+    """Output and log-sum-exp of attention to each row's tokens in a single tensor, by the definition in float64."""
     found = []
     for (k, v), x in zip(rows, q, strict=True):
         n, m = x.shape[1], k.shape[1]
@@ -36,9 +36,9 @@ def near(output, wanted, tolerance=2e-6):
 
 
 def filled(lengths, page_size, pages=64, dtype=torch.float32):
-    """A cache that grew in several ragged appends, with pages in mixed order, and its rows' tokens."""
+    """A cache grown by several ragged appends, with pages in mixed order, and the tokens of its rows."""
     cache = PagedCache(len(lengths), 2, 24, 20, pages=pages, page_size=page_size, dtype=dtype)
-    cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)  # what was never written is never read
+    cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)  # unwritten memory must not be read
     rows = [tuple(random(2, m, width, dtype=dtype) for width in (24, 20)) for m in lengths]
     done, all_of = torch.zeros(len(lengths), dtype=torch.int64), torch.tensor(lengths)
     while bool((done < all_of).any()):
@@ -130,7 +130,7 @@ def test_bad_calls_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"window": (5, 0), "softcap": 2.0}], ids=str)
 def test_a_state_in_pages_goes_on_as_one_in_a_tensor(dtype, options):
-    """In float32 few tokens are read in their pages, in float64 they are gathered; padding is written nowhere."""
+    """In float32 a few tokens are read from their pages, in float64 they are gathered; padding is never written."""
     pools = [torch.full((30, 2, 4, width), torch.nan, dtype=dtype) for width in (24, 20)]
     table = torch.randperm(29)[:27].view(3, 9)
     table = torch.where(torch.arange(9) < torch.tensor([[9], [2], [5]]), table, -1)  # room for 36, 8 and 20 tokens

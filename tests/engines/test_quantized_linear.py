@@ -1,4 +1,4 @@
-"""Products with weights in 8 and 4 bits equal those of the weights that the codes stand for."""
+"""Products with 8-bit and 4-bit weights equal those with the weights that the codes stand for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regard.contract import Unsupported
 from regard.engines.quantized_linear import dequantize, dynamic_linear, pack, quantized_linear, torch_form, unpack
 
 BF16 = 4e-3
-"""Of the largest output, where activations and results are bfloat16."""
+"""Largest error relative to the largest output, where activations and results are bfloat16."""
 
 BACKENDS = {"torch": BF16, "native": 2e-6} if prefers_native() else {"torch": BF16}
 
@@ -32,9 +32,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def check(x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
-    """A product of few rows by every backend and by the shortest way, of many rows, with gaps between them, and in float64."""
+    """Check a product in float64, on every backend for few rows, by the default route, and with gaps between rows."""
     bias = torch.randn(len(weight), dtype=torch.float64)
-    expected, size = x @ weight.T + bias, float((x.abs() @ weight.abs().T).max())  # what cancels does not count
+    expected, size = x @ weight.T + bias, float((x.abs() @ weight.abs().T).max())  # cancellation does not count
 
     def error(found: Tensor) -> float:
         return float((found.double() - expected).abs().max()) / size
@@ -54,7 +54,7 @@ def check(x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor, offset: Tenso
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, FEW_ROWS, FEW_ROWS + 1])
 def test_a_product_with_8_bit_codes_is_that_of_their_weight(rows):
-    for n, k in ((21, 48), (21, 37), (1, 16), (64, 1)):  # what torch's operator takes, and what it does not
+    for n, k in ((21, 48), (21, 37), (1, 16), (64, 1)):  # sizes that torch's operator accepts, and others
         codes, scale = weight_8bit(n, k)
         weight = codes.double() * scale.double()
         assert torch.equal(dequantize(codes, scale, None, torch.float64), weight)
@@ -65,7 +65,7 @@ def test_a_product_with_8_bit_codes_is_that_of_their_weight(rows):
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("offset", [False, True])
 def test_a_product_with_4_bit_codes_is_that_of_their_weight(group, offset):
-    for n in (48, 21):  # what torch's operator takes, and what it does not
+    for n in (48, 21):  # sizes that torch's operator accepts, and others
         codes, scale, offsets = weight_4bit(n, 256, group, offset=offset)
         weight = (codes.double() - 8) * scale.double().repeat_interleave(group, 1)
         if offsets is not None:
@@ -73,7 +73,7 @@ def test_a_product_with_4_bit_codes_is_that_of_their_weight(group, offset):
         packed = pack(codes)
         assert torch.equal(dequantize(packed, scale, offsets, torch.float64), weight)
         for rows in (1, 5, FEW_ROWS + 1):
-            x = torch.randn(rows, 250, dtype=torch.float64)  # the last columns pad a group
+            x = torch.randn(rows, 250, dtype=torch.float64)  # the last columns of a group are padding
             check(x, weight[:, :250], packed, scale, offsets)
 
 

@@ -1,4 +1,4 @@
-"""Attention to the pages that may hold a token's largest scores: the definition, the backends, and what is refused."""
+"""Attention to the pages that may hold a token's largest scores: the definition, the backends, and refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from regard.engines.quest_attention import page_bounds, quest_attention
 
 
 def case(dtype=torch.float64, batch=2, heads=6, groups=3, slots=48, page=8):
-    """A token and a cache whose heads have different counts; what is beyond them is NaN."""
+    """A query token and a cache whose heads hold different counts of keys; everything beyond them is NaN."""
     q, k = torch.randn(batch, heads, 1, 7, dtype=dtype), torch.randn(batch, groups, slots, 7, dtype=dtype)
     v, counts = torch.randn(batch, groups, slots, 5, dtype=dtype), torch.randint(1, slots + 1, (batch, groups))
     counts[0] = torch.tensor([0, slots, slots - page - 3])
@@ -27,7 +27,7 @@ def case(dtype=torch.float64, batch=2, heads=6, groups=3, slots=48, page=8):
 
 
 def by_loops(q, k, v, low, high, counts, page, chosen, shared, scale):
-    """The definition, a head at a time."""
+    """The definition, one head at a time."""
     batch, heads = q.shape[:2]
     groups = k.shape[1]
     each = heads // groups
@@ -60,7 +60,7 @@ def test_a_token_reads_the_pages_of_the_largest_bounds_and_the_newest(shared, ch
     assert (quest_attention(*given, **options) - expected).abs().max() < 1e-12
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
         narrow = [x.to(dtype) for x in given[:5]]
-        if dtype == torch.bfloat16:  # what is rounded may be chosen otherwise
+        if dtype == torch.bfloat16:  # rounding may change the choice
             expected = by_loops(*(x.double() for x in narrow), given[5], 8, chosen, shared, 0.4)
         for backend in ("torch", "native") if prefers_native() else ("torch",):
             found = quest_attention(*narrow, given[5], backend=backend, **options)

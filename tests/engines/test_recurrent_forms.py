@@ -1,4 +1,4 @@
-"""What mechanisms on the gated recurrence give their engine, in narrow dtypes and at any scale."""
+"""What mechanisms pass to the gated recurrence, in narrow dtypes and at any scale."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALLS = {
 
 
 def inputs(name: str, width: int) -> list[Tensor]:
-    """In bfloat16, gates and rates in float32."""
+    """Inputs in bfloat16, with gates and rates in float32."""
     q, k, v = torch.randn(3, 2, 3, 33, width).bfloat16()
     if name == "gated_linear":
         return [q, k, v, -torch.rand(2, 3, 33, width)]
@@ -30,7 +30,7 @@ def inputs(name: str, width: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", [None, "torch"])
 @pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self", "noncausal-cross"])
-@pytest.mark.parametrize("width", [8, 16])  # with a scale that is no power of two, and one that is
+@pytest.mark.parametrize("width", [8, 16])  # the scale is a power of two only for 16
 @pytest.mark.parametrize("name", CALLS)
 def test_bfloat16_inputs_lose_the_rounding_of_the_output_alone(name, width, pattern, backend):
     function, options = CALLS[name]
@@ -50,14 +50,14 @@ def test_gradients_of_bfloat16_inputs_are_those_of_the_same_numbers(name):
     found = torch.autograd.grad(function(*narrow, **options).float().square().sum(), narrow)
     expected = torch.autograd.grad(function(*wide, **options).square().sum(), wide)
     for a, b in zip(found, expected, strict=True):
-        assert (a - b).abs().max() <= 2**-6 * b.abs().max()  # the output was rounded before it was squared
+        assert (a - b).abs().max() <= 2**-6 * b.abs().max()  # the output is rounded before squaring
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1.0, 0.125, 8**-0.5])
 def test_a_scale_rounds_nothing_that_float32_does_not(dtype, scale):
     q = (1e-4 * torch.randn(50)).to(dtype)
-    # of the scale and of the product
+    # one rounding of the scale and one of the product
     torch.testing.assert_close(scaled(q, scale).double(), scale * q.double(), rtol=2 * 2**-24, atol=0)
 
 

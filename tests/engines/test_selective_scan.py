@@ -1,4 +1,4 @@
-"""The selective scan: what it computes, its numerical safety, and parity with the official definition."""
+"""The selective scan: its results, its numerical safety, and parity with the official definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from regard.engines.selective_scan.torch_form import STRIDE
 
 
 def sample(n=37, *, batch=2, channels=6, groups=2, states=4, dtype=torch.float64):
-    """x, dt, a, b, c."""
+    """Random x, dt, a, b, c."""
     x, dt = (torch.randn(batch, n, channels, dtype=torch.float64) for _ in range(2))
     a = -torch.rand(channels, states, dtype=torch.float64) * 8
     b, c = (torch.randn(batch, n, groups, states, dtype=torch.float64) for _ in range(2))
@@ -53,7 +53,7 @@ def test_an_order_is_that_in_which_tokens_are_visited(backend):
 
 
 def test_strong_decays_stay_finite_and_accurate_with_finite_gradients():
-    """A difference of cumulative sums would lose all digits here, or overflow."""
+    """Differences of cumulative sums would lose all digits here, or overflow."""
     x, dt, a, b, c = sample(130, dtype=torch.float32)
     leaves = [t.requires_grad_() for t in (x, dt * 100, a * 100, b, c)]
     y, _ = selective_scan(*leaves)
@@ -89,7 +89,7 @@ def test_what_cannot_be_honoured_is_refused():
 
 @pytest.mark.parametrize("name", ["mamba_scan", "mamba_scan_strong_decay"])
 def test_parity_with_the_official_reference(name):
-    """Real A, groups of B and C, D, z, softplus with a bias, and the last state; with gradients. Observed up to 1e-15."""
+    """Real A, grouped B and C, D, z, softplus with a bias, the last state, and gradients. Observed error up to 1e-15."""
     f = load(name)
     leaves = {key: f[key].clone().requires_grad_() for key in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")}
     main = [leaves[key] for key in ("x", "dt", "A", "B", "C")]

@@ -1,4 +1,4 @@
-"""The softmax scan: prefixes of a softmax with fixed queries, their merging, and its numerical safety."""
+"""The softmax scan: softmax over prefixes with fixed queries, merging of prefixes, and numerical safety."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def gates(decayed=True, n=23):
 
 
 def prefixes(s, v, log_decay=None):
-    """Softmax over each prefix, with the whole matrix."""
+    """Softmax over each prefix, computed with the full matrix."""
     n = s.shape[2]
     exponents = s.mT[..., None, :]
     if log_decay is not None:
@@ -72,7 +72,7 @@ def test_gradients_reach_scores_values_and_carry():
 
 
 def one_by_one(p):
-    """The recurrence of arXiv 2405.13956, section 3.1, for each token in turn."""
+    """The recurrence of arXiv 2405.13956, section 3.1, one token at a time."""
     m, u, w = p.carry
     outputs = []
     for t in range(p.s.shape[2]):
@@ -89,7 +89,7 @@ def one_by_one(p):
 @pytest.mark.parametrize(("decayed", "scale", "continued"), [(False, 300.0, False), (True, 1.0, True)])
 def test_the_scan_in_pairs_equals_the_recurrence_with_gradients(n, decayed, scale, continued):
     s, v = sample(n=n, scale=scale)
-    s[:, 1, 0] = -torch.inf  # a token that is skipped, and at the beginning nothing to see
+    s[:, 1, 0] = -torch.inf  # a skipped token; first there is nothing to see
     carry = absorb(*sample()) if continued else empty_carry(s, v)
     leaves = [x.clone().requires_grad_() for x in (s, v, carry.u, carry.w, *([gates(n=n)] if decayed else []))]
     s, v, u, w, *decay = leaves
@@ -126,7 +126,7 @@ def test_torch_merges_in_pairs_where_that_is_faster(monkeypatch, scores, options
 
 
 class Operations(TorchDispatchMode):
-    """How many operations of torch run inside the block."""
+    """Counts the torch operations that run inside the block."""
 
     count = 0
 
@@ -137,7 +137,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize(("chunk_size", "times"), [(4, 2), (None, 3)])
 def test_chunks_and_pairs_are_merged_in_few_steps(monkeypatch, chunk_size, times):
-    """Of thirty-two times as many tokens."""
+    """Thirty-two times as many tokens take at most `times` as many operations."""
     monkeypatch.setattr("regard.engines.softmax_scan.PAIRS_FROM", 1)
 
     def operations(n):

@@ -1,4 +1,4 @@
-"""Small models of transformers."""
+"""Small transformers models."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def ids(batch=3, length=9):
 
 
 def disturb(model: nn.Module) -> None:
-    """Nothing is left at a start that hides it."""
+    """Randomise all parameters, so that no initial value hides an effect."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
 

@@ -1,4 +1,4 @@
-"""Swapped models compute the heads that a token chose alone, and say the same as with all heads computed and masked."""
+"""Swapped models compute only the heads that a token chose, with the same result as computing and masking all heads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTED = {"shared_heads": 0, "active_heads": 2}
 
 
 def computing(compute, make, options):
-    """A swapped model in float64, of the same weights at every call."""
+    """A swapped model in float64, with the same weights at every call."""
     torch.manual_seed(5)
     model = make()
     regard.swap(model, "mixture_of_heads", compute=compute, **options)

@@ -1,4 +1,4 @@
-"""Auxiliary losses, schedules and draws of swapped modules: handed over by a block around the call, never by a module."""
+"""Auxiliary losses, schedules and random draws of swapped modules are passed by a context around the call, not by modules."""
 
 from __future__ import annotations
 

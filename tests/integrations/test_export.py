@@ -1,4 +1,4 @@
-"""Programs of layers and models: saved and loaded, stepped, in ONNX Runtime, and refused with a reason."""
+"""Exported layers and models: saved and loaded, decoding step by step, in ONNX Runtime, and refused with a reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regard.models import LanguageModel, LanguageModelConfig
 from regard.models.vision import create_backbone
 from regard.models.vision.segmentation import create_segmenter
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own code
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # from torch itself
 STATE = frozenset({"state"})
 
 
@@ -55,7 +55,7 @@ def test_onnx_runtime_continues_a_state_of_any_length(monkeypatch):
         monkeypatch.setattr(logging.getLogger(name), "handle", logged.append)
     model = small_model(["softmax"])
     program = export_onnx(model, ids(1), state=model(ids(6), context=Context(want=STATE)).state, optimize=False)
-    assert not logged  # what the exporter says of its own parts concerns no caller
+    assert not logged  # messages about the exporter's internals must not reach callers
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     state = model(ids(50), context=Context(want=STATE)).state
     names = [x.name for x in session.get_inputs()]

@@ -1,5 +1,5 @@
-"""Decoders of transformers in one native call, their layers in two, and hybrids in either or both: what they give, and when they
-step aside."""
+"""Transformers decoders fused into one native call, their layers into two, and hybrids into either or both: results are
+unchanged, and fusion steps aside when it must."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def qwen2():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Kernels in the order in which they ran."""
+    """The kernels that ran, in order."""
     seen, run = [], library.call
 
     def call(arguments):
@@ -41,7 +41,7 @@ def calls(monkeypatch):
 
 
 def stepped(model, tokens, **options):
-    """Logits of the tokens behind the first, one at a time."""
+    """Logits of all tokens, decoded one at a time."""
     with torch.inference_mode():
         cache, found = None, []
         for t in range(tokens.shape[1]):
@@ -57,7 +57,7 @@ def stepped(model, tokens, **options):
 )
 @pytest.mark.parametrize("make", [llama, mistral, qwen2])
 def test_a_fused_model_gives_what_it_gave_token_by_token_and_in_generate(make, recipe, calls):
-    # sizes at which groups fill rows: 32 and 64
+    # sizes that are multiples of the groups: 32 and 64
     model = make() if not recipe else _wide(make)
     disturb(model)
     model.tie_weights()
@@ -69,7 +69,7 @@ def test_a_fused_model_gives_what_it_gave_token_by_token_and_in_generate(make, r
     calls.clear()
     assert bridge.fuse_layers(model) == 2
     near(stepped(model, tokens), expected)
-    # the first token has no cache yet; a window's cache is not for the kernel
+    # the first token has no cache yet; the kernel does not take a window's cache
     first = tokens.shape[1] if make is mistral else 1
     assert calls.count("decoder_inputs") == calls.count("decoder_outputs") == 2 * first
     assert calls.count("decoder_layers") == tokens.shape[1] - first
@@ -100,7 +100,7 @@ def test_caches_of_every_kind_are_gone_on_from(make, calls):
     for cache in (transformers.DynamicCache(config=config), bridge.GrowingCache(config)):
         at, found = 0, []
         calls.clear()
-        # some at once, token by token beyond the room that was made, more than the kernel takes
+        # several at once, single tokens beyond the reserved memory, more than the kernel takes
         for count in (3, *[1] * 30, 2, 9, 15, 1):
             with torch.inference_mode():
                 here = model(tokens[:, at : at + count], **{bridge.CACHE: cache}, use_cache=True)
@@ -189,7 +189,7 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
             layers(x, turned, turned, places)
     assert all(torch.equal(*pair) for pair in zip(before, [x for pair in caches for x in pair], strict=True))
     assert not any(bool(x.any()) for pair in pools for x in pair)
-    table[0, 1] = 99  # nothing is there yet
+    table[0, 1] = 99  # this page is not in use yet
     assert layers(x, turned, turned, Places(pools, [3, 4], table)).shape == x.shape
 
 
@@ -258,7 +258,7 @@ def test_a_layer_steps_aside_for_hooks_gradients_and_parts_that_are_others(calls
     seen = []
     hook = model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: seen.append(1))
     near(stepped(model, tokens), expected)
-    assert len(seen) == tokens.shape[1] == calls.count("decoder_inputs")  # the other layer goes on
+    assert len(seen) == tokens.shape[1] == calls.count("decoder_inputs")  # the other layer stays fused
     hook.remove()
     calls.clear()
     model(tokens[:, :1]).logits.sum().backward()
@@ -314,7 +314,7 @@ ALONE = ["decoder_inputs", "decoder_outputs"]
 
 
 def hybrid(monkeypatch, mechanism="gated_linear", swapped=(2, 4)):
-    """A Llama of five layers, some of them swapped."""
+    """A Llama with five layers, some of them swapped."""
     monkeypatch.setitem(SIZES, "num_hidden_layers", 5)
     model = llama()
     regard.swap(model, {f"*.layers.{i}.*": mechanism for i in swapped})
@@ -350,7 +350,7 @@ def test_a_hybrid_decodes_its_kept_layers_in_runs_and_each_other_in_two_calls(me
     [(x, "") for x in RECURRENCES] + [("gated_linear", "int8"), ("delta_rule", "int4:group=32")],
 )
 def test_a_hybrid_of_recurrences_decodes_in_one_call(mechanism, recipe, monkeypatch, calls):
-    if recipe:  # sizes at which groups fill rows
+    if recipe:  # sizes that are multiples of the groups
         monkeypatch.setitem(SIZES, "hidden_size", 64)
         monkeypatch.setitem(SIZES, "intermediate_size", 96)
     model, tokens = hybrid(monkeypatch, mechanism), ids()
@@ -509,7 +509,7 @@ def test_recurrences_that_the_kernel_does_not_have_are_told():
     model = llama()
     bridge.fuse_layers(model)
     stepped(model, ids(1, 2))
-    layer = model.model.forward._last.seen.natives[0]  # of 32 features, with two heads of eight for keys
+    layer = model.model.forward._last.seen.natives[0]  # 32 features, two key heads of width 8
     to_heads, to_features, rates = Weight(torch.rand(2, 32)), Weight(torch.rand(16, 32)), torch.rand(2)
     low, high = Weight(torch.rand(3, 32)), Weight(torch.rand(16, 3))
     maps = torch.rand(4, 8, 5), torch.rand(4, 8, 5)
@@ -567,7 +567,7 @@ def test_local_layers_that_follow_each_other_take_one_call_once_their_windows_ar
     with torch.inference_mode():
         model(tokens[:, :9], **{bridge.CACHE: cache}, use_cache=True)
         kept = copy.deepcopy(cache)
-        for other in (cache, kept):  # what one of them writes the other does not see
+        for other in (cache, kept):  # neither sees what the other writes
             near(model(tokens[:, 9:12], **{bridge.CACHE: other}, use_cache=True).logits, expected[:, 9:12])
         assert all(layer.get_seq_length() == 12 for layer in cache.layers)
         calls.clear()
@@ -614,7 +614,7 @@ def test_several_tokens_of_a_hybrid_at_once_are_those_of_the_whole(mechanism, ru
             found.append(model(tokens[:, at : at + count], **{bridge.CACHE: cache}, use_cache=True, **given).logits)
         at += count
     near(torch.cat(found, 1), expected)
-    # not of the first, and not of 18 rows
+    # not for the first call, nor for 18 rows
     assert calls.count("decoder_layers") == runs * 5
 
 
@@ -645,7 +645,7 @@ def test_hooks_in_a_hybrid_are_called_and_turn_fusing_off_for_what_they_see(monk
     expected = stepped(model, tokens)
     bridge.fuse_layers(model)
     layer = model.model.layers[2]
-    for part in (layer.self_attn.regard, layer.self_attn.regard.projection.key_gate[0]):  # which are called as ever
+    for part in (layer.self_attn.regard, layer.self_attn.regard.projection.key_gate[0]):  # hooks still run
         seen.clear()
         calls.clear()
         hook = part.register_forward_hook(lambda *_: seen.append(1))

@@ -1,4 +1,4 @@
-"""What stands for operators that ONNX lacks gives what they give, in PyTorch and in ONNX Runtime."""
+"""Replacements for operators that ONNX lacks give the same results, in PyTorch and in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regard.integrations.onnx_forms import (
     sort_stable,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own code
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # from torch itself
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 100])
@@ -64,7 +64,7 @@ def test_the_extreme_so_far_and_where_it_was_last(form, name, dtype, dim):
 
 
 class Sorts(torch.nn.Module):
-    """All operators at once, one of them on truth values."""
+    """All operators at once, one of them on booleans."""
 
     def forward(self, x):
         up, places = torch.sort(x, stable=True)

@@ -1,4 +1,4 @@
-"""Speculative decoding of transformers' models: their caches are cut back, or the model is refused."""
+"""Speculative decoding of transformers models: their caches are cut back, or the model is refused."""
 
 import pytest
 import torch

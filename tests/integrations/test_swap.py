@@ -1,4 +1,4 @@
-"""`regard.swap` on PyTorch's and timm's modules: equal with softmax, trainable with others, unsafe swaps refused."""
+"""`regard.swap` on PyTorch and timm modules: equal with softmax, trainable with others, unsafe swaps refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def decoder():
 
 
 def both(model, *mechanism, **options):
-    """A model as it is, and a copy with another mechanism."""
+    """The original model, and a copy with another mechanism."""
     regard.swap(swapped := copy.deepcopy(model), *mechanism, **options)
     return model, swapped
 
@@ -65,7 +65,7 @@ MASKS = {
 
 
 def quietly(function, *args, **options):
-    """torch deprecates masks of two dtypes, which it is then given itself."""
+    """Call without warnings: torch deprecates masks of two dtypes, but its own modules pass them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function(*args, **options)
@@ -82,7 +82,7 @@ def test_an_encoder_swapped_to_softmax_stays_equal(mask, norm_first):
     x, given = random(3, 9, 16), MASKS[mask]()
     with torch.no_grad():
         found, expected = quietly(swapped, x, **given), quietly(model, x, **given)
-    seen = ~expected.isnan().any(-1)  # torch gives nan where a query sees nothing
+    seen = ~expected.isnan().any(-1)  # torch gives NaN for a query that sees nothing
     if "padding" in mask:
         seen &= ~padding()
     torch.testing.assert_close(found[seen], expected[seen], atol=1e-12, rtol=1e-10)
@@ -324,7 +324,7 @@ def test_a_swapped_encoder_compiles_whole():
 
 
 class TestVision:
-    """timm's ViT."""
+    """Swaps in timm's Vision Transformer."""
 
     def model(self, **options):
         sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}

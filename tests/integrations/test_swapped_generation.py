@@ -1,4 +1,4 @@
-"""Swapped transformers models go on from the state of their mechanism: beams, padding, chats, prefixes, and what is refused."""
+"""Swapped transformers models generate from the state of their mechanism: beams, padding, chats, prefixes, refusals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def new_cache(model):
 
 
 def after(model, tokens, cache=None, **options):
-    """Logits, and the cache after the tokens."""
+    """Logits of the tokens, and the cache after them."""
     with torch.no_grad():
         result = model(tokens, use_cache=True, **{bridge.CACHE: cache}, **options)
     return result.logits, getattr(result, bridge.CACHE)
@@ -129,7 +129,7 @@ def test_an_encoder_decoder_generates_from_states_too():
 
 @pytest.mark.parametrize("mechanism", [CORES, UNTURNED, "local:window=3"])
 def test_long_after_a_prompt_tokens_are_those_of_the_whole(mechanism):
-    """Windows and cores move to new memory, several times."""
+    """Windows and cores move to new memory several times."""
     model, tokens = swapped(llama, mechanism), ids(2, 70)
     _, cache = after(model, tokens[:, :9])
     found = []
@@ -195,7 +195,7 @@ def test_pieces_with_padding_anywhere_are_the_whole():
 
 
 class TestRefused:
-    """What a state cannot answer, with the reason."""
+    """Requests that a state cannot serve are refused with the reason."""
 
     def test_taking_tokens_out(self):
         model = swapped(llama, "gated_linear")

@@ -1,4 +1,4 @@
-"""Backbones among timm's models: made by its factory, with its words, in its feature extractor and training loop."""
+"""Backbones as timm models: made by its factory with its options, in its feature extractor and its training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from regard.models.vision import list_backbones  # noqa: E402
 
 def test_every_backbone_is_listed_by_timm() -> None:
     assert timm.list_models("regard_*") == sorted(registered.PREFIX + name for name in list_backbones())
-    assert registered.register() == [registered.PREFIX + name for name in list_backbones()]  # twice changes nothing
+    assert registered.register() == [registered.PREFIX + name for name in list_backbones()]  # no change
 
 
 def test_timm_makes_a_backbone_by_its_own_words() -> None:

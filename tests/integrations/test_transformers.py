@@ -1,4 +1,4 @@
-"""regard inside transformers: attention functions, swapped models, and regard's own models as theirs."""
+"""regard inside transformers: attention functions, swapped models, and regard's own models as transformers models."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_where_transformers_does_not_say_how_images_are_laid_out_the_swap_is_ref
 
 @pytest.mark.parametrize("name", ["complex_rotary", "selective_temperature", "sea"])
 def test_shifted_positions_change_nothing_for_mechanisms_that_know_only_distances(name):
-    """Queries that were rotated before the mechanism reads them would tell it their places."""
+    """If queries were rotated before the mechanism reads them, it would see absolute positions."""
     model, tokens = llama(), ids()
     regard.swap(model, name)
     disturb(model)
@@ -252,7 +252,7 @@ def test_a_saved_model_is_not_loaded_as_another(tmp_path, monkeypatch):
         partly(ids())
     monkeypatch.delitem(
         transformers.AttentionInterface._global_mapping, bridge.SWAPPED
-    )  # as where regard is not imported
+    )  # as if regard was not imported
     with pytest.raises(ValueError, match=bridge.SWAPPED):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
@@ -310,7 +310,7 @@ def test_all_that_is_learned_is_trained_and_activation_checkpointing_gives_the_s
     torch.testing.assert_close(found[1], found[0])
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, of names in transformers
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's warning about names in transformers
 def test_peft_trains_and_saves_what_a_mechanism_learns(tmp_path):
     peft = pytest.importorskip("peft")
     model, tokens = llama(), ids()

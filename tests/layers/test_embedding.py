@@ -1,4 +1,4 @@
-"""Factorised embeddings are one table of their product."""
+"""Factorised embeddings equal one table, the product of the factors."""
 
 from __future__ import annotations
 

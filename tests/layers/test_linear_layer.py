@@ -1,4 +1,4 @@
-"""The linear layer of regard's models, and what `regard.accelerate` does to the models of others."""
+"""The linear layer of regard's models, and `regard.accelerate` on other people's models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _own_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Foreign(nn.Module):
-    """A model that knows nothing of regard, with tied weights and a layer that is used twice."""
+    """A model independent of regard, with tied weights and a layer that is used twice."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A mixture of experts is its dense definition, whoever gathers; what its capacity and its balance say."""
+"""A mixture of experts equals its dense definition, however tokens are gathered; its capacity and its balance loss."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from regard.layers.patches import FeatureEmbedding, PatchEmbedding
 
 float64 = torch.float64
 
-# Each mask over (batch, 7), and the columns of the sequences that it describes, as (row, columns).
+# Masks over (batch, 7): (mask, batch, the sequences it describes as (row, columns)).
 VALID = torch.tensor([[0, 0, 1, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
 MASKS: dict[str, tuple[Mask | None, int, list[tuple[int, list[int]]]]] = {
     "none": (None, 2, [(0, list(range(7))), (1, list(range(7)))]),
@@ -268,7 +268,7 @@ def test_dropout_is_active_in_training_alone_and_follows_the_generator() -> None
 
 
 def convolution_of_row(layer: ShortConvolution, x: Tensor) -> Tensor:
-    """The definition, on one unpadded sequence (n, c)."""
+    """The definition for one unpadded sequence (n, c)."""
     before = layer.width - 1 if layer.causal else layer.width // 2
     y = torch.zeros_like(x)
     for t in range(x.shape[0]):
@@ -361,7 +361,7 @@ REFUSED = [
     (lambda: ShortConvolution(3, activation="sily"), "try silu"),
     (lambda: ShortConvolution(3, 0), "width >= 1"),
     (lambda: FeatureEmbedding(3, 5)(X[..., :2]), "3 features"),
-    (lambda: PatchEmbedding(1, 2, 2)(torch.zeros(1, 1, 4, 5)), "try width 6"),  # pixels would be lost
+    (lambda: PatchEmbedding(1, 2, 2)(torch.zeros(1, 1, 4, 5)), "try width 6"),  # would lose pixels
     (lambda: PatchEmbedding(1, 2, 8).grid(7, 8), "try height 8"),
     (lambda: PatchEmbedding(1, 2, 2, stride=3), "skips pixels"),
     (lambda: PatchEmbedding(1, 2, 2)(torch.zeros(1, 3, 4, 4)), r"\(B, 1, H, W\)"),

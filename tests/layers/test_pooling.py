@@ -1,4 +1,4 @@
-"""The pools of an encoder that are no mechanisms, against their definitions in loops over single sequences."""
+"""Encoder pools that are not mechanisms, against definitions in loops over single sequences."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokens(batch: int = 4, n: int = N) -> torch.Tensor:
 
 
 def weights_by_loops(layer, sequence: torch.Tensor) -> torch.Tensor:
-    """A (m, n) of one sequence (n, D), a token and a slot at a time."""
+    """The weights A (m, n) of one sequence (n, D), one token and slot at a time."""
     scores = torch.zeros(layer.slots, len(sequence), dtype=torch.float64)
     for t, h in enumerate(sequence):
         inner = layer.hidden.weight @ h
@@ -38,7 +38,7 @@ def weights_by_loops(layer, sequence: torch.Tensor) -> torch.Tensor:
 
 
 def pool_by_loops(layer, sequence: torch.Tensor) -> torch.Tensor:
-    """(m, D) of one sequence (n, D)."""
+    """The pooled tokens (m, D) of one sequence (n, D)."""
     if not len(sequence):
         return torch.zeros(layer.slots, DIM, dtype=torch.float64)
     if layer.name in ("first", "last"):
@@ -56,7 +56,7 @@ PADDED = torch.tensor(
 ).bool()
 LENGTHS = torch.tensor([N, 3, 0, 1], dtype=torch.int32)
 BORDERS = [0, 0, 2, 2, 3, N, N]
-LAYOUTS = {  # a mask, and where its sequences are: row and columns
+LAYOUTS = {  # a mask, and its sequences as (row, columns)
     "whole": (None, [(row, list(range(N))) for row in range(4)]),
     "padded anywhere": (Mask(valid=PADDED), [(row, PADDED[row].nonzero()[:, 0].tolist()) for row in range(4)]),
     "padded right": (
@@ -97,7 +97,7 @@ def test_each_sequence_is_pooled_by_the_definition_and_padding_plays_no_part(nam
 )
 def test_sequences_without_tokens_give_zero_with_finite_gradients(name, options, n, mask):
     layer, x = make(name, options), tokens(2, n).requires_grad_()
-    with torch.autograd.set_detect_anomaly(True):  # finite at every step, not only where the last one selects
+    with torch.autograd.set_detect_anomaly(True):  # gradients are finite at every step
         found = layer(x, context=Context(mask=mask))
         total = found.output.sum() + sum(total for total, _ in found.losses.values())
         gradients = torch.autograd.grad(total, [x, *layer.parameters()], allow_unused=True)
@@ -111,7 +111,7 @@ def test_weights_are_distributions_over_valid_tokens(name, options):
     layer, x = make(name, options), tokens()
     weights = layer(x, context=Context(mask=Mask(valid=PADDED), want=frozenset({"weights"}))).extras["weights"]
     expected = torch.zeros(4, layer.slots, N, dtype=torch.float64)
-    for row in range(3):  # right-padded
+    for row in range(3):  # weights are right-padded
         expected[row, :, : int(PADDED[row].sum())] = weights_by_loops(layer, x[row][PADDED[row]])
     close(weights, expected)
     assert "weights" not in layer(x).extras

@@ -50,7 +50,7 @@ KEPT = ("layer_causality", "layer_decoding", "layer_padding", "layer_packing", "
     ids=str,
 )
 def test_a_layer_is_causal_resumes_and_ignores_padding_under_every_option(options, pattern):
-    """In self patterns after a padded prompt, and in cross patterns on padded memory that is absorbed once."""
+    """Self patterns continue after a padded prompt; cross patterns absorb padded memory once."""
     card = get_mechanism("softmax")
     card = dataclasses.replace(card, variants={**card.variants, "these": {"num_heads": 4, **options}})
     properties = (p for p in LAYER_PROPERTIES if p.name in KEPT)
@@ -171,7 +171,7 @@ CROSS, CAUSAL_CROSS = Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS
 
 
 def called(name="softmax", given=(), context=None, **options):
-    """A call of a layer on its tokens, and on those of a memory too where there is one."""
+    """Call a layer on tokens, and on the further inputs `given`, such as a memory."""
     return double(name, **options)(x(), *given, context=Context(**(context or {})))
 
 
@@ -199,7 +199,7 @@ REFUSED = [
     (lambda: double("softmax", value_norm="rmss"), "rmss.*supported"),
     (lambda: double("softmax", linear="dens"), "dens.*supported"),
     (lambda: double("synthesizer", query_key_norm="rms"), "nothing to normalise"),
-    # what would be ignored
+    # arguments that would be ignored
     (lambda: called(context=MASKED), "memory_mask without memory"),
     (lambda: called("gated_linear", context=MASKED), "memory_mask without memory"),
     (lambda: called(context=FAR), "without memory"),

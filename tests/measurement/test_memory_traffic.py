@@ -1,4 +1,4 @@
-"""Memory traffic of attention: what an execution counts equals the closed forms, which grow as the paper says."""
+"""Memory traffic of attention: counts of an execution equal the closed forms, which grow as the paper says."""
 
 import math
 
@@ -9,7 +9,7 @@ from regard.contract import Unsupported
 from regard.measurement.memory_traffic import ALGORITHMS, block_sizes, counted_attention, counted_gradients, io_count
 
 SIZES = [(48, 48, 4, 64), (37, 53, 4, 100), (53, 37, 8, 90), (1, 20, 2, 16), (20, 1, 2, 1000), (11, 13, 3, 1)]
-"""Queries, keys, width and fast memory: tiles that divide them, that do not, that hold all, and of one number."""
+"""(queries, keys, width, fast memory): tiles that divide the sizes, that do not, that hold everything, of one number."""
 
 
 def inputs(n, m, dim):
@@ -46,7 +46,7 @@ def test_an_execution_is_attention_and_moves_what_the_closed_form_says(algorithm
 
 
 def test_tiles_move_less_than_standard_attention_once_fast_memory_exceeds_four_squares_of_the_width():
-    """The paper's experiment at small sizes: N of 128 to 2048, d of 16 to 64, 4k to 64k numbers of fast memory."""
+    """The paper's experiment at small sizes: N from 128 to 2048, d from 16 to 64, fast memory of 4k to 64k numbers."""
     for n in (128, 256, 512, 1024, 2048):
         for dim in (16, 32, 64):
             saved = []

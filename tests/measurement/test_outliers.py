@@ -1,4 +1,4 @@
-"""Outlier metrics: known kurtoses, means over sequences, and hooks that see the right places and leave no trace."""
+"""Outlier metrics: known kurtoses, means over sequences, and hooks that watch the right places and leave no trace."""
 
 import math
 
@@ -21,7 +21,7 @@ def tokens(batch, length):
 
 
 def places(module, *calls, outputs=None, valid=None):
-    """What is measured at each place while the module is called."""
+    """The metrics measured at each place while the module is called."""
     options = {} if outputs is None else {"outputs": outputs}
     with watch_outliers(module, **options) as metrics:
         metrics.valid = valid

@@ -1,4 +1,4 @@
-"""Comparisons of scores: what is called a difference, and by how much."""
+"""Comparisons of scores: when two mechanisms are called different, and by how much."""
 
 import math
 
@@ -9,7 +9,7 @@ from regard.measurement.statistics import Comparison, Scores, pareto_front, seed
 
 
 def noisy(rng, quality, seeds, training_noise, item_noise, shared_items):
-    """Scores of one mechanism: its quality, noise of each training run, noise of items that all mechanisms share."""
+    """Scores of a mechanism: its quality plus noise of each training run, own item noise and item noise shared by all."""
     found = {}
     for seed in range(seeds):
         run = training_noise * rng.standard_normal()
@@ -20,13 +20,13 @@ def noisy(rng, quality, seeds, training_noise, item_noise, shared_items):
 
 
 def one_each(items):
-    """Items of weight 1."""
+    """Give each item the weight 1."""
     return np.stack([items, np.ones(len(items))], 1)
 
 
 @pytest.mark.parametrize("with_rule", [False, True])
 def test_equal_mechanisms_or_a_rule_as_good_as_one_are_rarely_separated(with_rule):
-    """Under the null hypothesis about one comparison in twenty is called a difference."""
+    """Under the null hypothesis, about one comparison in twenty finds a difference."""
     rng = np.random.default_rng(0)
     called = 0
     for _ in range(400):
@@ -68,7 +68,7 @@ def test_scores_weigh_items_by_their_targets():
 
 
 def test_the_standard_error_over_seeds_is_that_of_a_mean():
-    """Unbiased variance: of pairs of draws from one distribution, its mean is twice the variance of their mean over 2."""
+    """With the unbiased variance, the standard error of the mean of two scores is half their difference."""
     scores = np.random.default_rng().standard_normal(2)
     found = Scores({seed: np.array([[score, 1.0]]) for seed, score in enumerate(scores)})
     assert found.standard_error == pytest.approx(abs(scores[0] - scores[1]) / 2)

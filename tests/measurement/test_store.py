@@ -1,4 +1,4 @@
-"""The store of results: what is put is kept, whatever happens to the process, the file or the disk; and provenance."""
+"""The store of results: stored rows survive whatever happens to the process, the file or the disk; and provenance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def path(tmp_path):
 
 
 def put(path, *payloads):
-    """A store with rows of the kind "run"."""
+    """Make a store with rows of the kind "run"."""
     with Store(path) as store:
         for index, payload in enumerate(payloads):
             store.put("run", {"run": index}, payload)
@@ -41,7 +41,7 @@ def put(path, *payloads):
 
 
 def start(script, *arguments):
-    """A Python process that runs `script` with the package importable."""
+    """Start a Python process that runs `script`, with the package importable."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     words = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
@@ -86,7 +86,7 @@ def test_a_key_is_written_once_however_it_is_written(path):
 
 
 def test_rows_come_in_order_and_by_run_and_a_machine_is_stored_once(path):
-    path.touch()  # as from a creation that was interrupted
+    path.touch()  # as after an interrupted creation
     for run in ("r1", "r2"):
         with Store(path, run=run) as store:
             for index in range(3):
@@ -186,7 +186,7 @@ def test_an_error_leaves_a_store_that_another_has_open(path):
 
 def test_a_full_disk_is_said_and_keeps_the_rows(path):
     with Store(put(path, 0)) as store:
-        store._connection.execute("PRAGMA max_page_count = 1")  # SQLite answers as on a full disk
+        store._connection.execute("PRAGMA max_page_count = 1")  # makes SQLite behave as on a full disk
         told = r"cannot be written \(database or disk is full\); .*rows that it has are kept"
         with pytest.raises(Unsupported, match=told):
             store.put("run", {"run": 1}, "x" * 10**6)
@@ -221,7 +221,7 @@ def test_a_store_is_read_beside_its_writer_and_left_as_it_is(path):
 
 def test_a_store_on_a_disk_that_cannot_be_written_is_read(path, monkeypatch):
     put(path, 0)
-    access = os.access  # the superuser may write anywhere
+    access = os.access  # root may write anywhere
     monkeypatch.setattr(os, "access", lambda p, mode: mode != os.W_OK and access(p, mode))
     with Store(path, read_only=True) as store:
         assert [row.payload for row in store.rows("run")] == [0]
@@ -245,7 +245,7 @@ def test_killed_writer_leaves_every_completed_row(path):
         for line in writer.stdout:
             if int(line) == wanted:
                 break
-        assert len(reader.rows("quality")) > wanted  # reading while the other process writes
+        assert len(reader.rows("quality")) > wanted  # reads while the other process writes
         time.sleep(random.random() / 50)
         writer.send_signal(signal.SIGKILL)
         said = [wanted, *map(int, writer.stdout.read().split())]

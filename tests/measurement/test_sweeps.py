@@ -1,4 +1,4 @@
-"""Sweeps: what comes back from elsewhere is what would have been made here. Ray itself is started where it is installed."""
+"""Sweeps: remote results equal those computed here. Ray itself is started if it is installed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_addresses_where_no_cluster_is_are_refused_at_once():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_cell_whose_worker_is_lost_runs_again(tmp_path):
-    """Once on a real cluster of two processors: plugins, threads, a kill, a refusal and a cell that always kills."""
+    """On a real cluster of two processors: plugins, threads, a kill, a refusal and a cell that always kills its worker."""
     ray = pytest.importorskip("ray")
     (tmp_path / "mine.py").write_text("VALUE = 20.5\n")
 
@@ -94,6 +94,6 @@ def test_a_cell_whose_worker_is_lost_runs_again(tmp_path):
             refused("this cell; try another", sweep.run, make, "", ["refused"], store)
             refused("worker was lost 4 times", sweep.run, make, "", ["always killed"], store)
             refused("99 processors", sweep.run, make, "", ["other"], store, threads=99)
-        assert ray.is_initialized()  # it was there before
+        assert ray.is_initialized()  # it was running before
     finally:
         ray.shutdown()

@@ -15,7 +15,7 @@ def test_median_and_middle_half():
 
 
 def test_efficiency_length_of_a_line_against_a_parabola():
-    """a n^2 = d n + e at its larger root, here 1,000 (interpolated between powers of two on log axes)."""
+    """The larger root of a n^2 = d n + e, here 1,000, is interpolated between powers of two on log axes."""
     lengths = [128 << i for i in range(6)]
     softmax = {n: 1e-6 * n * n for n in lengths}
     linear = {n: 8e-4 * n + 0.2 for n in lengths}

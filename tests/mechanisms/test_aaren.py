@@ -1,4 +1,4 @@
-"""What is peculiar to Aaren: closed forms, its learned query, its options, and recorded outputs."""
+"""Tests specific to Aaren: closed forms, its learned query, its options, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from regard.functional import aaren_attention
 
 
 def sample(dtype=torch.float64):
-    """19 tokens in two heads."""
+    """Inputs with 19 tokens and two heads."""
     return tuple(torch.randn(*shape, dtype=dtype) for shape in ((2, 4), (2, 2, 19, 4), (2, 2, 19, 3)))
 
 
 def softmax_attention(q, k, v, n=19, **options):
-    """With the same query at n places."""
+    """Softmax attention with the same query at n places."""
     return F.scaled_dot_product_attention(q[None, :, None].expand(2, -1, n, -1), k, v, **options)
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_equals_causal_softmax_attention_with_the_same_query_everywhere(size, dtype, tolerance):
-    """A zero query gives the running mean, and very large scores are the output from then on."""
+    """A zero query gives the running mean; a very large score alone determines the output from its token on."""
     q, k, v = sample(dtype)
     close(aaren_attention(size * q, k, v), softmax_attention(size * q, k, v, is_causal=True), tolerance)
 
@@ -87,7 +87,7 @@ def test_equals_recorded_torch_attention(name):
     found = aaren_attention(*inputs, mask=mask, scale=float(a["scale"]), chunk_size=5)
     valid = valid[:, None, :, None]
     close(torch.where(valid, found, 0), torch.where(valid, a["out"], 0), 1e-10)  # observed 1.5e-14
-    if padded:  # the recording also reads outputs at padding, whose gradients this library does not have
+    if padded:  # the recorded gradients include outputs at padding, which this library does not compute
         return
     check_recorded(a, found, dict(zip(("query", "k", "v"), inputs, strict=True)), 1e-10)  # observed 1.1e-14
 

@@ -1,4 +1,4 @@
-"""What is peculiar to bounded-memory control: its slots, their running softmax, its limits, and recorded outputs."""
+"""Tests specific to bounded-memory control: its slots, their running softmax, its limits, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def softmax(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def definition(tensors: dict[str, Tensor], causal: bool) -> Tensor:
-    """One query after the other; it forgets the queries that see no key."""
+    """The definition, one query at a time; queries that see no key give 0."""
     q, k, v, slots_k, slots_v = (x.numpy() for x in tensors.values())
     found = np.zeros((*q.shape[:3], v.shape[3]))
     n, m = q.shape[2], k.shape[2]
@@ -50,7 +50,7 @@ def definition(tensors: dict[str, Tensor], causal: bool) -> Tensor:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 3000.0])
 def test_equals_the_definition_whatever_the_size_of_the_scores(pattern, n, m, groups, size):
-    """Slots accumulate over the past: the benchmark's causal code has the current token's share of each alone."""
+    """Slots accumulate over the past; the benchmark's causal code only has the current token's share of each slot."""
     tensors = inputs(n, m, groups)
     tensors |= {name: size * tensors[name] for name in ("slots_k", "slots_v")}
     expected = definition(tensors, pattern == "causal-self")
@@ -71,7 +71,7 @@ def test_blocks_of_tokens_equal_the_definition_and_leave_the_state_of_the_whole(
 
 
 def test_a_slot_for_each_token_gives_softmax_attention():
-    """Keys and values that are unit vectors, and controls so large that each slot holds one token alone."""
+    """Keys and values are unit vectors, and the controls so large that each slot holds a single token."""
     basis, sharp = torch.eye(4, dtype=torch.float64).expand(2, 2, 4, 4), 1000 * torch.eye(4, dtype=torch.float64)
     q, k, v = qkv(6)["q"], basis, basis[:, :, [2, 0, 1, 3]]
     tensors = {"q": q, "k": k, "v": v, "slots_k": sharp, "slots_v": sharp[:, [2, 0, 1, 3]]}

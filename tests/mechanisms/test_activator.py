@@ -1,4 +1,4 @@
-"""What is peculiar to Activator: as published tokens do not meet, and its repairs see neighbours."""
+"""Tests specific to Activator: as published, tokens do not interact; its repaired forms see neighbours."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def inputs(n: int = 9, grid: tuple[int, ...] | None = None, channels: int = 6, *
 
 
 def unit(x: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """The definition, by torch's functions."""
+    """The definition, written with torch's functions."""
     u = F.layer_norm(F.gelu(F.linear(tokens, x["gate"], x["gate_bias"])), (7,), x["norm"], x["norm_bias"])
     v = F.layer_norm(F.linear(tokens, x["value"], x["value_bias"]), (7,), x["norm"], x["norm_bias"])
     return F.linear(u * v, x["down"], x["down_bias"])
@@ -63,8 +63,8 @@ def test_plain_norms_make_the_value_s_scale_indifferent_and_the_gate_s_not():
     x = inputs()
     x |= {"norm": torch.ones_like(x["norm"]), "norm_bias": torch.zeros_like(x["norm_bias"]), "x": 1e4 * x["x"]}
     plain = run(x).output
-    close(run({**x, "value": 5 * x["value"], "value_bias": 5 * x["value_bias"]}).output, plain, 1e-9)  # but for eps
-    shifted = run({**x, "gate_bias": x["gate_bias"] + 1e4}).output  # a norm before the activation would take it out
+    close(run({**x, "value": 5 * x["value"], "value_bias": 5 * x["value_bias"]}).output, plain, 1e-9)  # up to eps
+    shifted = run({**x, "gate_bias": x["gate_bias"] + 1e4}).output  # a norm before the activation would cancel it
     assert (shifted - plain).abs().max() > 1e-2
 
 

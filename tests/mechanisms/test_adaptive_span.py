@@ -1,4 +1,4 @@
-"""What is peculiar to adaptive spans: the ramp, its limits, what it learns, and what is not computed."""
+"""Tests specific to adaptive spans: the ramp, its limits, what it learns, and which pairs are skipped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inputs(n: int, span: list[float]) -> dict[str, torch.Tensor]:
 
 
 def by_hand(given: dict[str, torch.Tensor], ramp: int, longest: int, causal: bool) -> torch.Tensor:
-    """The equation, one pair after the other."""
+    """The equation, one pair at a time."""
     q, k, v, span = (given[name] for name in ("q", "k", "v", "span"))
     output = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
     for h in range(q.shape[1]):
@@ -78,7 +78,7 @@ def test_keys_beyond_the_longest_span_are_not_looked_at(monkeypatch):
         lambda *args, **options: seen.append(options["visibility"]) or (args[2], None, None),
     )
     run(inputs(15, [2.4, 5.6]), {"longest": 12, "ramp": 4})
-    assert seen[0].left == 9  # 5.6 + 4 - 9 is above 0, 5.6 + 4 - 10 is not
+    assert seen[0].left == 9  # 5.6 + 4 - 9 > 0, 5.6 + 4 - 10 < 0
 
 
 def test_the_loss_is_the_mean_share_and_shortens_spans_in_training_that_nothing_else_keeps():

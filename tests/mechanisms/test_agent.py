@@ -1,4 +1,4 @@
-"""What is peculiar to agent attention: closed forms, sources of agents, biases, DWC, dropout, and recorded outputs."""
+"""Tests specific to agent attention: closed forms, sources of agents, biases, DWC, dropout, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def joined(heads):
 @pytest.mark.parametrize("size", [1.0, 1e3])
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
 def test_learned_agents_gather_by_softmax_from_what_each_query_sees(pattern, size):
-    """In causal-self from its prefix; the scale multiplies agents and queries."""
+    """In causal-self, agents gather from each query's prefix; the scale applies to agents and queries."""
     q, k, v = sample(12, 9 if pattern.cross else 12)
     agents, gather, share = size * randn(2, 5, 4), randn(2, 2, 5, k.shape[2]), randn(2, 2, 12, 5)
     found = agent_attention(q, k, v, agents, gather, share, pattern=pattern, scale=0.3, chunk_size=5)
@@ -61,7 +61,7 @@ def test_as_many_agents_as_queries_are_the_queries_themselves_and_one_is_their_m
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
 def test_the_implied_weights_are_row_stochastic_with_the_rank_of_the_agents(pattern):
-    """So constant values come out as they are, whatever the biases."""
+    """Constant values therefore come out unchanged, whatever the biases."""
     q, k, v = sample()
     given = {"agents": randn(2, 3, 4), "gather_bias": randn(2, 2, 3, 12), "share_bias": randn(2, 2, 12, 3)}
     unit = torch.eye(12, dtype=torch.float64).expand(2, 2, -1, -1)
@@ -74,7 +74,7 @@ def test_the_implied_weights_are_row_stochastic_with_the_rank_of_the_agents(patt
 
 
 def test_places_without_a_token_belong_to_no_agent():
-    """A grid of four rows of which the last two are missing: the lower agents do not exist."""
+    """If the last two of a grid's four rows are missing, the lower agents do not exist."""
     q, k, v = sample(16)
     mask = Mask(lengths=torch.tensor([8, 16]))
     found = agent_attention(q, k, v, pattern=SELF, num_agents=4, mask=mask, grid=(4, 4))
@@ -88,7 +88,7 @@ def test_second_scale_and_shortcut_are_those_of_agent_sd(pattern, n):
     q, k, v = sample(n, 12)
     agents = randn(2, 5, 4)
     found = agent_attention(q, k, v, agents, pattern=pattern, second_scale_exponent=0.3, k_shortcut=0.075)
-    # softmax(d^-0.15 q A^T) is the plain second step for queries multiplied by d^0.35
+    # softmax(d^-0.15 q A^T) is the plain second step with queries multiplied by d^0.35
     plain = agent_attention(4**0.35 * q, k, v, agents, pattern=pattern)
     close(found, plain + 0.075 * v[:, :, -n:], 1e-13)
 
@@ -100,7 +100,7 @@ def make_layer(*, heads=2, pattern=SELF, **options):
 @pytest.mark.parametrize("grid", [None, (3, 5), (5, 3)])
 @pytest.mark.parametrize("of", ["auto", "input", "none"])
 def test_the_layer_adds_the_convolution_before_the_output_projection(of, grid):
-    """Without a grid it is one-dimensional."""
+    """Without a grid the convolution is one-dimensional."""
     layer, x = make_layer(dwc=of), randn(2, 15, 8)
     q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (layer.query, layer.key, layer.value))
     heads = joined(agent_attention(q, k, v, pattern=SELF, num_agents=4, grid=grid))
@@ -130,11 +130,11 @@ def test_learned_agents_and_the_convolution_exist_where_the_card_says(pattern):
 
 
 OFFICIAL_TABLES = {"gather_bias": ("an", "ah", "aw", "ac"), "share_bias": ("na", "ha", "wa", "ca")}
-"""Names in which the first letter is what the bias is added for."""
+"""The official names of the tables; in those that begin with "a" the agents' axis comes first."""
 
 
 def official_layer(a, number):
-    """A layer with recorded weights."""
+    """A layer with the recorded weights."""
     options = {"agent_bias": "all", "bias_grid": (6, 6)} if "bias1" in a else {}
     layer = make_layer(num_agents=number, bias=True, **options)
     state = {name: torch.zeros_like(x) for name, x in layer.state_dict().items()}
@@ -174,7 +174,7 @@ def test_layer_and_gradients_equal_the_official_code(name):
 
 
 def test_cross_attention_equals_the_official_code_with_spatial_reduction():
-    """Keys and values of another length; agents pooled from the queries on their grid."""
+    """Keys and values have another length; agents are pooled from the queries on their grid."""
     a = load("agent_spatial_reduction")
     options = {"num_agents": 4, "agent_source": "pool_q", "grid": (6, 6)}
     found = agent_attention(a["q"], a["k"], a["v"], pattern="noncausal-cross", **options)
@@ -183,7 +183,7 @@ def test_cross_attention_equals_the_official_code_with_spatial_reduction():
 
 @pytest.mark.parametrize("grid", [(3, 5), (4, 6), (9, 2), (1, 30)])
 def test_tables_are_read_as_images_are_resized(grid):
-    """A term of a row moves whole rows of a grid that is not square."""
+    """A row term shifts whole rows of the grid, also when it is not square."""
     projection = make_layer(agent_bias="all", bias_grid=(3, 5)).projection
     for parameter in projection.parameters():
         parameter.data.normal_()
@@ -208,13 +208,13 @@ def test_places_are_told_apart_in_bfloat16():
 
 
 def attended(layer, x, agents):
-    """The output of a layer without convolution of values, by the definition."""
+    """The output by the definition of a layer without a convolution of values."""
     q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (layer.query, layer.key, layer.value))
     return layer.output(two_softmaxes(q, k, v, agents).transpose(1, 2).flatten(2))
 
 
 def merged_one_by_one(q, number):
-    """Tokens (n, width) with sizes, merged pair by pair by the weighted mean of two."""
+    """Merge tokens (n, width) pair by pair into size-weighted means until `number` are left."""
     tokens = [(x, 1) for x in q.numpy()]
     while len(tokens) > number:
         first, second = tokens[0::2], tokens[1::2]
@@ -235,7 +235,7 @@ def merged_one_by_one(q, number):
 
 
 def merged(q, number):
-    """The agents of each row, (B, H, n, D): similarity is that of all heads together."""
+    """The merged agents of each row, (B, H, number, D); similarity is that of all heads together."""
     rows = [merged_one_by_one(x, number) for x in q.transpose(1, 2).flatten(2)]
     return torch.stack(rows).unflatten(-1, q.shape[1::2]).transpose(1, 2)
 
@@ -244,7 +244,7 @@ def merged(q, number):
 @pytest.mark.parametrize("n", [1, 2, 7, 12, 13, 40])
 @pytest.mark.parametrize("number", [1, 2, 5, 12])
 def test_merged_agents_are_pairs_merged_one_by_one_with_their_sizes(n, number, pattern):
-    """Where there are no more tokens than agents, the tokens themselves."""
+    """If there are no more tokens than agents, the agents are the tokens themselves."""
     q, k, v = sample(n, n if pattern == SELF else 9)
     options = {"pattern": pattern, "num_agents": number, "agent_source": "token_merge"}
     expected = two_softmaxes(q, k, v, merged(q, number))
@@ -285,7 +285,7 @@ def test_merging_costs_the_cosines_of_its_rounds():
 @pytest.mark.parametrize("grid", [(3, 3), (6, 6), (5, 7), (2, 9), (1, 3), (18,), (3,), None])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_convolved_agents_are_those_of_a_strided_convolution_of_adaptive_means(stride, grid):
-    """On a grid of stride times the agents an ordinary one of the tokens. A sequence is a grid of one row."""
+    """If the grid is exactly stride times the agents, it is a plain convolution of tokens. A sequence is a one-row grid."""
     layer = make_layer(agent_source="conv", num_agents=9, conv_stride=stride, dwc="none")
     sides, places = ((3, 3), grid) if grid and len(grid) == 2 else ((1, 9), (1, *(grid or (12,))))
     x, convolved = randn(2, math.prod(places), 8), layer.projection.convolved
@@ -296,7 +296,7 @@ def test_convolved_agents_are_those_of_a_strided_convolution_of_adaptive_means(s
 
 
 def test_convolved_agents_of_missing_places_do_not_exist():
-    """A grid of four rows of which the last two are missing: no query reads the lower agents."""
+    """If the last two of a grid's four rows are missing, no query reads the lower agents."""
     layer, x = make_layer(agent_source="conv", dwc="none"), randn(1, 16, 8)
     found = layer(x, context=Context(Mask(lengths=torch.tensor([8])), grid=(4, 4))).output[:, :8]
     convolved = layer.projection.convolved
@@ -318,7 +318,7 @@ def test_class_tokens_are_not_convolved():
 @pytest.mark.parametrize("bias", [{}, {"agent_bias": "all", "bias_grid": (3, 5)}], ids=["", "bias"])
 @pytest.mark.parametrize("grid", [None, (4, 3)])
 def test_padding_and_class_tokens_anywhere_leave_a_layer_as_on_each_row_alone(source, bias, grid):
-    """A row fills the grid with its tokens, wherever they lie; the convolution of values sees them alone."""
+    """The tokens of a row fill the grid wherever they are, and the convolution of values sees only them."""
     layer, x = shaken(make_layer(agent_source=source, bias=True, **bias)), randn(3, 16, 8)
     valid = torch.ones(3, 16, dtype=torch.bool)
     valid[0, :3], valid[1, [2, 7, 14]], valid[2, 13:] = False, False, False
@@ -359,7 +359,7 @@ def test_agents_of_the_whole_sequence_are_refused_where_queries_come_one_by_one(
 
 
 def kept(shape, generator):
-    """Factors of a dropout of 0.4."""
+    """Multipliers of dropout with rate 0.4."""
     return (torch.rand(shape, generator=generator, dtype=torch.float64) >= 0.4).double() / 0.6
 
 
@@ -424,7 +424,7 @@ def test_calls_that_do_not_fit_are_refused(call, words):
     ("source", "bias", "grid"), [("pool_q", "all", (5, 7)), ("conv", "block", (4, 4)), ("pool_q", "lines", (3, 5))]
 )
 def test_class_tokens_may_come_first_or_elsewhere(source: str, bias: str, grid: tuple[int, int], first: int) -> None:
-    """First is the short way, without a look at where each token lies: agents, biases and convolutions are the same."""
+    """Class tokens that come first take a fast path that ignores token places, with the same result."""
     n = math.prod(grid)
     lines = {} if bias == "block" else {"bias_grid": grid}
     layer = shaken(make_layer(agent_source=source, num_agents=4, agent_bias=bias, **lines))
@@ -444,7 +444,7 @@ def test_more_tokens_than_the_grid_has_places_are_not_taken_for_class_tokens():
 
 @pytest.mark.parametrize("kind", ["block", "lines", "all"])
 def test_biases_of_a_whole_map_are_those_of_its_places(kind: str) -> None:
-    """On maps smaller and larger than the tables, of one row too; numbers of tokens off the map have gradients of 0."""
+    """For maps smaller and larger than the tables, also of one row; entries of tokens off the map get zero gradients."""
     table = shaken(BiasTables(2, 3, kind, None if kind == "block" else (4, 6)))
     for rows, columns in ((4, 6), (3, 11), (1, 5)):
         index = torch.arange(rows * columns)[None]

@@ -1,4 +1,4 @@
-"""What is peculiar to bidirectional Mamba: its paths, padding along them, its block, and parity with recorded outputs."""
+"""Tests specific to bidirectional Mamba: its paths, padding along them, its block, and parity with recorded outputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ run = calls(MECHANISM, NONCAUSAL)
 
 
 def of_scan(scan: str, window: tuple[int, int] = (2, 2), **options: Any) -> dict[str, Any]:
-    """The paths' sum, with windows of other sides than (7, 7) for the scan that has windows."""
+    """Options for a scan whose paths are summed; the scan by windows gets `window` in place of (7, 7)."""
     return {"scan": scan, "combine": "sum", **({"window": window} if scan == "windows" else {}), **options}
 
 
@@ -55,7 +55,7 @@ def inputs_of(n: int, options: dict[str, Any] | None = None, axes: int = 2) -> d
 
 
 def one_set(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights for all paths."""
+    """Keep one set of weights, for all paths."""
     alone = {name: inputs[name][:, :1] for name in ("x", "dt", "b", "c")}
     return inputs | alone | {name: inputs[name][:1] for name in ("a", "skip", "dt_bias")}
 
@@ -67,7 +67,7 @@ def orders_of(scan: str, sides: tuple[int, ...], **options: Any) -> list[torch.T
 @pytest.mark.parametrize("scan", THROUGH_GRIDS)
 @pytest.mark.parametrize("grid", [(3, 5), (5, 3), (1, 4), (4, 4)])
 def test_merging_what_was_scanned_gives_every_token_once_for_each_path(scan, grid):
-    """And the gradient of scanning is merging: H and W are not mixed up on the way back."""
+    """The gradient of scanning is merging, too: H and W are not swapped on the way back."""
     n = math.prod(grid)
     paths = find_paths(MECHANISM.options(**of_scan(scan, (2, 3))), n, grid, None, None, torch.device("cpu"))
     x = randn(2, n, 3).requires_grad_()
@@ -110,7 +110,7 @@ def test_one_slice_or_slices_of_one_place_are_the_forward_order():
 @pytest.mark.parametrize("scan", THROUGH_GRIDS)
 @pytest.mark.parametrize("copies", [1, 2])
 def test_paths_are_separate_scans_of_permuted_sequences(scan, copies):
-    """Each is `mamba` in causal form on the tokens in its order."""
+    """Each path is causal `mamba` on the tokens in the path's order."""
     options = of_scan(scan, copies=copies)
     x, expected = inputs_of(15, options), torch.zeros(2, 15, 8, dtype=torch.float64)
     for p, order in enumerate(orders_of(scan, (3, 5), copies=copies)):
@@ -121,7 +121,7 @@ def test_paths_are_separate_scans_of_permuted_sequences(scan, copies):
 
 
 def move(inputs, grid, change):
-    """Tokens of every input on the changed grid."""
+    """Apply `change` to the grid of every input's tokens."""
 
     def moved(t: torch.Tensor, axis: int) -> torch.Tensor:
         return change(t.movedim(axis, 0).unflatten(0, grid)).flatten(0, 1).movedim(0, axis)
@@ -197,7 +197,7 @@ def test_padded_rows_equal_rows_alone_with_options_that_no_variant_has(options):
     ids=str,
 )
 def test_a_grid_with_a_masked_border_equals_the_smaller_grid(options):
-    """Paths and convolutions pass over masked places: rows below and columns to the right."""
+    """Paths and convolutions skip masked places: rows at the bottom and columns on the right."""
     layer, small = make_layer(axes=2, **options), randn(2, 20, 6)
     large = torch.full((2, 5, 6, 6), float("nan"), dtype=torch.float64)
     large[:, :4, :5] = small.unflatten(1, (4, 5))
@@ -211,7 +211,7 @@ def test_a_grid_with_a_masked_border_equals_the_smaller_grid(options):
 
 @pytest.mark.parametrize("scan", THROUGH_GRIDS)
 def test_masked_places_neither_write_nor_decay(scan):
-    """The parallel form passes them over; the definition stands still there (a step of 0)."""
+    """The parallel form skips them; in the definition the state stands still there (a step of 0)."""
     options = of_scan(scan, (3, 2))
     x = {name: t.requires_grad_() for name, t in inputs_of(20, options).items()}
     valid = torch.rand(2, 20, generator=torch.Generator().manual_seed(5)) < 0.6
@@ -244,7 +244,7 @@ def test_a_cascade_scans_every_row_and_then_every_column():
 
 
 def test_the_block_by_hand():
-    """Vim, version 2: one pair of outer projections, sets of their own inside, half of the sum of gated directions."""
+    """Vim, version 2: shared outer projections, separate inner weights, and half the sum of the gated directions."""
     layer, u = make_layer(), randn(2, 7, 6)
     x, z = layer.in_proj(u).split(12, -1)
     total = 0

@@ -1,4 +1,4 @@
-"""What is peculiar to BigBird: its layout by row, its draws, padding of long rows, and parity."""
+"""Tests specific to BigBird: its layout by row, its draws, padding of long rows, and parity."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def by_token(blocks: Tensor, size: int, n: int) -> Tensor:
 
 
 def without_draws(options: dict, n: int) -> Tensor:
-    """Blocks that are seen whatever is drawn, from the definition in words."""
+    """The blocks that are seen whatever is drawn, by the definition in words."""
     config = Config(**options)
     count = math.ceil(n / config.block)
     ends = [*range(config.first_blocks), *range(count - config.last_blocks, count)]
@@ -70,7 +70,7 @@ def test_equals_dense_attention_over_the_blocks_seen_with_a_bias_too(options, n)
 
 
 def test_the_usual_layout_has_eight_blocks_a_row():
-    """g + 3 + r with g = 2 and r = 3; the blocks beside the ends share one with them."""
+    """g + 3 + r with g = 2 and r = 3; in rows next to the ends, a neighbour is also a global block."""
     found = layout({}, 64 * 20, heads=3)
     assert (found[:, 2:-2].sum(-1) == 8).all()
     assert (found[:, [1, -2]].sum(-1) == 7).all()
@@ -83,14 +83,14 @@ def test_draws_differ_by_head_seed_and_row_and_repeat():
     assert len({tuple(head.flatten().tolist()) for head in found}) == 4
     assert not torch.equal(found, layout({**SMALL, "seed": 1}, 80, heads=4))
     assert len(set((found[0] & ~fixed).nonzero()[:, 1].tolist())) > 10
-    # every block that may be drawn is, about equally often
+    # all blocks that may be drawn are drawn about equally often
     many = layout({**SMALL, "random_blocks": 2}, 80, heads=2000)[:, 20].double().mean(0)[~fixed[20]]
-    assert many.min() > 0.03 and many.max() < 0.09  # 2 of 35
+    assert many.min() > 0.03 and many.max() < 0.09  # expected: 2 of 35
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_padded_row_has_the_blocks_that_it_has_alone(options):
-    """Short rows (full attention), rows that end inside a block, and padding anywhere."""
+    """This covers short rows (full attention), rows that end inside a block, and padding anywhere."""
     tensors, valid = qkv(50, batch=5), torch.rand(5, 50) < torch.tensor([0.2, 0.5, 0.8, 0.95, 1.0])[:, None]
     found = run(tensors, options, mask=Mask(valid=valid)).output
     for row in range(5):

@@ -1,4 +1,4 @@
-"""What is peculiar to bi-level routing: which regions are read, on any grid, and parity."""
+"""Tests specific to bi-level routing: which regions are read, on any grid, and parity."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def make_layer(pattern=SELF, **options):
 
 
 def numbers(grid, sizes):
-    """The region of each token, where regions divide the sides of a grid."""
+    """The region of each token, for regions that divide the grid's sides evenly."""
     (height, width), (h, w) = grid, sizes
     return (torch.arange(height)[:, None] // h * (width // w) + torch.arange(width) // w).flatten()
 
 
 def chosen_regions(q, k, of, top):
-    """(B, regions, regions): whether the first reads the second."""
+    """A mask (B, regions, regions): whether the first region reads the second."""
     inside = torch.nn.functional.one_hot(of).double()
     means = [inside.T @ x.transpose(1, 2).flatten(2) for x in (q, k)]
     best = (means[0] @ means[1].mT).topk(top).indices
@@ -40,7 +40,7 @@ def chosen_regions(q, k, of, top):
 
 @pytest.mark.parametrize("scale_by", ["dim", "head_dim"])
 def test_gathered_regions_are_dense_attention_with_the_others_hidden(scale_by):
-    """Gradients too: none flows through the choice."""
+    """Gradients agree too; none flows through the choice."""
     inputs = {name: x.requires_grad_() for name, x in qkv(48, heads=3).items()}
     q, k, v = inputs.values()
     of = numbers((6, 8), (2, 4))
@@ -55,7 +55,7 @@ def test_gathered_regions_are_dense_attention_with_the_others_hidden(scale_by):
 @pytest.mark.parametrize("routing", ["shared", "head"])
 @pytest.mark.parametrize("pattern", [SELF, CROSS])
 def test_where_a_quarter_of_the_regions_is_read_nothing_is_copied(routing, pattern, monkeypatch):
-    """In float32, on the kernels that pass over what is hidden; the same as with copies, in float64, gradients too."""
+    """In float32, kernels skip hidden pairs; outputs and gradients equal those with copies in float64."""
     inputs = {name: x.requires_grad_() for name, x in qkv(40, heads=4, groups=2).items()}
     options = {"pattern": pattern, "config": Config(region_size=5, top=2, routing=routing)}
     expected = apply(MECHANISM, inputs, **options).output
@@ -93,7 +93,7 @@ def test_values_that_are_not_finite_reach_no_query_that_does_not_read_them(spoil
 @pytest.mark.parametrize("routing", ["shared", "head"])
 @pytest.mark.parametrize("pattern", [SELF, CROSS])
 def test_the_regions_that_are_told_are_those_that_are_read(routing, pattern):
-    """Values that are unit vectors give the weights, which are nowhere else."""
+    """Unit vectors as values reveal the weights, which are 0 elsewhere."""
     config, n = Config(region_size=5, top=2, routing=routing), 20
     inputs = qkv(n, heads=2, groups=1)
     inputs["v"] = torch.eye(n, dtype=torch.float64).expand(2, 1, n, n)
@@ -109,7 +109,7 @@ def test_the_regions_that_are_told_are_those_that_are_read(routing, pattern):
 @pytest.mark.parametrize("grid", [(5, 7), (13, 4), (2, 3, 9), (1, 1), (11,)])
 @pytest.mark.parametrize("options", [{"windows": 3, "top": 2}, {"windows": 4, "top": 3, "routing": "head"}])
 def test_windows_divide_any_grid_with_places_missing_anywhere(grid, options):
-    """At most so many regions a side, the last ones smaller, or gone where a side is short."""
+    """A side has at most `windows` regions; on a short side the last ones are smaller or missing."""
     inputs = qkv(math.prod(grid))
     valid = torch.rand(2, math.prod(grid)) < 0.7
     poisoned = {name: x.masked_fill(~valid[:, None, :, None], torch.nan) for name, x in inputs.items()}
@@ -147,7 +147,7 @@ def test_a_region_whose_keys_dominate_is_all_that_is_read_beside_the_own_where_t
     top = 1 if not own else 2
     options = {"windows": 3, "top": top, "include_self": own}
     found = run(inputs, options, grid=(6, 6)).output
-    rows = (of != 4) if own else torch.ones(36, dtype=torch.bool)  # the fourth has one more to choose
+    rows = (of != 4) if own else torch.ones(36, dtype=torch.bool)  # region 4 may choose one more
     close(found[:, :, rows], expected[:, :, rows])
 
 
@@ -163,7 +163,7 @@ def test_regions_moved_about_move_the_outputs():
 
 
 def test_nothing_of_the_size_of_all_pairs_is_made():
-    """Four times the tokens, with regions of the same size: the largest tensor grows as they do."""
+    """With four times the tokens and regions of the same size, the largest tensor is four times as large."""
     found = []
     for side in (16, 32):
         inputs = qkv(side**2, batch=1, dtype=torch.float32)
@@ -194,7 +194,7 @@ def test_an_image_padded_below_and_beside_is_as_it_is_alone(lce_of):
     ],
 )
 def test_parity_with_the_authors_layers(name, options):
-    """Their older one, and the newer one where regions do not divide the sides."""
+    """The authors' older layer, and the newer one with regions that do not divide the sides."""
     recording, layer = load(f"bilevel_routing_{name}"), make_layer(**options)
     weights = {}
     for key, value in recorded_state(f"bilevel_routing_{name}").items():

@@ -1,4 +1,4 @@
-"""What is peculiar to block-sparse attention: its layouts, how they meet masks, caches and memory, and parity."""
+"""Tests specific to block-sparse attention: its layouts, how they meet masks, caches and memory, and parity."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ softmax = calls(get_mechanism("softmax"))
 
 
 def layout_in_words(config: Config, beta: int, gamma: int, causal: bool) -> Tensor:
-    """Whether block beta of queries may see block gamma of keys, by head: from the docstring's table."""
+    """A mask over heads: whether query block beta may see key block gamma, by the table in the mechanism's docstring."""
     if config.layout == "user":
         return torch.tensor([head[beta][gamma] for head in config.visible]).expand(HEADS)
     if min(beta, gamma) < config.global_blocks or (beta == gamma):
@@ -75,7 +75,7 @@ def layout_in_words(config: Config, beta: int, gamma: int, causal: bool) -> Tens
 
 
 def seen(options: dict, pattern: str, n: int, m: int) -> Tensor:
-    """Visible pairs (heads, n, m), from the definition in words."""
+    """Visible pairs (heads, n, m), by the definition in words."""
     config, visible = Config(**options), torch.zeros(HEADS, n, m, dtype=torch.bool)
     for i, j in itertools.product(range(n), range(m)):
         at = i if pattern.endswith("cross") else i + m - n
@@ -92,7 +92,7 @@ def scores_of(tensors: dict[str, Tensor], options: dict) -> Tensor:
 
 
 def dense(tensors: dict[str, Tensor], visible: Tensor, options: dict) -> Tensor:
-    """The formula with exponentials written out."""
+    """Dense attention, with the exponentials written out."""
     odds = torch.where(visible, scores_of(tensors, options).exp(), 0)
     total = odds.sum(-1, keepdim=True)
     if "sink" in tensors:
@@ -125,7 +125,7 @@ def test_output_and_gradients_equal_the_dense_formula(monkeypatch, options, patt
 def test_layouts_by_head_have_the_properties_of_the_matrix(pattern):
     card = dataclasses.replace(MECHANISM, variants={"by head": BY_HEAD})
     for prop in FUNCTION_PROPERTIES:
-        if prop.name not in {*PROGRAMS, "grouped_heads"}:  # which has four heads
+        if prop.name not in {*PROGRAMS, "grouped_heads"}:  # it has four heads
             cell = check(Place(card, Pattern(pattern), prop, torch.float64, variant="by head"))
             assert cell is None or cell.status != "fail", (prop.name, cell.detail)
 
@@ -157,7 +157,7 @@ def test_all_blocks_are_softmax_attention_and_the_diagonal_alone_makes_blocks_in
 
 def test_butterfly_layers_carry_the_first_token_to_the_last_within_log2_of_the_blocks():
     x = torch.randn(1, 1, 32, 4, dtype=torch.float64, requires_grad=True)
-    for layers in (3, 4):  # 16 blocks; the first is 15 away, a sum of four powers of two
+    for layers in (3, 4):  # 16 blocks: the first is 15 away, which is a sum of four powers of two
         y = x
         for _ in range(layers):
             y = y + run(dict.fromkeys("qkv", y), OPTIONS[1]).output
@@ -187,7 +187,7 @@ def test_random_blocks_have_their_density_and_no_row_column_or_head_follows_anot
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
 def test_blocks_of_the_mask_hide_further_pairs_whatever_their_size(pattern, size):
     options, tensors = {"block_size": 4, "layout": "random", "density": 0.5}, problem({}, 25, 25)
-    blocks = BlockMask(torch.rand(2, HEADS, 24 // size, 24 // size) < 0.7, size)  # the last token is beyond them
+    blocks = BlockMask(torch.rand(2, HEADS, 24 // size, 24 // size) < 0.7, size)  # without the last token
     own = F.pad(blocks.visible.repeat_interleave(size, -1).repeat_interleave(size, -2), (0, 1, 0, 1))
     found = run(tensors, options, pattern=pattern, mask=Mask(blocks=blocks)).output
     close_gradients(found, dense(tensors, seen(options, pattern, 25, 25) & own, options), tensors)
@@ -220,7 +220,7 @@ def test_positions_and_blocks_agree_in_every_step(pattern, positions):
 
 
 def test_one_row_of_blocks_is_made_for_a_step(monkeypatch):
-    """Not the square of all blocks, which at long caches would cost more than the attention."""
+    """The full square of blocks would cost more than the attention for long caches."""
     shape = lambda *given, blocks, **options: tuple(blocks.visible.shape)  # noqa: E731
     shapes = watched(monkeypatch, attention_forms, "attention", shape)
     state = run(qkv(40), {"block_size": 2}, return_state=True).state
@@ -275,7 +275,7 @@ def test_the_cost_of_random_blocks_is_that_of_the_mean_draw():
 
 @pytest.mark.parametrize("given", ["option", "mask"])
 def test_parity_with_the_authors_blocks_of_16_by_256(given):
-    """With padding, and with a block of queries that sees nothing."""
+    """The recording has padding, and a block of queries that sees nothing."""
     fixture = load("block_sparse_16_by_256")
     tensors = {name: fixture[name].requires_grad_() for name in "qkv"}
     visible, lengths = fixture["blocks"].repeat_interleave(16, -1), fixture["lengths"]

@@ -1,4 +1,4 @@
-"""What is peculiar to clipped softmax: exact zeros and ones, where they begin, what gradients they let through, and parity."""
+"""Tests specific to clipped softmax: exact zeros and ones, where they begin, the gradients that they pass, and parity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inputs(n: int, batch: int = 2, spread: float = 3.0) -> dict[str, Tensor]:
 
 
 def weights_of_scores(scores: Tensor, **options: float) -> Tensor:
-    """Weights of one query and head whose scores are given."""
+    """The weights for one query and head with the given scores."""
     m = scores.shape[-1]
     tensors = {"q": torch.ones(1, 1, 1, 1), "k": scores.view(1, 1, m, 1), "v": torch.zeros(1, 1, m, 1)}
     tensors = {name: x.double() for name, x in tensors.items()}
@@ -156,7 +156,7 @@ def test_parity_with_the_authors_layer(name, pattern):
     weights = {name: arrays[f"weight_{name.replace('.', '_')}"] for name in inside}
     layer.load_state_dict(weights | {"output.weight": torch.eye(16), "output.bias": torch.zeros(16)})
     x, mask = arrays["x"].requires_grad_(), None
-    if "mask" in arrays:  # the authors' code pads keys only
+    if "mask" in arrays:  # the authors' code masks only padded keys
         bias = torch.zeros(2, 1, 1, 14, dtype=torch.float64)
         mask = Mask(bias=bias.masked_fill(~arrays["mask"][:, None, None], -torch.inf))
     result = layer(x, context=Context(mask=mask, want=frozenset({"weights"})))

@@ -1,4 +1,4 @@
-"""What is peculiar to Combiner: who is reached and through what, what a group weighs, and parity with the official code."""
+"""Tests specific to Combiner: which tokens are reached and how, what a group weighs, and parity with the official code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(inputs: dict[str, Tensor], config: Config, pattern: Pattern = CAUSAL, **
 
 
 def effective_weights(inputs: dict[str, Tensor], config: Config, pattern: Pattern = CAUSAL, **call) -> Tensor:
-    """The outputs of values that are unit vectors."""
+    """The effective weights: outputs for unit vectors as values."""
     n = inputs["k"].shape[2]
     units = torch.eye(n, dtype=torch.float64).expand(2, 2, n, n)
     return run({**inputs, "v": units}, config, pattern, **call)
@@ -37,7 +37,7 @@ def differ(outputs: list[Tensor]) -> bool:
     return all((one - other).abs().max() > 1e-3 for one, other in itertools.combinations(outputs, 2))
 
 
-# Who is reached
+# Which tokens are reached
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 22, 33])
@@ -72,7 +72,7 @@ def test_blocks_of_logn_are_the_binary_digits_of_the_rank():
         assert sorted(len(group.members) for group in groups) == [1 << b for b in range(6) if i >> b & 1]
 
 
-# Where it is softmax
+# Cases that are softmax attention
 
 
 @pytest.mark.parametrize("form", ["reference", "parallel", "chunked"])
@@ -100,14 +100,14 @@ def test_noncausal_rows_of_one_token_are_softmax_if_the_own_is_not_counted_twice
 @pytest.mark.parametrize("form", ["reference", "parallel"])
 @pytest.mark.parametrize("factorization", FACTORIZATIONS)
 def test_a_group_of_equal_keys_is_one_token_with_the_mean_value(factorization, form):
-    """Softmax over the direct tokens and, for each group, its one key and its mean value; groups differ in their keys."""
+    """Softmax over the direct tokens and one token per group, with its shared key and mean value; groups' keys differ."""
     config, n = Config(factorization, 4, row_keys="none"), 23
     for i in (7, 13, 18, 22):
         direct, groups = partition(config, True, i, n)
         inputs = sample(n, config)
         keys = inputs["k"].clone()
         for group in groups:
-            # the two families of groups of a mixture overlap, so that all their keys are one
+            # the mixture's two families of groups overlap, so all of its groups share one key
             source = groups[0] if factorization == "axial_mixture" else group
             keys[:, :, list(group.members)] = inputs["k"][:, :, [source.members[0]]]
         parts = [[j] for j in direct] + [list(group.members) for group in groups]
@@ -134,7 +134,7 @@ def test_poolings_and_row_keys_differ():
 
 
 def test_dropout_spares_the_far_weights():
-    config = Config(segment=1)  # each of which is that of a group of one token
+    config = Config(segment=1)  # every group is a single token
     diagonal = effective_weights(sample(9, config), config, dropout=0.5).diagonal(dim1=-2, dim2=-1)
     assert (diagonal == 0).any()
     assert (diagonal > 0).any()
@@ -147,7 +147,7 @@ def test_dropout_spares_the_far_weights_of_a_step_too():
     kept, dropped = (
         call(cut(inputs, slice(8, 9)), config=config, state=state, dropout=rate).output[:, :, 0] for rate in (0.0, 0.9)
     )
-    direct, far = [0, 4, 8], [1, 2, 3, 5, 6, 7]  # its own column and itself, and what is read of the others in sums
+    direct, far = [0, 4, 8], [1, 2, 3, 5, 6, 7]  # its own column and itself; tokens read through sums
     close(dropped[..., far], kept[..., far])
     assert (dropped[..., direct] == 0).any() and (kept[..., direct] > 0).all()
 

@@ -1,5 +1,5 @@
-"""What is peculiar to complex rotary attention: parity with the authors' layer, its factorised form, what it is at special
-angles, its phase near zero and at the negative real axis, and the layer's start."""
+"""Tests specific to complex rotary attention: parity with the authors' layer, its factorised form, special angles, its
+phase near zero and at the negative real axis, and the layer's initial state."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def weights(tensors: dict[str, Tensor], options: dict | None = None) -> Tensor:
 
 
 def pairwise(tensors: dict[str, Tensor], first: int = 0, base: float = 1e4, position: bool = True) -> Tensor:
-    """S as the real part of a sum of products of complex powers; query m has the rank first + m."""
+    """Scores S as the real part of a sum of products of complex powers; query m has the rank first + m."""
     q, k, _, delta, b = tensors.values()
     heads, f = q.shape[1], q.shape[-1] // 2
     k, delta = (x.repeat_interleave(heads // x.shape[axis], axis) for x, axis in ((k, 1), (delta, 0)))
@@ -68,7 +68,7 @@ def test_the_factorised_form_equals_cosines_of_pairs(options, groups, pattern):
         scores = scores.masked_fill(~torch.ones(9, 13).tril(4).bool(), -torch.inf)
     expected = scores.softmax(-1) @ tensors["v"].repeat_interleave(2 // groups, 1)
     for form in ("parallel", "reference"):
-        # 1e-9 inside the magnitudes
+        # the magnitudes contain a 1e-9
         close(run(tensors, options, pattern=pattern, form=form).output, expected, 1e-7)
 
 
@@ -85,7 +85,7 @@ NAMES = {
 
 
 def recorded(name: str) -> tuple[dict[str, Tensor], Any]:
-    """A recording, and a layer with its weights."""
+    """A recording and a layer with its weights."""
     fixture = load(name)
     layer = create_layer("complex_rotary", 16, 2, pattern="causal-self").double()
     layer.load_state_dict({own: fixture[theirs] for own, theirs in NAMES.items()})
@@ -94,7 +94,7 @@ def recorded(name: str) -> tuple[dict[str, Tensor], Any]:
 
 @pytest.mark.parametrize(("slope", "tolerance"), [(phase_of, 1e-7), (torch.atan2, 1e-12)])
 def test_a_layer_equals_the_authors_under_a_causal_mask_with_gradients(slope, tolerance, monkeypatch):
-    """The slope of a phase has 1e-9 here; with theirs, gradients are equal too."""
+    """The derivative of a phase has a 1e-9 here; with the authors' derivative, gradients are equal too."""
     monkeypatch.setattr(module, "phase_of", slope)
     fixture, layer = recorded("complex_rotary_causal")
     x = fixture["x"].requires_grad_()
@@ -162,7 +162,7 @@ def test_learned_frequencies_start_as_the_fixed_ones():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("position", ["rotary", "learned"])
 def test_far_positions_stay_exact(position, dtype, tolerance):
-    """Nine queries on the last nine of 20,000 keys."""
+    """Nine queries attend to the last nine of 20,000 keys."""
     tensors = {name: x.to(dtype) for name, x in inputs(9, 20_000).items()}
     if position == "learned":
         tensors["frequencies"] = (1e4 ** (-torch.arange(4) / 4)).expand(2, -1).to(dtype)
@@ -187,7 +187,7 @@ def test_gradients_stay_bounded_for_vanishing_queries_and_keys(size):
     for options in ({}, NO_POSITION):
         for gradient in torch.autograd.grad(run(leaves, options).output.sum(), list(leaves.values())):
             assert gradient.isfinite().all()
-            assert gradient.abs().max() < 100  # atan2's own would be the delta over the size
+            assert gradient.abs().max() < 100  # atan2's gradient would be delta / size
 
 
 def test_the_slope_of_a_phase_is_that_of_its_magnitude():

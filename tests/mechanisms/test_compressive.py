@@ -1,4 +1,4 @@
-"""What is peculiar to the Compressive Transformer: what it compresses and when, what learns, its state, and parity."""
+"""Tests specific to the Compressive Transformer: what it compresses and when, what learns, its state, and parity."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def layer(options: dict, **more: Any) -> torch.nn.Module:
 
 
 def by_hand(module: torch.nn.Module, x: Tensor, options: dict) -> tuple[Tensor, Tensor]:
-    """The outputs and the mean reconstruction loss as in the paper: queues of inputs, a segment after the other."""
+    """Outputs and mean reconstruction loss as in the paper: queues of inputs, one segment at a time."""
     size, memory, slots, ratio = (options[name] for name in ("segment", "memory", "compressed", "ratio"))
     told = module.projection
     empty = x.detach()[:, :0]
@@ -83,7 +83,7 @@ def by_hand(module: torch.nn.Module, x: Tensor, options: dict) -> tuple[Tensor, 
 @pytest.mark.parametrize("compression", ["conv", "mean", "max"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_layer_equals_queues_of_inputs_and_learns_as_they_do(options, compression):
-    """The task's gradient stops at the memory and at f_c, that of the reconstruction reaches f_c alone."""
+    """The task's gradient stops at the memory and at f_c; the reconstruction's gradient reaches only f_c."""
     options = options | {"compression": compression}
     module, x = layer(options), sequence(36).requires_grad_()
     leaves = {"x": x, **dict(module.named_parameters())}
@@ -110,7 +110,7 @@ def test_a_layer_equals_queues_of_inputs_and_learns_as_they_do(options, compress
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("sizes", [[1] * 37, [1, 7, 1, 0, 28], [12, 24, 1]])
 def test_a_layer_decodes_however_a_sequence_is_cut(options, sizes):
-    """At the borders of segments or not: its state holds the inputs of open groups."""
+    """Cuts may be anywhere in a segment, since the state holds the inputs of incomplete groups."""
     module, x = layer(options).eval(), sequence(37)
     found, state = read_in_pieces(module, x, sizes)
     close(found, module(x).output)
@@ -127,7 +127,7 @@ def test_scores_without_distances_go_on_from_anywhere_in_a_segment():
 
 @pytest.mark.parametrize("pattern", SELF)
 def test_groups_of_one_token_are_a_longer_memory(pattern):
-    """c = 1 and f_c the identity: Transformer-XL with a memory of M + C."""
+    """With c = 1 and f_c the identity, it is Transformer-XL with a memory of M + C."""
     tokens = {name: x for name, x in inputs(41).items() if "compressed" not in name}
     own = tokens | {"k_compressed": tokens["k"], "v_compressed": tokens["v"]}
     found = run(own, {"segment": 4, "memory": 6, "compressed": 7, "ratio": 1}, pattern=pattern)
@@ -250,7 +250,7 @@ def test_parity_with_public_code():
     close(torch.cat([module.key.weight.grad, module.value.weight.grad]), recorded["grad_kv"])
     close(module.output.weight.grad, recorded["grad_o"])
     total, count = result.losses["reconstruction"]
-    close(4 * total / count, recorded["losses"].sum())  # four segments push out as much each
+    close(4 * total / count, recorded["losses"].sum())  # each of four segments evicts as many tokens
     (4 * total / count).backward()
     convolution = module.projection.convolution
     close(convolution.weight.grad.unflatten(1, (4, 8)).transpose(1, 2), recorded["grad_conv"])

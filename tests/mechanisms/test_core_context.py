@@ -1,4 +1,4 @@
-"""What is peculiar to core context aware attention: cores, the moving window, decoding across group ends, and parity."""
+"""Tests specific to core context aware attention: cores, the moving window, decoding across group ends, and parity."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def differ(outputs: list[Tensor]) -> bool:
     return all((one - other).abs().max() > 1e-3 for one, other in itertools.combinations(outputs, 2))
 
 
-# Where it is softmax
+# Cases that are softmax attention
 
 IN_WINDOW = [Config(4, 17), Config(5, 40)]
 ONE_BY_ONE = [Config(1, 0), Config(1, 1), Config(1, 6), Config(1, 3, share_gqa=True)]
@@ -66,12 +66,12 @@ def test_so_it_is_without_a_direction():
     close(run(inputs, Config(1), "noncausal-cross"), softmax(inputs, "noncausal-cross"))
 
 
-# Who is read, and how
+# Which tokens are read, and how
 
 
 @pytest.mark.parametrize(("n", "g", "s"), [(23, 4, 8), (30, 3, 7), (19, 5, 1), (16, 4, 4), (40, 6, 10), (21, 4, 0)])
 def test_tokens_and_cores_part_the_past(n, g, s):
-    """With equal keys a token read by itself weighs 1 and one in a group 1 / g, of as many as there are."""
+    """With equal keys, a token read by itself counts 1 and a token of a group 1 / g, divided by the number of terms."""
     inputs = qkv(n)
     inputs["k"] = inputs["k"][:, :, :1].expand(-1, -1, n, -1)
     inputs["v"] = torch.eye(n, dtype=torch.float64).expand(2, 2, n, n)
@@ -124,7 +124,7 @@ def test_a_gate_weighs_cores_against_tokens():
     far, half, near = (run(inputs | {"gate": gate}, Config(4, 4, fusion="gated")) for gate in gates)
     window = local_attention(*inputs.values(), pattern="causal-self", window=4)
     close(near[:, :, 3::4], window[:, :, 3::4])
-    close(far[:, :, :7], softmax(inputs)[:, :, :7])  # no core yet
+    close(far[:, :, :7], softmax(inputs)[:, :, :7])  # before the first core is read
     close(half[:, :, 8:], (near + far)[:, :, 8:] / 2)
 
 
@@ -173,7 +173,7 @@ def test_thousands_of_steps_after_a_prefill_equal_the_whole():
 
 @pytest.mark.parametrize("options", [{}, {"share_gqa": True}, {"pool_keys": "pre_rope"}, {"pool_query": "mean"}])
 def test_kernels_step_as_the_definition_from_a_state_that_stays_as_it_was(options):
-    """Another token after the same state, and a reordered one, see nothing of the first."""
+    """Stepping again from the same state, or from a reordered one, is not affected by the first continuation."""
     config, inputs = Config(4, 9, **options), qkv(60, heads=4, groups=2, dim=4)
     turn = {"rotate": rotary()}
     told = {name: x.float() for name, x in inputs.items()}

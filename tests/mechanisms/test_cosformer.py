@@ -1,4 +1,4 @@
-"""What is peculiar to cosFormer: its reach, positions of every pattern, their limit, dead features, and recorded outputs."""
+"""Tests specific to cosFormer: its reach, positions of every pattern, their limit, dead features, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ run = calls(MECHANISM)
 
 
 def paired(tensors: dict[str, Tensor], causal: bool, reach: float, eps: float = 1e-6) -> Tensor:
-    """Rectified products of pairs of tokens, times the cosine of their distance."""
+    """Attention by rectified products of pairs of tokens, times the cosine of their distance."""
     q, k, v = tensors.values()
     n, m = q.shape[2], k.shape[2]
     distance = torch.arange(n).double()[:, None] + (m - n if causal else 0) - torch.arange(m)
@@ -36,7 +36,7 @@ def paired(tensors: dict[str, Tensor], causal: bool, reach: float, eps: float = 
     [
         ("noncausal-self", 11, 11),
         ("causal-self", 11, 11),
-        ("causal-self", 3, 8),  # queries stand at the end of the keys
+        ("causal-self", 3, 8),  # queries are aligned with the last keys
         ("causal-self", 8, 3),
         ("noncausal-cross", 11, 13),
         ("causal-cross", 11, 13),
@@ -72,7 +72,7 @@ def test_positions_beyond_the_reach_are_refused():
             refused("position 9", run, qkv(9), options, pattern=pattern, form=form)
     for n, m in ((9, 4), (4, 9)):
         refused("position 9", run, qkv(n, m), options, pattern="causal-cross")
-    run(qkv(9), options, mask=Mask(lengths=torch.tensor([8, 2])))  # padding has no position
+    run(qkv(9), options, mask=Mask(lengths=torch.tensor([8, 2])))  # padding does not count as a position
     state = run(qkv(8), options, return_state=True).state
     refused("position 9", run, qkv(1), options, state=state)
 

@@ -1,4 +1,4 @@
-"""What is peculiar to the delta rule: writing over what is stored, its transitions, its layer, and recorded outputs."""
+"""Tests specific to the delta rule: overwriting stored values, its transitions, its layer, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def unit(*shape: int) -> Tensor:
 
 
 def written(k: Tensor, v: Tensor, beta: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-    """S after raw keys and values of one batch row and head, (K, V)."""
+    """The state S after the raw keys and values of one batch row and head, (K, V)."""
     tensors = {"q": k, "k": k, "v": v} | ({} if beta is None else {"beta": beta})
     tensors = {name: x[None, None] for name, x in tensors.items()}
     start = None if state is None else state_of(state[None, None])
@@ -86,7 +86,7 @@ def test_noncausal_counts_a_token_once_and_reads_backwards_before_the_write():
     tensors = inputs_of(n=7)
     flipped = {name: x.flip(2) for name, x in tensors.items()}
     backward = []
-    for t in range(7):  # what the tokens after t have written, in reverse order
+    for t in range(7):  # the state written by the tokens after t, in reverse order
         state = run(tokens(flipped, slice(0, 6 - t)), return_state=True).state.memory
         q = tensors["q"][:, :, t, None]
         backward.append(8**-0.5 * q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt() @ state)
@@ -126,7 +126,7 @@ def test_negative_eigenvalues_track_the_parity_of_a_bit_string():
         return run({**tensors, "beta": rate * bits.double()}, RAW, state=start, scale=1.0).output[..., 0]
 
     close(signs(2.0), 1.0 - 2.0 * (bits.cumsum(-1) % 2).double())
-    assert (signs(0.99)[..., 100:].abs() < 1e-12).all()  # with beta below 1 the parity fades
+    assert (signs(0.99)[..., 100:].abs() < 1e-12).all()  # with beta < 1 the parity fades
 
 
 # Options
@@ -217,7 +217,7 @@ def test_parity_of_normalised_raw_keys_and_of_the_attention_matrix_on_rated_valu
     options = {"normalize_queries": False}
     close(run(tensors, options).output, recorded["out"], 1e-10)
     identity = torch.eye(32, dtype=torch.float64).expand(2, 2, 32, 32)
-    # out = A (beta v): the output of values 1 / beta at one token each is a column of A
+    # out = A (beta v): with values of 1 / beta at a single token, the output is a column of A
     rates = recorded["beta"][..., None]
     close(run({**tensors, "v": identity / rates}, options).output, recorded["attn"], 1e-10)
 
@@ -252,7 +252,7 @@ def test_parity_with_the_layer_of_kimi_linear():
     x = torch.randn(2, 70, 24)
     exact = copy.deepcopy(layer).double()(x.double()).output
     close(layer(x).output.double(), exact, 2e-6)
-    close(theirs(x).double(), exact, 5e-6)  # its own rounding in float32: theirs computes in no other dtype
+    close(theirs(x).double(), exact, 5e-6)  # theirs computes only in float32, and rounds
 
 
 # The layer

@@ -1,4 +1,4 @@
-"""What is peculiar to DiagAttention: independent blocks, ReLU weights and their norm, a cache that empties."""
+"""Tests specific to DiagAttention: independent blocks, ReLU weights and their norm, a cache that empties."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS = [
     {"block": 3, "activation": "relu", "form": "window"},
     {"block": 3, "form": "window", "output_norm": "simple_rms"},
     {"block": 6, "output_norm": "layer"},
-    {"block": 60},  # softmax attention
+    {"block": 60},  # one block: softmax attention
     {"block": 60, "activation": "relu", "output_norm": "rms"},
 ]
 
@@ -28,7 +28,7 @@ run = calls(MECHANISM)
 
 
 def allowed(config: Config, pattern: str, n: int) -> Tensor:
-    """Visible pairs, from the definition in words."""
+    """Visible pairs, by the definition in words."""
     i, j = torch.arange(n)[:, None], torch.arange(n)[None]
     if config.form == "block":
         seen = i // config.block == j // config.block
@@ -40,7 +40,7 @@ def allowed(config: Config, pattern: str, n: int) -> Tensor:
 @pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self"])
 @pytest.mark.parametrize("n", [13, 50])
 def test_equals_its_definition(options, pattern, n):
-    """Pairs outside a block have no part in the denominator, and the norm is over all heads."""
+    """Pairs outside a block do not enter the denominator, and the norm is over all heads."""
     tensors, config = qkv(n), Config(**options)
     seen, scores = allowed(config, pattern, n), tensors["q"] @ tensors["k"].mT / 2
     relu = config.activation == "relu"

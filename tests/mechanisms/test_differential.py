@@ -1,4 +1,4 @@
-"""What is peculiar to differential attention: pairs of heads, what cancels, lambda by depth, and parity."""
+"""Tests specific to differential attention: pairs of heads, what cancels, lambda by depth, and parity."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_parity_with_the_authors_code(name, heads, dim):
     layer = create_layer("differential", dim, heads, **options).double()
 
     def apart(weight: Tensor, count: int) -> Tensor:
-        """Rows of pairs whose heads lie side by side, those of all first heads first."""
+        """Reorder rows from adjacent heads of a pair to all first heads, then all second heads."""
         return weight.unflatten(0, (count // 2, 2, -1)).transpose(0, 1).flatten(0, 2)
 
     weights = {

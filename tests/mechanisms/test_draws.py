@@ -1,4 +1,4 @@
-"""What layers draw at random: in training alone, from the generator of the call, and features for a few calls at a time."""
+"""Random draws of layers: only in training, from the call's generator; random features are kept for several calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_layer_draws_in_training_alone_from_the_generator_of_the_call(name, op
         return layer(x, context=Context(generator=torch.Generator().manual_seed(seed))).output
 
     assert torch.equal(output(0), output(0)) and not torch.equal(output(0), output(1))
-    assert (output(2) != 0).all()  # weights are dropped, and not outputs
+    assert (output(2) != 0).all()  # weights are dropped, not outputs
     layer.eval()
     assert torch.equal(output(0), output(1))
 
@@ -59,7 +59,7 @@ def test_random_features_are_drawn_anew_after_some_calls_in_training_only_and_sa
         outputs.append(layer(x).output)
         drawn.append(getattr(layer.projection, features).clone())
     assert [torch.equal(one, other) for one, other in pairwise(drawn)] == [True, True, False, True, True, False]
-    sum(outputs).sum().backward()  # a graph keeps the features that it was made with
+    sum(outputs).sum().backward()  # the graph keeps the features of its forward pass
     layer.eval()
     for _ in range(3):
         layer(x)

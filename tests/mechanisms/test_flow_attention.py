@@ -1,4 +1,4 @@
-"""What is peculiar to flow attention: conservation, closed forms, its options, and recorded outputs."""
+"""Tests specific to flow attention: conservation, closed forms, its options, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sample(n: int = 14, m: int | None = None, **sizes: int) -> tuple[Tensor, ...
 
 
 def weights(q: Tensor, k: Tensor, **options) -> Tensor:
-    """The implied weights: the output for values that are unit vectors."""
+    """The implied weights: outputs for unit vectors as values."""
     values = torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1)
     return flow_attention(q, k, values, **{"pattern": "noncausal-self", **options})
 
@@ -29,7 +29,7 @@ def filled(x: Tensor, value: float) -> Tensor:
 
 
 def test_the_causal_recurrence_in_the_papers_order():
-    """Sums of keys and queries, then I and O, then the conserved sums, then E, then C, then the matrix."""
+    """The order: sums of keys and queries, I and O, the conserved sums, E, C, and the matrix."""
     q, k, v = sample(heads=1, batch=1)
     expected = flow_attention(q, k, v)
     eps, sums = 1e-6, [torch.zeros(4, dtype=torch.float64) for _ in range(4)]
@@ -55,10 +55,10 @@ def test_flow_is_conserved(n, m):
     allocation = (weights(q, k, competition=False, **cross) / off)[..., 0]
     close((allocation.logit() * m / n).sum(-1), filled(q[:, :, 0, 0], m), 1e-10)
     competition = weights(q, k, allocation=False, clamp=None, **cross) / off
-    close(competition, competition[:, :, :1].expand_as(competition), 1e-10)  # one for each source
+    close(competition, competition[:, :, :1].expand_as(competition), 1e-10)  # one factor for each source
     competition = competition[:, :, 0]
     close(competition.sum(-1), filled(q[:, :, 0, 0], m), 1e-10)
-    # softmax knows its logits up to a constant: the one that makes the conserved sources sum to L
+    # softmax determines its logits up to a constant: choose the one for which the conserved sources sum to L
     logits = competition.log()
     logits = logits + (n - logits.sum(-1, keepdim=True)) / m
     sinks, sources = q.sigmoid(), k.sigmoid()
@@ -90,7 +90,7 @@ def test_noncausal_is_equivariant_in_queries_and_invariant_in_the_order_of_keys(
 
 @pytest.mark.parametrize(("factor", "inside"), [(True, 1.0), (False, 15 / 6)])
 def test_the_sigmoid_of_allocation_has_the_factor_of_lengths(factor, inside):
-    """Identical tokens: each sink takes S / L, so the allocation is sigmoid(1) with the factor, sigmoid(S / L) without."""
+    """With identical tokens each sink takes S / L: allocation is sigmoid(1) with the factor, sigmoid(S / L) without."""
     q, memory = (torch.ones(1, 1, n, 4, dtype=torch.float64) for n in (6, 15))
     found = flow_attention(q, memory, memory, pattern="noncausal-cross", length_factor=factor, eps=1e-12)
     close(found, filled(q, inside).sigmoid(), 1e-7)
@@ -164,7 +164,7 @@ def test_function_layer_and_gradients_equal_the_official_code(name, pattern):
     leaves = {x: recorded[x].requires_grad_() for x in ("x", "memory") if x in recorded}
     cross = {"memory_dim": recorded["memory"].shape[-1]} if "memory" in recorded else {}
     layer = create_layer("flow_attention", recorded["x"].shape[-1], 2, head_dim=8, **options, **cross).double()
-    # the recorded output may be narrower than the input, a layer's has one width
+    # the recorded output may be narrower than the input, but a layer has one width
     layer.output = nn.Linear(*reversed(recorded["weight_out_projection_weight"].shape)).double()
     for module, its in ((layer.query, "query"), (layer.key, "key"), (layer.value, "value"), (layer.output, "out")):
         module.load_state_dict({x: recorded[f"weight_{its}_projection_{x}"] for x in ("weight", "bias")})

@@ -1,4 +1,4 @@
-"""What is peculiar to FNet: its transform, rows of unequal length, and parity with known code."""
+"""Tests specific to FNet: its transform, rows of unequal length, and parity with known code."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_rows_are_transformed_at_their_own_length(n):
 
 
 def test_long_rows_keep_their_digits_in_single_precision():
-    """The phase of a chirp is a square of the place; as a float its digits would be gone at 10000."""
+    """A chirp's phase is the square of the position, which would lose all digits in float32 at 10000."""
     x = torch.randn(2, 10007, 3)
     lengths = torch.tensor([10007, 9973])
     found = run(x, mask=Mask(lengths=lengths))

@@ -1,4 +1,4 @@
-"""What is peculiar to funnel pooling: pairs, the first token apart, distances between lengths, and parity."""
+"""Tests specific to funnel pooling: pairs, the separate first token, distances between lengths, and parity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_layer(dim: int = 8, heads: int = 2, **options: Any) -> torch.nn.Module:
 
 
 def recorded_weights(f: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As the mechanism takes them; the bias of keys has no effect, and is left out."""
+    """The recorded weights in the mechanism's form, without the key bias, which has no effect."""
 
     def stack(name: str, change=lambda w: w) -> Tensor:
         return torch.stack([change(f[f"weight_blocks_{layer}_{name}"]) for layer in ("1_0", "1_1", "2_0", "2_1")])
@@ -93,7 +93,7 @@ def test_parity_from_the_first_block_to_the_decoder(case, options):
     lengths = torch.tensor([first.shape[1], 9]) if case == "whole_padded" else None
     h, left = layer.shorten(first, lengths)
     found, expected = first + upsample(h, left, first.shape[1], layer.config), f[f"out_{case}"]
-    if lengths is not None:  # the places after them hold what padding gave there
+    if lengths is not None:  # the places after them hold outputs of padding
         found, expected = (torch.cat([t[0], t[1, :9]]) for t in (found, expected))
     close(found, expected, 1e-13)  # observed 4e-15
     if case == "truncated_odd":
@@ -111,7 +111,7 @@ def test_each_place_gets_back_the_token_that_it_was_pooled_into(blocks, options)
         for _ in range(blocks):
             rest = groups[apart : len(groups) - int(config.truncate and len(groups) > 2)]
             groups = groups[:apart] + [set().union(*rest[i : i + 2]) for i in range(0, len(rest), 2)]
-        # a token that was left out belongs to the one whose pair or group it would have completed
+        # a truncated token belongs to the pair or group that it would have completed
         span = 2**blocks
         expected = [0.0] * n
         for number, group in enumerate(groups):
@@ -125,9 +125,9 @@ def test_each_place_gets_back_the_token_that_it_was_pooled_into(blocks, options)
 
 @pytest.mark.parametrize("pool", ["mean", "max"])
 def test_pairs_begin_after_the_first_token(pool):
-    """Where keys are pooled too and places do not matter, the order within a pair does not either."""
+    """If keys are pooled too and positions are off, the order within a pair does not matter."""
     options = {"pool": pool, "positions": False, "query_only": False, "blocks": 1}
-    x = sample(n=6, **options)  # pairs (1, 2), (3, 4) and the token 5 alone
+    x = sample(n=6, **options)  # pairs (1, 2), (3, 4); token 5 alone
     expected = run(x, options)
 
     def swapped(i: int, j: int) -> Tensor:

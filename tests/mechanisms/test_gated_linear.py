@@ -1,4 +1,4 @@
-"""What is peculiar to gated linear attention: its special cases, strong gates, its layer, and recorded official outputs."""
+"""Tests specific to gated linear attention: its special cases, strong gates, its layer, and recorded official outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = ("q", "k", "v", "log_decay")
 
 
 def inputs(n: int, batch: int = 2, **sizes: int) -> dict[str, Tensor]:
-    """With a gate for each feature of keys (8, or `k`); values have 6 features, or `v`."""
+    """Inputs with a gate for each key feature (8, or `k`); values have 6 features, or `v`."""
     call = {"batch": batch, "n": n, "m": n, "dtype": torch.float64, "config": Config(), "sizes": sizes}
     return sample_inputs(torch.default_generator, **call)
 
@@ -69,7 +69,7 @@ def test_an_infinite_gate_starts_a_new_sequence_with_finite_gradients(dtype, tol
 
 
 def test_strong_gates_keep_float32_precise():
-    """Differences of cumulative sums would give errors of 1e-5; observed 8e-8."""
+    """Differences of cumulative sums would give errors of 1e-5; 8e-8 was observed."""
     tensors = inputs(200)
     g = tensors["log_decay"]
     tensors["log_decay"] = torch.where(torch.rand(g.shape) < 0.3, -50.0, g)
@@ -130,7 +130,7 @@ def test_groups_of_queries_share_keys_and_gates(pattern):
     repeated = {name: x.repeat_interleave(3, 1) for name, x in tensors.items()} | queries
     expected = run(repeated, pattern=pattern, form="reference").output
     close(run(tensors | queries, pattern=pattern).output, expected)
-    if pattern == "causal-cross":  # memory alone does not say how many heads will read it
+    if pattern == "causal-cross":  # the memory does not determine how many heads will read it
         memory = {name: x for name, x in tensors.items() if name != "q"}
         state = absorb(MECHANISM, memory, pattern=pattern, heads=6)
         close(run(queries, pattern=pattern, state=state).output, expected)

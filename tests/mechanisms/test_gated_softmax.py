@@ -1,4 +1,4 @@
-"""What is peculiar to gated softmax attention: open and closed gates, its predictors and their starts, and parity."""
+"""Tests specific to gated softmax attention: open and closed gates, its predictors and their initial values, and parity."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def make(pattern: str = "causal-self", dim: int = 8, **options):
 
 
 def last_bias(layer) -> Tensor:
-    """What the gates are made of where the predictor's weights are 0."""
+    """The gates' logits when the predictor's weights are 0."""
     return layer.projection.logit if layer.config.predictor == "head" else layer.projection.maps[-1].bias
 
 
 def gated_and_plain(predictor: str, **options):
-    """A gated layer with the projections of a layer of softmax attention."""
+    """A gated layer and a softmax attention layer with the same projections."""
     pattern = "noncausal-self" if predictor == "head_mean" else "causal-self"
     plain = create_layer("softmax", 8, 2, pattern=pattern).double()
     layer = make(pattern, predictor=predictor, **options)
@@ -101,7 +101,7 @@ def test_predictors_start_as_they_are_told(predictor):
     layer = create_layer("gated_softmax", 16, 2, predictor=predictor, initial_gate=0.25)
     last = last_bias(layer)
     close(last.sigmoid(), torch.full_like(last, 0.25), 1e-6)
-    assert any(last is p for p in parameter_groups(layer.projection, 0.1)[-1]["params"])  # which do not decay
+    assert any(last is p for p in parameter_groups(layer.projection, 0.1)[-1]["params"])  # exempt from weight decay
 
 
 def test_a_mean_over_tokens_is_that_of_each_packed_document():
@@ -112,7 +112,7 @@ def test_a_mean_over_tokens_is_that_of_each_packed_document():
 
 
 def gate_weights(arrays: dict[str, Tensor], predictor: str) -> dict[str, Tensor]:
-    """The authors' gate parameters under the names and in the shapes of the layer."""
+    """The authors' gate parameters with the layer's names and shapes."""
     if predictor == "head":
         return {"projection.logit": arrays["weight_alpha"]}
     if predictor == "all_features":
@@ -140,7 +140,7 @@ def test_parity_with_the_authors_layer(name):
     weights |= {"output.weight": torch.eye(16), "output.bias": torch.zeros(16)}
     layer.load_state_dict(weights | gate_weights(arrays, options["predictor"]))
     x, mask = arrays["x"].requires_grad_(), None
-    if "mask" in arrays:  # the authors' code pads keys only
+    if "mask" in arrays:  # the authors' code masks only padded keys
         hidden = torch.zeros(2, 1, 1, 14, dtype=torch.float64).masked_fill(~arrays["mask"][:, None, None], -torch.inf)
         mask = Mask(bias=hidden)
     gate = layer.projection.inputs({}, LayerCall(x, None, Context()))["log_gate"].exp()

@@ -1,4 +1,4 @@
-"""What is peculiar to hard attention: the mass that is kept, and what is read where there are few keys."""
+"""Tests specific to hard attention: the mass that is kept, and which keys are read when there are few."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_hard_attention_keeps_the_mass_of_the_largest_weights_and_soft_attention
 
 
 def test_in_training_a_weight_that_was_dropped_makes_room_for_another():
-    """The choice comes after the dropout, as in the authors' code."""
+    """Keys are chosen after dropout, as in the authors' code."""
     q, k, v = torch.randn(1, 1, 40, 4), torch.randn(1, 1, 20, 4), torch.eye(20)[None, None]
     generator = torch.Generator().manual_seed(5)
     read = hard_softmax_attention(q, k, v, pattern="noncausal-cross", keys=3, dropout=0.5, generator=generator)

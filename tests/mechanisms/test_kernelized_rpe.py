@@ -1,4 +1,4 @@
-"""What is peculiar to kernelized attention with relative positions: the Toeplitz product by every method, its closed forms,
+"""Tests specific to kernelized attention with relative positions: the Toeplitz product by every method, closed forms,
 random features, the constant state, grids, the layer's tables, and parity."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def inputs(n: int, m: int | None = None, reach: int = 3, batch: int = 2, heads: 
 
 
 def on_grid(n: int, m: int | None = None, rows: int = 2, columns: int = 3) -> dict[str, Tensor]:
-    """With biases of up to so many rows and columns instead."""
+    """Inputs with biases for offsets of up to `rows` and `columns` on a grid."""
     tensors = inputs(n, m)
     del tensors["offset_bias"]
     return tensors | {"grid_bias": torch.randn(2, 2 * rows + 1, 2 * columns + 1, dtype=torch.float64)}
@@ -55,7 +55,7 @@ def phi(x: Tensor, w: Tensor) -> Tensor:
 
 
 def definition(tensors: dict[str, Tensor], causal: bool, columns: int = 1000, roles: Tensor | None = None) -> Tensor:
-    """The equation, one pair at a time; tokens with a role have no place among rows of so many columns."""
+    """The equation, one pair at a time, on a grid with `columns` columns; tokens with a role have no place on it."""
     queries, keys = (phi(tensors[name], tensors["random_features"]) for name in "qk")
     (batch, heads, n, _), m = queries.shape, keys.shape[2]
     table = tensors["grid_bias"] if "grid_bias" in tensors else tensors["offset_bias"][:, None]
@@ -139,7 +139,7 @@ def test_an_exponential_weight_is_a_decaying_state(method):
         total = decay * total + keys[:, :, t]
         above = (queries[:, :, t, :, None] * state).sum(-2)
         outputs.append(above / (queries[:, :, t] * total).sum(-1, keepdim=True))
-    # the future half of the table is the larger one: a causal pattern must not be scaled by it
+    # the larger values are in the future half of the table: it must not set the scale of a causal pattern
     offsets = torch.arange(-30, 31, dtype=torch.float64)
     tensors["offset_bias"] = (offsets.abs() * math.log(decay) + 200.0 * (offsets > 0))[None]
     close(run(tensors, {"method": method}).output, torch.stack(outputs, 2), tolerance=1e-9)
@@ -150,7 +150,7 @@ def test_an_exponential_weight_is_a_decaying_state(method):
     ("pattern", "offset"), [*itertools.product(SELF, (0, -1)), ("causal-self", -4), ("noncausal-self", 3)]
 )
 def test_one_offset_alone_copies_the_token_there(pattern, offset, method):
-    """So an offset is the key's rank minus the query's."""
+    """This shows that an offset is the key's rank minus the query's."""
     tensors = inputs(21, reach=5)
     tensors["offset_bias"] = torch.full((2, 11), -80.0, dtype=torch.float64)
     tensors["offset_bias"][:, 5 + offset] = 0.0
@@ -181,7 +181,7 @@ def test_random_features_converge_to_softmax_with_the_bias_but_not_for_long_vect
         return float(torch.stack([(x - exact).square().mean() for x in found]).mean().sqrt())
 
     few, many = error(64, 1.0, True), error(4096, 1.0, True)
-    assert 4 < few / many < 16  # 8 for an error of m^-1/2
+    assert 4 < few / many < 16  # 8 if the error is m^-1/2
     assert many < 0.03
     assert error(4096, 4.0, False) > 10 * many
 
@@ -214,7 +214,7 @@ def test_the_state_is_a_window_and_a_matrix_of_the_size_that_the_card_says(n):
     assert MECHANISM.recurrent
 
 
-PLACES = [  # pattern, queries and keys, grid (else a line), class tokens of each row, and whether they have a weight
+PLACES = [  # pattern, (queries, keys), grid (None: a line), class tokens of each row, whether they have a weight
     *(("causal-self", (n, m), (4, 5), None, False) for n, m in ((13, 13), (5, 13), (13, 5), (1, 9), (20, 20))),
     *(("noncausal-self", (n, n), grid, None, False) for n, grid in ((15, (3, 5)), (7, (1, 7)), (16, (4, 4)))),
     *itertools.product(SELF, [(13, 13)], [(3, 4), None], [([0], [6, 9])], [False, True]),
@@ -225,7 +225,7 @@ PLACES = [  # pattern, queries and keys, grid (else a line), class tokens of eac
 
 @pytest.mark.parametrize(("pattern", "tokens", "grid", "classes", "weighted"), PLACES)
 def test_every_form_equals_pairs_of_places_which_class_tokens_do_not_have(pattern, tokens, grid, classes, weighted):
-    """Under causality a token sees the rows above it and what is left of it."""
+    """In causal patterns a token sees the rows above it and the places to its left."""
     tensors, columns = (inputs(*tokens), 1000) if grid is None else (on_grid(*tokens), grid[1])
     roles = None if classes is None else class_tokens(tokens[1], *classes)
     if weighted:
@@ -270,7 +270,7 @@ def test_a_causal_grid_continues_from_a_state_of_all_its_tokens():
             close(result.output[row, :, : new[row]], whole[row, :, done[row] : done[row] + new[row]])
         done = done + new
     assert torch.equal(state.length, done)
-    used = state.k.shape[2] * (5 + 4) * 2  # of one row: features, and values with a column of ones
+    used = state.k.shape[2] * (5 + 4) * 2  # per row: features, and values with a column of ones
     assert cost(Shape(1, 2, 1, state.k.shape[2], 4, 3), Config(max_offset=(2, 3), features=5)).state == used
     assert state.k[0].numel() + state.v[0].numel() == used
     again = run(cut(tensors, slice(0, 3)), grid=grid, state=state.reset(torch.tensor([True, True]))).output
@@ -295,7 +295,7 @@ def test_padding_takes_no_place_on_a_grid_and_empty_rows_change_nothing(pattern)
     ("name", "pattern"), [("noncausal", "noncausal-self"), ("causal", "noncausal-self"), ("causal", "causal-self")]
 )
 def test_parity_with_public_code(name, pattern, method):
-    """Whose bidirectional attention is causal where all biases of later keys are -inf."""
+    """The public code is bidirectional; biases of -inf for later keys make it causal."""
     fixture = load(f"kernelized_rpe_{name}")
     tensors = {key: fixture[key].requires_grad_() for key in ("q", "k", "v", "offset_bias")}
     output = run(tensors, {"feature_map": "exp", "normalize": False, "method": method}, pattern=pattern).output
@@ -347,7 +347,7 @@ def test_a_layer_on_a_grid_and_one_without_features_of_its_own():
     plain = layer("noncausal-self", feature_map="elu")
     assert plain.projection.random_features is None
     torch.nn.init.normal_(plain.projection.offset_bias)
-    close(plain(x, context=Context(grid=(3, 4))).output, plain(x).output)  # a bias by rank knows no grid
+    close(plain(x, context=Context(grid=(3, 4))).output, plain(x).output)  # a bias by rank ignores the grid
 
 
 def test_a_causal_layer_on_a_grid_decodes_it():

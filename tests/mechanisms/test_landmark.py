@@ -1,4 +1,4 @@
-"""What is peculiar to landmark attention: the grouped softmax, inserted tokens, the retrieval cache, and parity."""
+"""Tests specific to landmark attention: the grouped softmax, inserted tokens, the retrieval cache, and parity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ in_every_pattern = pytest.mark.parametrize("pattern", ALL_PATTERNS)
 
 
 def marks(*rows: list[int], m: int, batch: int = 2) -> Tensor:
-    """Roles with landmarks at the given places, of each row or of all."""
+    """Roles with landmarks at the given places, either of each row or of all rows."""
     roles = torch.zeros(batch, m, dtype=torch.long)
     for row in range(batch):
         roles[row, rows[row % len(rows)]] = int(Role.LANDMARK)
@@ -37,7 +37,7 @@ def marks(*rows: list[int], m: int, batch: int = 2) -> Tensor:
 
 
 def regular(m: int, block: int, *phases: int, batch: int = 2) -> Tensor:
-    """Roles of streams whose first block lacks its first tokens, so many in each row."""
+    """Roles of streams in which each row's first block lacks its first `phase` tokens."""
     rows = ([j for j in range(m) if (j + phase) % (block + 1) == block] for phase in phases or (0,))
     return marks(*rows, m=m, batch=batch)
 
@@ -64,7 +64,7 @@ def rotary():
 
 
 def bias_of(m: int, columns: dict[int, float]) -> Tensor:
-    """For all queries alike, by the key; 0 for other keys."""
+    """A bias that depends only on the key: the values of `columns`, and 0 for other keys."""
     bias = torch.zeros(1, 1, m, m, dtype=torch.float64)
     for key, value in columns.items():
         bias[..., key] = value
@@ -108,7 +108,7 @@ def test_rows_sum_to_one_and_landmarks_get_nothing_and_give_nothing(pattern):
     total = weights.sum(-1)
     if pattern == "causal-self":
         assert weights.triu(1).abs().max() == 0
-        assert (total[1, :, 0] == 0).all()  # a landmark alone has no key
+        assert (total[1, :, 0] == 0).all()  # the only token is a landmark, so there is no key
         total[1, :, 0] = 1
     close(total, torch.ones_like(total))
 
@@ -211,7 +211,7 @@ def test_position_jump_moves_what_follows_a_landmark_in_training_only():
 
 
 def naive_retrieval(inputs, roles, chunks: list[int], config: Config, rotate=None) -> Tensor:
-    """One row, token by token and head by head, as written in the definition of retrieval."""
+    """The definition of retrieval for one row, token by token and head by head."""
     q, k, v = (inputs[name][0] for name in "qkv")
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     miss = inputs["miss"].repeat_interleave(len(q) // 2, 0)[:, None] if "miss" in inputs else None
@@ -222,7 +222,7 @@ def naive_retrieval(inputs, roles, chunks: list[int], config: Config, rotate=Non
         return x if rotate is None or not places else rotate(x[None, None], torch.tensor([places]))[0, 0]
 
     def split(tokens: Iterable[int]) -> list[list[int]]:
-        """Blocks, each with its landmark, and the incomplete one."""
+        """The blocks, each with its landmark, followed by the incomplete one."""
         blocks = [[]]
         for j in tokens:
             blocks[-1].append(j)
@@ -261,7 +261,7 @@ def naive_retrieval(inputs, roles, chunks: list[int], config: Config, rotate=Non
 
 
 def grouped(scores: dict, v: Tensor, local: list[int], gates: list, held: list | None = None, cutoff=0.0) -> Tensor:
-    """Softmax of tokens and gates, which stand for blocks that end with them; a miss key is the gate of those `held`."""
+    """Softmax over tokens and gates, each of which stands for the block it ends; the miss key is the gate of `held`."""
     gates, held = ([block for block in blocks or [] if len(block) > 1] for blocks in (gates, held))
     top = [*local, *(block[-1] for block in gates), *(["miss"] if "miss" in scores else [])]
     found = torch.zeros_like(v[0])
@@ -284,7 +284,7 @@ def grouped(scores: dict, v: Tensor, local: list[int], gates: list, held: list |
     return found
 
 
-RETRIEVALS = [  # options, tokens that the first block lacks, and tokens in a chunk
+RETRIEVALS = [  # options, tokens missing from the first block, tokens in a chunk
     ({"top_k": 1}, 0, 6),
     ({"top_k": 2}, 2, 7),
     ({"top_k": 2}, 3, 1),
@@ -299,7 +299,7 @@ RETRIEVALS = [  # options, tokens that the first block lacks, and tokens in a ch
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize(("options", "phase", "chunk"), RETRIEVALS)
 def test_retrieval_equals_its_definition_token_by_token(options, phase, chunk, selection, monkeypatch):
-    rotated = (RETRIEVALS.index((options, phase, chunk)) + SELECTIONS.index(selection)) % 2  # by turns
+    rotated = (RETRIEVALS.index((options, phase, chunk)) + SELECTIONS.index(selection)) % 2  # every other case
     n, options = 34, {"block": 3, "selection": selection, **options}
     inputs, call = sample(n, batch=1, heads=4), {"roles": regular(n, 3, phase, batch=1)}
     inputs = with_miss(inputs) if "miss_cutoff" in options else inputs
@@ -308,7 +308,7 @@ def test_retrieval_equals_its_definition_token_by_token(options, phase, chunk, s
     chunks = [min(chunk, n - s) for s in range(0, n, chunk)]
     close(found, naive_retrieval(inputs, chunks=chunks, config=Config(**options), **call))
     assert (found - run(inputs, {"block": 3}, **call).output).abs().max() > 1e-3
-    monkeypatch.setattr(torch_form, "NUMBERS_AT_ONCE", 600)  # a few queries at a time
+    monkeypatch.setattr(torch_form, "NUMBERS_AT_ONCE", 600)  # few queries at a time
     close(run(inputs, options, form="chunked", chunk_size=chunk, **call).output, found)
 
 
@@ -318,7 +318,7 @@ def test_retrieval_equals_its_definition_token_by_token(options, phase, chunk, s
     [("per_token_and_head", None), ("max_over_tokens", None), ("max_over_tokens", "cpu"), ("max_over_tokens", "disk")],
 )
 def test_rows_that_advance_unequally_retrieve_what_they_retrieve_alone(selection, offload, cache_blocks):
-    """With rows that wait, and empty blocks in a bounded cache, wherever blocks are kept."""
+    """Some rows wait, bounded caches have empty blocks, and blocks may be kept in any place."""
     options = {"block": 3, "top_k": 2, "cache_blocks": cache_blocks, "selection": selection, "offload": offload}
     roles = regular(30, 3, 0, 3)
     if cache_blocks is not None:
@@ -365,7 +365,7 @@ def test_retrieving_all_blocks_equals_the_whole(top_k, kind, rotated):
 def test_a_full_cache_drops_its_oldest_block_only():
     inputs, roles, options = sample(24), regular(24, 3), {"block": 3, "cache_blocks": 2}
     result = run(inputs, options, roles=roles, chunk_size=1, form="chunked", return_state=True)
-    # token 23 is the landmark of its block, with the blocks 12-15 and 16-19 in the cache
+    # token 23 is the landmark of its block; the cache holds blocks 12-15 and 16-19
     last = run(cut(inputs, slice(12, None)), roles=roles[:, 12:]).output
     close(result.output[:, :, 23], last[:, :, 11])
     assert result.state.k.shape[2] == 2 * 4 + 3
@@ -388,12 +388,12 @@ UNEVEN = [(n, m, {}, padded) for n, m in ((1, 1), (4, 4), (0, 3), (1, 0), (2, 5)
 
 @pytest.mark.parametrize(("n", "m", "options", "padded"), [*UNEVEN, (4, 4, {"cache_blocks": 40}, False)])
 def test_rotated_keys_go_on_from_a_state_with_more_or_fewer_queries(n, m, options, padded):
-    """Two calls of which the last has other queries than keys, against one call on all keys."""
+    """Two calls, the second with unequal numbers of queries and keys, equal one call on all keys."""
     whole, roles, options = sample(9 + m), regular(9 + m, 3), {"block": 3, **options}
     queries, rotate = {"q": torch.randn(2, 2, n, 8, dtype=torch.float64)}, rotary()
     expected = run(whole | queries, roles=roles, rotate=rotate).output
     first, past, mask = cut(whole, slice(0, 9)), roles[:, :9], None
-    if padded:  # by two slots that nobody sees
+    if padded:  # with two slots that are never seen
         first = {name: F.pad(x, (0, 0, 0, 2), value=torch.nan) for name, x in first.items()}
         past, mask = F.pad(past, (0, 2)), Mask(lengths=torch.tensor([9, 9]))
     state = run(first, options, roles=past, rotate=rotate, return_state=True, mask=mask).state
@@ -452,7 +452,7 @@ def test_cost_of_a_step_is_bounded_by_retrieval():
 
 
 def pairs(scheme):
-    """Rotates planes of features 2i and 2i + 1, as the official code does, by positions of planes of halves."""
+    """Adapt a scheme that pairs feature halves to rotate features 2i and 2i + 1, as the official code does."""
     halves = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
     def rotate(x: Tensor, positions: Tensor) -> Tensor:
@@ -466,7 +466,7 @@ RECORDED = [*((f"retrieval_{x}", {"selection": x}) for x in SELECTIONS), ("miss_
 
 @pytest.mark.parametrize(("name", "options"), RECORDED)
 def test_retrieval_equals_the_official_code(name, options):
-    """Rotated at the places that retrieved blocks take, so with the same blocks in the same places."""
+    """Keys are rotated by the places of retrieved blocks, so blocks and places must both agree."""
     fixture, options = load(f"landmark_{name}"), {"block": 3, "top_k": 2, "cache_blocks": 4, **options}
     inputs = {n: fixture[n] for n in ("q", "k", "v", "miss") if n in fixture}
     roles, call = fixture["is_landmark"].long(), {"rotate": pairs(rotary()), "return_state": True}
@@ -500,7 +500,7 @@ def test_a_miss_key_lets_a_query_close_the_blocks_that_it_controls():
     options, call = {"block": 3, "miss_share": 1.0}, {"roles": regular(16, 3), "want": {"weights"}}
     weights = trained(inputs, options, **call).extras["weights"]
     seen = torch.cat([inputs["miss"][None, :, None].expand(2, -1, -1, -1), inputs["k"][:, :, 12:14]], 2)
-    beside = (8**-0.5 * inputs["q"] @ seen.mT)[:, :, 13].softmax(-1)  # token 13 lies in the fourth block
+    beside = (8**-0.5 * inputs["q"] @ seen.mT)[:, :, 13].softmax(-1)  # token 13 is in the fourth block
     close(weights[:, :, 13, 12:14], beside[..., 1:])
     close(weights[:, :, 13, :12].sum(-1), beside[..., 0])
     gates = (8**-0.5 * inputs["q"] @ inputs["k"][:, :, 3:12:4].mT)[:, :, 13].softmax(-1)
@@ -512,7 +512,7 @@ def test_a_miss_key_that_controls_nothing_is_a_token_without_a_value():
     inputs = with_miss(plain)
     found = weights_of(inputs, roles=roles)
     first = (8**-0.5 * inputs["q"][:, :, 0] * (inputs["k"][:, :, 0] - inputs["miss"])).sum(-1)
-    close(found[:, :, 0, 0], torch.sigmoid(first))  # which sees itself and the key
+    close(found[:, :, 0, 0], torch.sigmoid(first))  # it sees itself and the miss key
     total = found.sum(-1, keepdim=True)
     assert (total < 1).all()
     close(found / total, weights_of(plain, roles=roles))
@@ -564,7 +564,7 @@ def test_each_query_reads_the_blocks_of_a_memory_whose_landmarks_it_scores_highe
     assert (expected - run(inputs, **call).output).abs().max() > 1e-3
     for form in ("reference", "parallel", "absorb+read"):
         close(run(inputs, options, form=form, **call).output, expected)
-    monkeypatch.setattr(torch_form, "NUMBERS_AT_ONCE", 600)  # a few queries at a time
+    monkeypatch.setattr(torch_form, "NUMBERS_AT_ONCE", 600)  # few queries at a time
     close(run(inputs, options, **call).output, expected)
 
 
@@ -656,7 +656,7 @@ def test_other_calls_that_cannot_be_honoured_are_refused():
 
 
 class _Copies(TorchDispatchMode):
-    """Counts the bytes of what operators make that is no view of what they are given."""
+    """Counts the bytes of operator outputs that are not views of the inputs."""
 
     bytes = 0
 
@@ -675,7 +675,7 @@ def test_a_decoded_token_does_not_copy_the_cache(positions):
     tokens, context = torch.randn(1, 4000, 256), Context(want=frozenset({"state"}), roles=regular(4000, 50, batch=1))
     with torch.no_grad():
         state = layer(tokens, context=context).state
-        _, state = layer.step(tokens[:, 0], state)  # the first copies, and leaves room for others
+        _, state = layer.step(tokens[:, 0], state)  # the first step copies, and reserves room for more
         copies = _Copies()
         for _ in range(4):
             before = state

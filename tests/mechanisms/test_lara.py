@@ -1,4 +1,4 @@
-"""What is peculiar to randomised attention: its proposals, their noise, rows with few tokens, and recorded outputs."""
+"""Tests specific to randomised attention: its proposals, their noise, rows with few tokens, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FOUR = {"landmarks": 4}
 
 
 def means(x: np.ndarray, c: int) -> np.ndarray:
-    """Of c segments, the shorter ones first."""
+    """Means of c segments, the shorter ones first."""
     size, longer = divmod(len(x), c)
     borders = np.cumsum([0] + [size] * (c - longer) + [size + 1] * longer)
     return np.stack([x[a:b].mean(0) for a, b in itertools.pairwise(borders)])
 
 
 def definition(tensors: dict[str, Tensor], noise: np.ndarray | None = None, c: int = 4) -> Tensor:
-    """Sums over pairs of the weights that the docstring implies, in the space of exponentials."""
+    """Sums over pairs with the weights implied by the mechanism's docstring, with plain exponentials."""
     q, k, v = (tensors[name].numpy() for name in "qkv")
     found, t = np.zeros((*q.shape[:3], v.shape[3])), 0.5
     count = min(c, q.shape[2], k.shape[2])

@@ -1,4 +1,4 @@
-"""What is peculiar to large kernel attention: its field, its grid, its causal form, and parity with the official code."""
+"""Tests specific to large kernel attention: its field, its grid, its causal form, and parity with the official code."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def make_layer(pattern: str = "noncausal-self", axes: int | None = None, **optio
 
 
 def tokens(image: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, N, C)."""
+    """Convert (B, C, H, W) to (B, N, C)."""
     return image.flatten(2).mT
 
 
 def impulse_response(kernel: int, dilation: int, size: int, axes: int = 2, **call) -> Tensor:
-    """A of positive filters for one pixel set in the middle."""
+    """The map A for positive filters and an image with a single pixel set, in the middle."""
     options = {"kernel": kernel, "dilation": dilation, **UNGATED}
     filters = inputs(1, axes=axes, channels=1, batch=1, **options)
     x = torch.zeros(1, size**axes, 1, dtype=torch.float64)
@@ -62,14 +62,14 @@ def test_interior_is_one_convolution_with_the_composed_kernel():
     del x["depthwise_bias"], x["dilated_bias"], x["pointwise"], x["pointwise_bias"]
     spread = torch.zeros(2, 19, 19, dtype=torch.float64)
     spread[:, ::3, ::3] = x["dilated"].view(2, 7, 7)
-    # a full convolution of the two correlation kernels
+    # the full convolution of the two correlation kernels
     composed = F.conv2d(spread[None], x["depthwise"].view(2, 1, 5, 5).flip(2, 3), padding=4, groups=2)[0]
     image = x["x"].mT.unflatten(2, (31, 29))
     expected = F.conv2d(image, composed[:, None], padding=11, groups=2)
     found = run(x, UNGATED, grid=(31, 29)).output.mT.unflatten(2, (31, 29))
     inner = (slice(None), slice(None), slice(11, -11), slice(11, -11))
     close(found[inner], expected[inner])
-    assert (found - expected).abs().max() > 1e-3  # zeros between the two convolutions matter at the border
+    assert (found - expected).abs().max() > 1e-3  # zero padding between the two convolutions matters at the border
 
 
 @pytest.mark.parametrize("constant", [0.0, 1.0])
@@ -109,18 +109,18 @@ def test_gatings_and_sigmoid():
 @pytest.mark.parametrize("missing", ["depthwise", "dilated", "pointwise", "nothing"])
 @pytest.mark.parametrize(("kernel", "dilation"), [(7, 2), (9, 3)], ids=["even", "odd"])
 def test_grids_of_one_two_and_three_axes_equal_the_definition(kernel, dilation, missing, axes):
-    """Dilated filters of an even side and of an odd one, on sides that the dilation divides and on others."""
+    """Dilated filters with even and odd sides, on grids whose sides are and are not multiples of the dilation."""
     options, grid = {"kernel": kernel, "dilation": dilation}, (7, 6, 4)[:axes]
     x = inputs(math.prod(grid), axes=axes, **options)
     kept = {name: t for name, t in x.items() if not name.startswith(missing)}
     found = run(kept, options, grid=grid).output
     close(found, run(kept, options, grid=grid, form="reference").output)
-    assert axes > 1 or torch.equal(run(kept, options).output, found)  # a sequence
+    assert axes > 1 or torch.equal(run(kept, options).output, found)  # without a grid
 
 
 @pytest.mark.parametrize("grid", [(7,), (3, 4), (3, 3, 3)])
 def test_autocast_does_not_reach_the_convolutions(grid):
-    """torch's gradients of depthwise convolutions of small volumes in bfloat16 are wrong."""
+    """In bfloat16, torch's gradients of depthwise convolutions on small volumes are wrong."""
     layer = make_layer(axes=len(grid)).float()
     x, gradients = torch.randn(2, math.prod(grid), 6), []
     for enabled in (False, True):
@@ -171,7 +171,7 @@ def test_pieces_and_steps_past_the_field_equal_the_definition(kernel, dilation):
 
 @pytest.mark.parametrize("n", [1, 3, 40])
 def test_state_holds_what_the_spec_counts(n):
-    """The last 4 inputs of DW and the last 18 outputs of DW: 22 C numbers, at any length."""
+    """The last 4 inputs and the last 18 outputs of DW: 22 C numbers, at any length."""
     x = inputs(n, axes=1)
     state = run(x, pattern="causal-self", return_state=True).state
     assert state.inputs.shape == (2, 4, 4) and state.mixed.shape == (2, 18, 4)
@@ -180,7 +180,7 @@ def test_state_holds_what_the_spec_counts(n):
 
 
 def test_narrow_dtypes_keep_the_products_in_float32():
-    """The gate of large activations overflows float16 long before their product with small inputs does."""
+    """For large activations the gate overflows float16 long before its product with small inputs does."""
     x = {name: t.half() for name, t in inputs(30).items()}
     x["pointwise_bias"] = torch.full_like(x["pointwise_bias"], 60000)
     x["pointwise"] = x["pointwise"] + 60000
@@ -225,7 +225,7 @@ def test_parity_of_the_attention_module():
 
 
 def test_parity_inside_the_official_block():
-    """The block around it, written out here: batch norm, LayerScale, the host's own residual, convolutional FFN."""
+    """The official block is written out here: batch norm, LayerScale, the block's residual, convolutional FFN."""
     f = load("large_kernel_block")
     layer, image = recorded_layer(f, "weight_attn_"), f["x"].clone().requires_grad_()
 
@@ -283,12 +283,12 @@ def test_cost_is_linear_in_the_pixels():
     [
         ({}, {"grid": (5, 5)}),
         ({}, {"grid": (2, 3, 5, 1)}),
-        ({}, {"grid": None}),  # filters of two axes on a sequence
+        ({}, {"grid": None}),  # two-axis filters on a sequence
         ({}, {"pattern": "causal-self"}),
         ({}, {"mask": Mask(cu_seqlens=torch.tensor([0, 30]))}),
         ({"pointwise": torch.zeros(4, 3).double()}, {}),
         ({"pointwise": torch.zeros(3, 4).double(), "pointwise_bias": torch.zeros(3).double()}, {}),
-        ({"depthwise": None}, {}),  # but its bias
+        ({"depthwise": None}, {}),  # but not its bias
         (dict.fromkeys(("depthwise", "depthwise_bias", "dilated", "dilated_bias")), {}),
     ],
 )

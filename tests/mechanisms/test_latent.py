@@ -1,4 +1,4 @@
-"""What is peculiar to latent attention: its two forms, its cache, what is rotated, and parity."""
+"""Tests specific to latent attention: its two forms, its cache, which part is rotated, and parity."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_one_query_takes_the_form_without_keys_and_a_whole_sequence_that_with():
 def test_the_cache_of_a_token_does_not_depend_on_the_heads(heads):
     layer = create_layer("latent", 32, heads, latent_dim=12, head_dim=4, positions="rotary").double()
     few, many = (layer(torch.randn(1, n, 32).double(), context=WANT_STATE).state.mechanism.nbytes for n in (5, 25))
-    assert many - few == 20 * (12 + 4 + 1) * 8  # and its rank
+    assert many - few == 20 * (12 + 4 + 1) * 8  # 1: the token's rank
 
 
 def test_only_the_decoupled_part_is_rotated():
@@ -54,7 +54,7 @@ def test_only_the_decoupled_part_is_rotated():
 
 @pytest.mark.parametrize("name", ["", "query_"])
 def test_parity_with_deepseek_in_transformers(name):
-    """Whole, and token by token: there without keys and values, which the recording made."""
+    """Whole sequences, and token by token without computing keys and values, as the recorded code does."""
     arrays = load(f"latent_{name}transformers")
     ranks = {"latent_dim": 12, "content_dim": 6, "query_latent_dim": 10 if name else None}
     layer = create_layer("latent", 16, 2, positions="rotary", head_dim=4, value_dim=5, **ranks).double()

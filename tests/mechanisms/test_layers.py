@@ -1,4 +1,4 @@
-"""How many numbers layers learn, as their papers count them, and what they keep in float32."""
+"""Parameter counts of layers, as in their papers, and the parameters that they keep in float32."""
 
 from __future__ import annotations
 

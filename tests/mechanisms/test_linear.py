@@ -1,4 +1,4 @@
-"""What is peculiar to linear attention: its sum over pairs, its recurrence, its state's precision, and recorded outputs."""
+"""Tests specific to linear attention: its sum over pairs, its recurrence, its state's precision, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_state_accumulates_in_float32(dtype):
     absorbed = absorb(MECHANISM, {name: inputs[name] for name in "kv"}, pattern="noncausal-cross")
     for state in (run(inputs, return_state=True).state, absorbed):
         assert state.memory.dtype == torch.float32
-        assert (state.memory[..., -1] == 600).all()  # a bfloat16 count stops at 256
+        assert (state.memory[..., -1] == 600).all()  # a count in bfloat16 stops at 256
 
 
 def test_a_layer_does_not_scale_its_queries():
@@ -107,8 +107,8 @@ def test_parity_with_the_authors_noncausal_layer(name):
 @pytest.mark.parametrize(
     ("name", "options", "tolerance"),
     [
-        ("linear_causal_recurrent", {}, 1e-10),  # the authors', observed 4e-16
-        # A third party's: features were recorded after elu + 1, so that relu leaves them as they are; its eps is 1e-10.
+        ("linear_causal_recurrent", {}, 1e-10),  # the authors' code; observed 4e-16
+        # Third-party code: features were recorded after elu + 1, so that relu does not change them; its eps is 1e-10.
         ("linear_causal_fla_normalized", {"feature_map": "relu", "eps": 1e-10}, 2e-5),  # observed 4e-7
         ("linear_causal_fla_chunk", {"feature_map": "relu", "eps": 1e-10}, 2e-5),
     ],

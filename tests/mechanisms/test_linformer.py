@@ -1,4 +1,4 @@
-"""What is peculiar to Linformer: its matrices' rows belong to ranks, what is shared, its greatest length, recorded outputs."""
+"""Tests specific to Linformer: matrix rows that belong to ranks, sharing, its maximum length, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inputs(n: int, m: int | None = None, longest: int = 20, heads: int = 1, grou
 
 
 def definition(tensors: dict[str, Tensor]) -> Tensor:
-    """One row and head after the other."""
+    """The definition, one row and head at a time."""
     q, k, v, e, f = (tensors[name].numpy() for name in "qkvef")
     found = np.empty((*q.shape[:3], v.shape[3]))
     for b, h in np.ndindex(*q.shape[:2]):
@@ -68,7 +68,7 @@ def test_what_a_layer_shares(sharing, shape):
     assert (layer.projection.f is None) == (sharing == "key-value")
     assert layer.projection.e.abs().max() <= 6**-0.5
     layer(torch.randn(2, 9, 16)).output.sum().backward()
-    assert (layer.projection.e.grad[:, 9:] == 0).all()  # rows of ranks that were not there
+    assert (layer.projection.e.grad[:, 9:] == 0).all()  # rows of ranks that did not occur
     assert (layer.projection.e.grad[:, :9] != 0).any()
 
 

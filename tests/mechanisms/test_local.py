@@ -1,4 +1,4 @@
-"""What is peculiar to local attention: its two forms, its reach, its state of fixed size, and parity."""
+"""Tests specific to local attention: its two forms, its reach, its state of fixed size, and parity."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS = [
 
 
 def allowed(options: dict, pattern: str, n: int) -> Tensor:
-    """Visible pairs, from the definition in words."""
+    """Visible pairs, by the definition in words."""
     config = Config(**options)
     seen = torch.zeros(n, n, dtype=torch.bool)
     for i in range(n):
@@ -46,7 +46,7 @@ def allowed(options: dict, pattern: str, n: int) -> Tensor:
     ("pattern", "n", "m"),
     [
         *((pattern, n, n) for pattern in ("causal-self", "noncausal-self") for n in (1, 13, 201)),
-        # the last query is aligned with the last key, wherever that puts the first query in its block
+        # the last query is aligned with the last key, so the first query may be anywhere in its block
         ("causal-self", 150, 203),
         ("causal-self", 150, 140),
     ],
@@ -68,7 +68,7 @@ def test_a_reach_of_the_whole_sequence_takes_the_same_kernel_as_softmax(options)
 
 @pytest.mark.parametrize(("options", "reach"), [({"window": 3}, 6), ({"form": "block", "block": 4}, 15)])
 def test_stacked_layers_reach_a_bounded_distance(options, reach):
-    """Three layers: L (w - 1) ranks, or L p b + b - 1 from the last query of a block."""
+    """Three layers reach L (w - 1) ranks, or L p b + b - 1 from the last query of a block."""
     layers = [create_layer("local", 8, 2, **options).double() for _ in range(3)]
     x = torch.randn(1, 32, 8, dtype=torch.float64, requires_grad=True)
     y = x
@@ -89,7 +89,7 @@ def test_a_token_that_sees_itself_alone_gives_its_value_and_keeps_no_key(options
 
 
 def test_a_long_continuation_takes_blocks_of_queries():
-    """Rows at different places of their blocks, so that blocks of work cannot follow the mechanism's own."""
+    """Rows are at different places of their blocks, so blocks of work cannot coincide with the mechanism's blocks."""
     options, inputs = {"form": "block", "block": 9, "lookback": 1}, qkv(230)
     state = run(cut(inputs, slice(0, 10)), options, mask=Mask(lengths=torch.tensor([10, 3])), return_state=True).state
     rest = {name: torch.stack([x[0, :, 10:210], x[1, :, 3:203]]) for name, x in inputs.items()}
@@ -102,7 +102,7 @@ def test_a_long_continuation_takes_blocks_of_queries():
     ["local_window_causal_flash", "local_window_causal_more_keys_flash", "local_window_noncausal_flash"],
 )
 def test_parity_of_windows(name):
-    """The other code does not count the query itself in a causal window."""
+    """The recorded code does not count the query itself in a causal window."""
     arrays, causal = load(name), "noncausal" not in name
     inputs = {x: arrays[x].requires_grad_() for x in "qkv"}
     pattern = "causal-self" if causal else "noncausal-self"

@@ -1,4 +1,4 @@
-"""Softmax in a window beside a linear state whose features are learned."""
+"""Tests specific to LoLCATs: softmax in a window, combined with a linear state whose features are learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to long-short attention: what is near, landmarks of all or of segments, both norms, and parity."""
+"""Tests specific to long-short attention: near tokens, landmarks of all tokens or of segments, both norms, and parity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ run = calls(MECHANISM)
 
 
 def sample(n: int, r: int, **sizes: int) -> dict[str, Tensor]:
-    """Without raw tokens and norms."""
+    """Inputs without raw tokens and norms."""
     inputs = qkv(n, **sizes)
     return inputs | {"p": torch.randn(*inputs["k"].shape[:3], r, dtype=torch.float64)}
 
@@ -34,7 +34,7 @@ def make_layer(pattern: str = "causal-self", **options: Any) -> nn.Module:
 
 
 def definition(inputs: dict[str, Tensor], pattern: str, options: dict) -> Tensor:
-    """Query by query: one softmax over the tokens near it and the landmarks that it knows."""
+    """Query by query: one softmax over the near tokens and the landmarks that the query may see."""
     n, w, rows = inputs["q"].shape[2], options["window"], []
     for i in range(n):
         if pattern == "causal-self":
@@ -57,7 +57,7 @@ def definition(inputs: dict[str, Tensor], pattern: str, options: dict) -> Tensor
 
 
 def normalized(landmarks: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """Over all heads (B, H, r, D) together."""
+    """Normalise landmarks (B, H, r, D) over all heads together."""
     if "norm_weight" not in inputs:
         return landmarks
     variance, mean = torch.var_mean(landmarks, (1, 3), correction=0, keepdim=True)
@@ -132,7 +132,7 @@ def test_parity_of_the_noncausal_layer():
 
 
 def test_parity_of_the_causal_layer():
-    """The recorded code's memory of zeros is given as tokens."""
+    """The zeros in the recorded code's memory are passed as tokens."""
     f = load("long_short_causal_cab")
     layer = make_layer(window=8, rank=2)
     names = {"query": "proj_query", "key": "proj_key", "value": "proj_val", "output": "proj_out"}

@@ -1,4 +1,4 @@
-"""What is peculiar to Longformer: windows, dilation, global tokens that count once, its state, and parity."""
+"""Tests specific to Longformer: windows, dilation, global tokens that count once, its state, and parity."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OPTIONS = [
 
 
 def sample(n: int, batch: int = 2, own: bool = True) -> dict[str, Tensor]:
-    """`own`: with projections of their own for global tokens."""
+    """Random inputs; with `own`, global tokens have separate projections."""
     more = {f"{name}_global": x for name, x in qkv(n, batch=batch).items()} if own else {}
     return qkv(n, batch=batch) | more
 
 
 def allowed(options: dict, pattern: str, n: int, chosen: set[int]) -> Tensor:
-    """Pairs (head, i, j) that a token which is not global sees, from the definition in words."""
+    """Pairs (head, i, j) that non-global tokens see, by the definition in words."""
     config = Config(**options)
     seen = torch.zeros(2, n, n, dtype=torch.bool)
     for head in range(2):
@@ -48,7 +48,7 @@ def allowed(options: dict, pattern: str, n: int, chosen: set[int]) -> Tensor:
 
 
 def definition(inputs: dict[str, Tensor], pattern: str, options: dict, chosen: set[int]) -> Tensor:
-    """Rows of unpadded tokens with the same global tokens."""
+    """The definition for unpadded rows that share the same global tokens."""
     q, k, v = (inputs[name] for name in "qkv")
     own = [inputs.get(f"{name}_global", inputs[name]) for name in "qkv"]
     n = q.shape[2]
@@ -78,7 +78,7 @@ def test_tokens_with_the_role_of_a_class_token_are_global(options):
     inputs, roles = sample(21, batch=3), torch.zeros(3, 21, dtype=torch.long)
     roles[0, [4, 5, 20]] = int(Role.CLS)
     roles[1, 0] = int(Role.CLS)
-    roles[2, 3] = int(Role.LANDMARK)  # of other mechanisms
+    roles[2, 3] = int(Role.LANDMARK)  # a role of other mechanisms
     for form in (None, "reference"):
         found = run(inputs, options, pattern="noncausal-self", roles=roles, form=form).output
         for row, chosen in enumerate(({4, 5, 20}, {0}, set())):
@@ -98,7 +98,7 @@ def test_a_layer_has_projections_of_its_own_for_global_tokens():
     first, second = layer(x).output, shared(x).output
     close(first[:, 1:], second[:, 1:], 1e-11)
     assert not torch.allclose(first[:, 0], second[:, 0])
-    assert copy_projections(layer) is layer  # as the paper begins
+    assert copy_projections(layer) is layer  # the paper's initialisation
     close(layer(x).output, second, 1e-11)
 
 

@@ -1,4 +1,4 @@
-"""What is peculiar to low-rank pooling: its scores, reductions, streams, and parity with a known implementation."""
+"""Tests specific to low-rank pooling: its scores, reductions, streams, and parity with a known implementation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_equals_the_known_implementation(name):
     activation = None if name.endswith("linear") else "tanh"
     result = pool(inputs, context="mean", activation=activation, mask=None if valid is None else Mask(valid=valid))
     weights = result.extras["weights"]
-    if valid is not None:  # back from right-padded to their places
+    if valid is not None:  # from right-padded back to their places
         spread = torch.zeros_like(data["attn"])
         for row in range(len(valid)):
             spread[row][:, valid[row]] = weights[row][:, : int(valid[row].sum())]
@@ -180,7 +180,7 @@ def test_an_encoder_pools_with_it():
     ("options", "message"),
     [
         ({"init": "dimm"}, "try dim"),
-        # a stream that needs the whole sequence
+        # options of a stream that need the whole sequence
         *(({"context": context}, "need the whole sequence") for context in ("mean", "max", "last")),
         ({"norm": "tokens"}, "need the whole sequence"),
         ({"diversity": True}, "a whole sequence"),

@@ -1,4 +1,4 @@
-"""What is peculiar to Mamba: its definition, its kinship with Mamba-2, and its block."""
+"""Tests specific to Mamba: its definition, its kinship with Mamba-2, and its block."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def steps_of(inputs: dict[str, Tensor]) -> Tensor:
 
 
 def hidden_attention(inputs: dict[str, Tensor], pattern: Pattern, scale: float) -> Tensor:
-    """A matrix of pairs for each channel, decays differing between its states; in cross patterns after all tokens."""
+    """Attention matrices per channel, whose states decay differently; cross patterns read after the last memory token."""
     dt, n, m = steps_of(inputs), inputs["c"].shape[1], inputs["x"].shape[1]
     b, c = (inputs[name].repeat_interleave(4, 2) for name in "bc")  # (b, n, e, k)
     weights = torch.zeros(2, n, m, 8, dtype=torch.float64)
@@ -69,7 +69,7 @@ def hidden_attention(inputs: dict[str, Tensor], pattern: Pattern, scale: float) 
 @pytest.mark.parametrize("bare", [False, True], ids=["all inputs", "only those that it needs"])
 def test_equals_hidden_attention(pattern, bare):
     inputs = sample(12, 12 if pattern is Pattern.NONCAUSAL_SELF else 17, pattern)
-    if bare:  # steps without a bias are taken as they are
+    if bare:  # without a bias, steps are used as given
         inputs["dt"] = steps_of(inputs)
         inputs = {name: inputs[name] for name in ("x", "dt", "a", "b", "c")}
     for form in (None, "reference"):
@@ -79,7 +79,7 @@ def test_equals_hidden_attention(pattern, bare):
 
 
 def test_equal_decays_in_a_channel_are_mamba2_with_a_head_a_channel():
-    """SSD with heads of one feature, and one group."""
+    """This is SSD with heads of one feature and a single group."""
     x = sample(g=1)
     x["a"] = x["a"][:, :1].expand(-1, 4)
     inputs = {
@@ -94,7 +94,7 @@ def test_equal_decays_in_a_channel_are_mamba2_with_a_head_a_channel():
 
 
 def block_by_hand(layer: MambaLayer, u: Tensor) -> Tensor:
-    """The block as the paper has it, token by token, from the layer's parameters."""
+    """The paper's block, computed from the layer's parameters."""
     config, inner = layer.config, layer.inner
     projected = u @ layer.in_proj.weight.mT
     x, z = projected[..., :inner], projected[..., inner:]

@@ -1,4 +1,4 @@
-"""What is peculiar to Mamba-2: its definition and reductions, its block, and parity with the official recurrence."""
+"""Tests specific to Mamba-2: its definition and reductions, its block, and parity with the official recurrence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sample(n: int = 21, m: int | None = None, pattern: Pattern = Pattern.CAUSAL_
 
 
 def for_heads(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and dt v of each head; a group of q and k serves consecutive heads."""
+    """q, k and dt v of each head; consecutive heads share a group of q and k."""
     q, k = (inputs[name].repeat_interleave(2, 1) for name in "qk")
     return q, k, inputs["dt"][..., None] * inputs["v"]
 
@@ -34,7 +34,7 @@ def make_layer(**options: object) -> Mamba2Layer:
 
 
 def masked_attention(inputs: dict[str, Tensor], pattern: Pattern) -> Tensor:
-    """The products of queries and keys, decayed from one token to the other; in cross patterns to after all tokens."""
+    """Products of queries and keys, decayed between the two tokens, or in cross patterns until the end of the memory."""
     q, k, v = for_heads(inputs)
     n, m = q.shape[2], k.shape[2]
     log_decay = inputs["dt"] * inputs["a"][:, None]
@@ -97,7 +97,7 @@ def test_parity_with_ssd_minimal(name):
     state = None
     if "initial_state" in leaves:
         state = MatrixState(leaves["initial_state"].mT, torch.zeros(2, dtype=torch.long))
-    # the recorded x is already multiplied by dt: a = -1 with dt = -log_decay, and x divided by it
+    # the recorded x is already multiplied by dt: take a = -1 and dt = -log_decay, and divide x by dt
     dt = -leaves["log_decay"]
     inputs = {"q": leaves["C"], "k": leaves["B"], "v": leaves["x"] / dt[..., None], "dt": dt}
     result = run(inputs | {"a": -torch.ones(2).double()}, state=state, return_state=True)
@@ -142,7 +142,7 @@ def test_part_of_the_inside_can_be_a_gated_mlp():
 @pytest.mark.parametrize("skip_kind", ["head", "channel"])
 def test_skip_is_added_before_the_gate(skip_kind):
     layer = make_layer(norm=False, conv_width=0, skip_kind=skip_kind)
-    layer.dt_bias.data.fill_(-100.0)  # no step: nothing is written
+    layer.dt_bias.data.fill_(-100.0)  # a step of 0 writes nothing
     layer.in_proj.weight.data[-2:] = 0
     x = torch.randn(1, 4, 16, dtype=torch.float64)
     z, inner = x @ layer.in_proj.weight[:32].mT, F.silu(x @ layer.in_proj.weight[32:64].mT)

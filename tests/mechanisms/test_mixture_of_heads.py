@@ -1,4 +1,4 @@
-"""What is peculiar to mixture of heads: gates, the load-balance loss, the wrapped layer, and parity with official code."""
+"""Tests specific to mixture of heads: gates, the load-balance loss, the wrapped layer, and parity with official code."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_query_norm_routing_equals_the_official_code():
     layer.load_state_dict({f"attention.{n}.weight": data[f"weight_{t}_proj_weight"] for n, t in names.items()})
     result = layer(data["x"], context=Context(want=WANT_GATES))
     assert torch.equal(result.extras["gates"], data["gates"])
-    torch.testing.assert_close(result.output, data["out"], rtol=2e-5, atol=2e-6)  # observed 1e-6 of 5
+    torch.testing.assert_close(result.output, data["out"], rtol=2e-5, atol=2e-6)  # observed 1e-6, for values up to 5
 
 
 # gates
@@ -297,11 +297,11 @@ def test_logits_of_other_widths_than_the_routers_are_refused(changes, options):
     refused("widths", gate, inputs_of({}) | changes, options)
 
 
-# chosen heads alone
+# gathering only the chosen heads
 
 
 def dense_and_gathered(**options: Any) -> tuple[nn.Module, nn.Module]:
-    """Two layers of the same weights."""
+    """A dense and a gathering layer with the same weights."""
     dense, gathered = (make_layer(compute=compute, **options) for compute in ("dense", "gather"))
     gathered.load_state_dict(dense.state_dict())
     return dense, gathered
@@ -330,7 +330,7 @@ def test_gathered_heads_equal_computed_and_masked_ones(options, pattern):
         result = layer(*given, context=context)
         total = (result.output * torch.arange(16.0)).sum() + result.losses["load_balance"][0]
         gradients = torch.autograd.grad(total, [*given, *layer.parameters()], allow_unused=True)
-        with torch.no_grad():  # where gates need no gradient, heads that are not chosen have none
+        with torch.no_grad():  # without gradients, heads that are not chosen are not computed
             unlearned = layer(*given, context=context).output
         found.append([result.output, unlearned, result.extras["gates"], *gradients])
     for first, second in zip(*found, strict=True):
@@ -351,7 +351,7 @@ def test_all_tokens_on_one_head_and_heads_of_no_token_are_gathered():
 
 
 def test_gathered_heads_do_the_work_of_the_chosen_ones_alone(monkeypatch):
-    """A query has no scores in a head that it has not chosen; projections and routers are as before."""
+    """A query has no scores in heads that it has not chosen; the cost of projections and routers is unchanged."""
     heads, width, n, dim = 8, 4, 64, 32
     count = lambda q, k, *rest, **options: q.shape[1] * q.shape[2] * k.shape[2]  # noqa: E731
     pairs = watched(monkeypatch, attention_forms, "attention", count)

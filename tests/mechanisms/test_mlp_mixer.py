@@ -1,4 +1,4 @@
-"""What is peculiar to MLP-Mixer: one static network for all channels, and a fixed number of places."""
+"""Tests specific to MLP-Mixer: one static network for all channels and a fixed number of places."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_dropout_comes_after_both_matrices():
     exact, found = run(x).output, run(x, dropout=0.5).output
     kept = found != 0
     assert 0.4 < kept.double().mean() < 0.6
-    assert (found - 2 * exact)[kept].abs().min() > 1e-9  # what was kept is made of other hidden numbers
+    assert (found - 2 * exact)[kept].abs().min() > 1e-9  # hidden numbers were dropped too
 
 
 def test_more_tokens_than_places_are_refused():

@@ -1,4 +1,4 @@
-"""What is peculiar to mLSTM: gates of any size, the normaliser, its state, its layer, and another implementation."""
+"""Tests specific to mLSTM: gates of any size, the normaliser, its state, its layer, and parity with another implementation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sample(n: int = 21, **sizes: int) -> dict[str, Tensor]:
 
 
 def in_logarithms(q, k, v, log_input, log_forget):
-    """The causal form as one matrix of weights, each row divided by its largest exponential."""
+    """The causal form as one weight matrix, each row divided by its largest exponential."""
     n = q.shape[2]
     later = torch.ones(n, n, dtype=torch.bool).triu(1)
     between = torch.zeros(*log_input.shape, n, dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_gates_of_any_size_stay_in_range_and_equal_the_weights_in_logarithms(siz
 
 
 def test_in_float32_sums_of_gates_over_thousands_of_tokens_keep_the_published_precision():
-    """The decays of the recurrence are differences of sums of gates, which float32 would round at every token."""
+    """The recurrence's decays are differences of sums of gates, which float32 would round at every token."""
     n = 3000
     x = {name: t.float() for name, t in sample(n, k=4, v=3).items()}
     x |= {"k": x["k"].abs(), "q": x["q"].abs(), "log_input": 40 + x["log_input"], "log_forget": x["log_forget"] / 100}

@@ -1,4 +1,4 @@
-"""What is peculiar to mixture of block attention: what is chosen and read, and parity."""
+"""Tests specific to mixture of block attention: which blocks are chosen and read, and parity."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_up_to_top_blocks_it_is_softmax_attention(pattern):
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
 @pytest.mark.parametrize("equal", [False, True])
 def test_a_query_reads_its_own_block_and_the_others_with_the_highest_means(pattern, equal):
-    """Where all are equally high, as many blocks as ever are read."""
+    """If all means are equal, the number of blocks that are read stays the same."""
     inputs, top = qkv(24, batch=1), 2
     if equal:
         inputs["k"] = torch.zeros_like(inputs["k"])

@@ -1,4 +1,4 @@
-"""What is peculiar to NiNformer: a gate that is a Mixer, and products that depend on what tokens hold."""
+"""Tests specific to NiNformer: a gate that is a Mixer, and products that depend on the tokens' content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inputs(n: int = 9, batch: int = 2, channels: int = 6, places: int = 9, **opt
 
 
 def mixer(x: dict[str, Tensor]) -> Tensor:
-    """A block of MLP-Mixer, of the mechanism of that name and torch's functions."""
+    """An MLP-Mixer block, built from the mlp_mixer mechanism and torch's functions."""
     width = x["x"].shape[-1:]
     normed = F.layer_norm(x["x"], width, x["token_norm"], x["token_norm_bias"])
     names = ("up", "up_bias", "down", "down_bias")

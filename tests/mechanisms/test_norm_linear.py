@@ -1,4 +1,4 @@
-"""What is peculiar to NormAttention: its sums, its norm over all heads, rotation after the map, bounded gradients."""
+"""Tests specific to NormAttention: its sums, its norm over all heads, rotation after the feature map, bounded gradients."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_norm_is_over_all_heads_and_has_root_mean_square_one():
     output = run(tensors).output
     close(concatenated(output).square().mean(-1), torch.ones(2, 9, dtype=torch.float64), 1e-6)
     size = output.square().mean((0, 2, 3))
-    assert size[1] > 100 * size[0]  # a norm of each head would have made them equal
+    assert size[1] > 100 * size[0]  # a norm for each head would make them equal
     assert not [name for name, _ in create_layer("norm_linear", 8, 2).merge.named_parameters()]
 
 
@@ -120,7 +120,7 @@ def test_padding_takes_no_place_in_a_rotating_layer(pattern):
 
 
 def test_half_precision_survives_sums_beyond_its_range():
-    """Sums over the sequence pass 65504, the largest number of float16, long before the norm."""
+    """Sums over the sequence exceed 65504, the largest float16 number, long before the norm."""
     tensors = {name: 8 + x.half() for name, x in qkv(400).items()}
     exact = {name: x.double() for name, x in tensors.items()}
     found, expected = run(tensors).output, run(exact).output
@@ -130,8 +130,8 @@ def test_half_precision_survives_sums_beyond_its_range():
 
 
 def steepest(name: str, scores: Tensor, **options: Any) -> float:
-    """Largest derivative of a weight by a score: keys and values are unit vectors, so that queries are scores and outputs
-    are weights."""
+    """Largest derivative of a weight with respect to a score. Keys and values are unit vectors, so that queries are scores
+    and outputs are weights."""
     card, unit = get_mechanism(name), torch.eye(scores.shape[-1], dtype=torch.float64)[None, None]
 
     def weights(q: Tensor) -> Tensor:
@@ -142,9 +142,9 @@ def steepest(name: str, scores: Tensor, **options: Any) -> float:
 
 
 def test_a_denominator_makes_gradients_grow_as_scores_shrink():
-    """Section 3.1: a derivative by a score has the factor 1 / score under a denominator, and none without; that of softmax
-    is at most 1 / 4. The norm has the factor again where all scores of a query shrink together, since outputs then stay as
-    they are."""
+    """Section 3.1: derivatives with respect to a score have a factor 1 / score with a denominator, and none without; those
+    of softmax are at most 1 / 4. The norm brings the factor back if all scores of a query shrink together, since outputs
+    then do not change."""
     scores, sizes = 0.1 + torch.rand(1, 1, 9, 9, dtype=torch.float64), [1e-1, 1e-2, 1e-3, 1e-4]
     for options, growth in ((PLAIN | {"denominator": True}, 10), (PLAIN, 1), ({"output_norm": "simple_rms"}, 10)):
         found = [steepest("norm_linear", size * scores, feature_map="relu", **options) for size in sizes]

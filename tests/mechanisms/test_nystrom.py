@@ -1,4 +1,4 @@
-"""What is peculiar to Nystrom attention: segments, the pseudoinverse, rows too short for landmarks, recorded outputs."""
+"""Tests specific to Nystrom attention: segments, the pseudoinverse, rows too short for landmarks, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def segments(n: int, c: int) -> list[range]:
-    """Of n tokens: the shorter ones first."""
+    """The segments of n tokens, the shorter ones first."""
     borders, size, longer = [0], n // c, n % c
     for i in range(c):
         borders.append(borders[-1] + size + (i >= c - longer))
@@ -32,7 +32,7 @@ def segments(n: int, c: int) -> list[range]:
 
 
 def definition(tensors: dict[str, Tensor], c: int = 4, scale: float = 0.5) -> Tensor:
-    """One row and head after the other; softmax attention where a row has c tokens or fewer."""
+    """The definition, one row and head at a time; rows with at most c tokens use softmax attention."""
     q, k, v = (tensors[name].numpy() for name in "qkv")
     found = np.zeros((*q.shape[:3], v.shape[3]))
     for b, h in np.ndindex(*q.shape[:2]):
@@ -65,7 +65,7 @@ def test_it_is_the_definition_which_is_softmax_attention_of_as_many_tokens_as_la
 
 @pytest.mark.parametrize("pattern", ["noncausal-self", "noncausal-cross"])
 def test_rows_with_few_and_many_tokens_lie_in_one_batch(pattern):
-    """Padded rows of c tokens or fewer are softmax attention beside others that are not."""
+    """Padded rows with at most c tokens use softmax attention while longer rows of the batch do not."""
     counts = torch.tensor([17, 4, 2, 9, 0, 3, 17])
     key_counts = torch.tensor([17, 17, 3, 2, 5, 0, 6]) if "cross" in pattern else counts
     masks = {"mask": Mask(lengths=counts)}

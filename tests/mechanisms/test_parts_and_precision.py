@@ -1,4 +1,4 @@
-"""What is computed a part at a time, is summed over thousands of tokens or vanishes, comes out as it should."""
+"""Computing in parts, summing over thousands of tokens and vanishing values do not change the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regard.workbench.verification.subjects import Subject, in_float64
 
 SEGMENTS = "regard.engines.segment_attention.PAIRS_AT_ONCE"
 TOEPLITZ = "regard.mechanisms.kernelized_rpe.forms.NUMBERS_AT_ONCE"
-PARTS = [  # and what bounds the numbers that are made at once, that bound, and how many tokens
+PARTS = [  # name, options, the constant that limits a part's size, its value here, number of tokens
     ("compressive", {"segment": 4, "memory": 6, "compressed": 3, "ratio": 2}, SEGMENTS, 300, 41),
     ("kernelized_rpe", {"method": "blocks"}, TOEPLITZ, 1, 15),
     ("kernelized_rpe", {"method": "fft"}, TOEPLITZ, 1, 15),
@@ -104,7 +104,7 @@ def test_strong_gates_leave_the_current_token_only(name, gate, width):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize(("name", "options"), [("delta_rule", {"gated": True}), ("gated_linear", {})])
 def test_four_thousand_gated_steps_are_finite_and_equal_the_recurrence(name, options, dtype, tolerance):
-    """Where the exponential of the sum of all gates would not be; all but the last 64 tokens have faded below 1e-27."""
+    """The exponential of the sum of all gates would underflow; all but the last 64 tokens have faded below 1e-27."""
     subject = Subject(get_mechanism(name), Pattern.CAUSAL_SELF, options)
     inputs = subject.inputs(4096, dtype=dtype, k=4, v=3)
     inputs["log_decay"] = torch.full_like(inputs["log_decay"], -1.0)

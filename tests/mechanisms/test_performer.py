@@ -1,4 +1,4 @@
-"""What is peculiar to FAVOR+: its features, what their offset must not carry, its redraws, and recorded outputs."""
+"""Tests specific to FAVOR+: its features, leaks through their offset, its redraws, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inputs(n: int, m: int | None = None, batch: int = 2, features: int = 5) -> d
 
 
 def phi(x: np.ndarray, w: np.ndarray, config: Config, seen: np.ndarray) -> np.ndarray:
-    """Features of one token; `seen` are the tokens whose exponents share its maximum."""
+    """Features of one token; the maximum exponent is taken over the tokens `seen`."""
     if config.kernel == "relu":
         return np.maximum(w @ x, 0) + config.offset
     largest = max((w @ y).max() - y @ y / 2 for y in seen)
@@ -32,7 +32,7 @@ def phi(x: np.ndarray, w: np.ndarray, config: Config, seen: np.ndarray) -> np.nd
 
 
 def paired(tensors: dict[str, Tensor], pattern: str, options: dict) -> Tensor:
-    """The definition of the docstring, one pair of tokens after the other."""
+    """The definition in the mechanism's docstring, one pair of tokens at a time."""
     config = Config(**options)
     q, k, v, w = (tensors[name].numpy() for name in ("q", "k", "v", "w"))
     q, k = q * 4**-0.25, k * 4**-0.25
@@ -55,7 +55,7 @@ def test_it_is_the_definition_over_pairs(options, pattern):
         close(run(tensors, options, pattern=pattern).output, paired(tensors, pattern, options))
 
 
-# what the estimate is worth
+# quality of the estimate
 
 
 def error_to_softmax(features: int, orthogonal: bool, repeats: int = 30) -> float:
@@ -73,7 +73,7 @@ def error_to_softmax(features: int, orthogonal: bool, repeats: int = 30) -> floa
 
 def test_the_error_falls_as_the_root_of_the_features_and_orthogonal_ones_err_less():
     few, many = error_to_softmax(64, False), error_to_softmax(1024, False)
-    assert 0.15 < many / few < 0.4  # 1/4 for 16 times as many
+    assert 0.15 < many / few < 0.4  # expected: 1/4
     for features in (16, 64):
         assert error_to_softmax(features, True) < error_to_softmax(features, False)
 
@@ -83,7 +83,7 @@ def test_the_error_falls_as_the_root_of_the_features_and_orthogonal_ones_err_les
 
 @pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self", "noncausal-cross"])
 def test_padding_changes_nothing_through_the_maximum(pattern):
-    """Forms see zeros in the padding, whose exponents, 0, are above those of long keys."""
+    """Padding appears as zeros, whose exponent of 0 is larger than those of long keys."""
     tensors, lengths, options = inputs(10), torch.tensor([10, 6]), {"feature_eps": 0.1}
     tensors["k"] = 20 * torch.nn.functional.normalize(tensors["k"], dim=-1)
     assert (exponents(Call(Pattern.CAUSAL_SELF, Config(), scale=0.5), tensors["k"], tensors["w"]) < 0).all()
@@ -127,7 +127,7 @@ def test_weights_of_a_softmax_layer_give_nearly_its_outputs():
     ],
 )
 def test_parity_with_a_third_partys_code(name, pattern):
-    """Recorded without the offset of the softmax kernel, beside which its maxima (of w.x alone) would not cancel."""
+    """Recorded without the softmax kernel's offset: with it, that code's maxima (of w.x alone) would not cancel."""
     recorded = load(name)
     tensors = {x: recorded[x].requires_grad_(x != "w") for x in "qkvw"}
     options = {"eps": 0.0} | ({"kernel": "relu"} if "relu" in name else {"feature_eps": 0.0})

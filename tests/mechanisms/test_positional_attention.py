@@ -1,4 +1,4 @@
-"""What is peculiar to positional attention: weights that no content reaches, closed forms, tables and encodings, hybrid heads,
+"""Tests specific to positional attention: weights independent of content, closed forms, tables and encodings, hybrid heads,
 the paper's network, and parity with the authors' layer and networks."""
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def content(tensors: dict[str, Tensor], n: int, first: int = 0) -> tuple[Tensor,
     """Encodings as queries and keys of softmax attention; query i has the position first + i."""
     encodings, v = tensors["encodings"], tensors["v"]
     queries = encodings[first : first + n] @ tensors["query_map"] + tensors["query_bias"][:, None]
-    keys = encodings[: v.shape[2]] @ tensors["key_map"] + normal(2, 1, 4)  # a bias of keys changes nothing
+    keys = encodings[: v.shape[2]] @ tensors["key_map"] + normal(2, 1, 4)  # a key bias changes nothing
     return queries.expand(3, -1, -1, -1), keys.expand(3, -1, -1, -1), v
 
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
 @pytest.mark.parametrize("stored", [True, False])
 def test_it_is_softmax_attention_with_encodings_in_place_of_content(pattern, stored, monkeypatch):
-    """Where the weights of all rows are stored, and where each row makes them again."""
+    """Both when the weights of all rows are stored and when each row recomputes them."""
     monkeypatch.setattr(module, "SHARED_PAIRS", 100 if stored else 0)
     for n, m in ((9, None), (6, 13)) if pattern != "noncausal-self" else ((9, None),):
         tensors = inputs(n, m)
@@ -75,7 +75,7 @@ def test_tokens_move_with_their_rows_and_not_without():
 
 
 def test_one_weight_matrix_serves_all_rows(monkeypatch):
-    """Only what differs between rows goes to the engine, which computes a matrix for each."""
+    """Only calls whose weights differ between rows go to the engine, which computes a matrix for each row."""
     counted = watched(monkeypatch, attention_forms, "attention", lambda *given, **options: 1)
     tensors, lengths = inputs(8), torch.tensor([8, 3, 0])
     for pattern in ("noncausal-self", "causal-self"):
@@ -213,12 +213,12 @@ def test_the_network_has_the_parameters_of_the_papers():
 
 
 def with_positions(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-    """Values of x + P."""
+    """Input hook: take values from x + P."""
     return (given[0] + torch.eye(*given[0].shape[1:]),)
 
 
 def residual(_: nn.Module, given: tuple[Tensor], __: Tensor) -> Tensor:
-    """x + y in place of MLP([x ; y])."""
+    """Output hook: x + y in place of MLP([x ; y])."""
     return sum(given[0].chunk(2, -1))
 
 
@@ -234,7 +234,7 @@ def residual_with_norm(_: nn.Module, given: tuple[Tensor], __: Tensor) -> Tensor
         (False, {}, False),
         (True, {"mixer": with_positions}, False),
         (True, {"network": residual_with_norm}, False),
-        (True, {"network": residual}, True),  # so that it is the norm
+        (True, {"network": residual}, True),  # so it was the norm
     ],
 )
 @torch.no_grad()
@@ -259,7 +259,7 @@ def test_targets_and_test_ranges_are_those_of_the_paper():
             torch.testing.assert_close(TASKS[name](x)[row], wanted)
     assert TASKS["sort"](x)[0].tolist() == sorted(x[0].tolist())
     assert x.abs().max() <= 6.0 and draw(500, 8, 2.0, torch.Generator()).abs().max() <= 2.0
-    # bounds inside [-2, 2] would give rows inside; rows with a bound outside are inside only by chance
+    # bounds drawn within [-2, 2] give rows within; with a bound outside, rows are within only by chance
     inside = (draw(4000, 8, 2.5, torch.Generator().manual_seed(2)).abs() <= 2.0).all(-1).double().mean()
     assert inside < 0.4
 
@@ -281,7 +281,7 @@ def test_a_layer_equals_the_authors_with_gradients():
 
 
 def network_of(fixture: dict[str, Tensor], positional: bool) -> nn.Module:
-    """The network with the authors' weights: their additional node is the last one, here it is the first."""
+    """The network with the authors' weights; their additional node is the last one, ours is the first."""
     weights = {name.removeprefix("weight_"): x for name, x in fixture.items() if name.startswith("weight_")}
     model = network(5, positional=positional, dim=8, heads=2, layers=2).double()
     parts = {"embedding.projection": "encoding", "head": "decoding", "value": "attn_v_proj", "output": "attn_o_proj"}
@@ -297,7 +297,7 @@ def network_of(fixture: dict[str, Tensor], positional: bool) -> nn.Module:
         elif path[3] in parts:
             found[own] = weights[f"{layer}{parts[path[3]]}_{kind}"]
         else:
-            both = weights[f"{layer}attn_qk_proj_{kind}"]  # of each head, first for queries and then for keys
+            both = weights[f"{layer}attn_qk_proj_{kind}"]  # for each head, first queries, then keys
             apart = both.unflatten(0, (2, 2, -1))
             found[own] = both if positional else apart[:, int(path[3] == "key")].flatten(0, 1)
     read_positions = [

@@ -1,4 +1,4 @@
-"""What is peculiar to ProbSparse attention: who is chosen, what the others get, its random sample, recorded outputs."""
+"""Tests specific to ProbSparse attention: chosen queries, the output of the others, its random sample, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def count(length: int, factor: int) -> int:
 
 
 def definition(tensors: dict[str, Tensor], factor: int = 1, places: np.ndarray | float = 0.5) -> Tensor:
-    """One row, head and query after the other."""
+    """The definition, one row, head and query at a time."""
     q, k, v = (tensors[name].numpy() for name in "qkv")
     found = np.zeros((*q.shape[:3], v.shape[3]))
     n, m = q.shape[2], k.shape[2]
@@ -58,7 +58,7 @@ def test_with_a_large_factor_it_is_softmax_attention():
 def test_queries_that_stand_out_are_chosen_and_the_others_get_the_mean():
     tensors = qkv(50)
     tensors["q"] = 0.01 * tensors["q"]
-    tensors["q"][0, :, [7, 31]] = 30 * tensors["k"][0, :, [6, 18]]  # keys of the sample
+    tensors["q"][0, :, [7, 31]] = 30 * tensors["k"][0, :, [6, 18]]  # sampled keys
     tensors["q"][1, 1, 49] = 30 * tensors["k"][1, 1, 6]
     found, mean = run(tensors, FEW).output, tensors["v"].mean(2, keepdim=True)
     attend = (found - mean).abs().amax(-1) > 1e-9
@@ -79,7 +79,7 @@ def test_training_moves_sampled_keys_within_their_strata(form):
 
 
 def test_parity_with_the_benchmarks_code():
-    """Recorded with the evenly spread sample in place of its random one."""
+    """Recorded with our evenly spread sample in place of the benchmark's random one."""
     recorded = load("probsparse_cab")
     tensors = {x: recorded[x].requires_grad_() for x in "qkv"}
     output = run(tensors, {"factor": 2}).output

@@ -1,4 +1,4 @@
-"""What is peculiar to random feature attention: what it estimates, how it forgets, and what a layer learns."""
+"""Tests specific to random feature attention: its estimate, forgetting, and what a layer learns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def error_to_softmax(features: int) -> float:
 
 
 def test_it_estimates_softmax_between_unit_vectors_with_an_error_that_falls_as_the_root_of_the_features():
-    assert 0.15 < error_to_softmax(2048) / error_to_softmax(128) < 0.4  # 1/4 for 16 times as many
+    assert 0.15 < error_to_softmax(2048) / error_to_softmax(128) < 0.4  # expected: 1/4
 
 
 def test_lengths_of_queries_and_keys_do_not_count():

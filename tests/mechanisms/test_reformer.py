@@ -1,4 +1,4 @@
-"""What is peculiar to Reformer: what rounds see, exact merging, few keys in a step, and parity."""
+"""Tests specific to Reformer: the pairs each round sees, exact merging, few keys in a step, and parity."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def inputs(n: int, batch: int = 2, rounds: int = 3, buckets: int = 4, dim: int =
 
 
 def seen_in_words(buckets: list[int], config: Config, *, causal: bool) -> Tensor:
-    """Pairs of one row in one round."""
+    """The pairs of one row that a single round sees."""
     n = len(buckets)
     seen = torch.zeros(n, n, dtype=torch.bool)
     if causal:
@@ -109,7 +109,7 @@ def test_many_new_tokens_are_taken_in_parts(monkeypatch):
 
 
 def test_dropout_drops_each_weight_once():
-    """Twice the values of what is kept, and zero on average in the difference."""
+    """Kept weights are doubled, so the mean over draws is unchanged."""
     tensors = inputs(24, batch=1)
     many = {"q": tensors["q"].expand(400, -1, -1, -1), "v": torch.ones(400, 2, 24, 5, dtype=torch.float64)}
     drawn = run(tensors | many, {"chunk": 4}, dropout=0.5, generator=torch.Generator().manual_seed(0)).output

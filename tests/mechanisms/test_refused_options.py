@@ -1,4 +1,4 @@
-"""Options that are out of range, or that do not go together, are refused before anything is computed, and named."""
+"""Options that are out of range or incompatible are refused by name before anything is computed."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_numbers_are_finite(name):
 
 @pytest.mark.parametrize("name", list_mechanisms())
 def test_lists_are_the_tuples_that_they_stand_for(name):
-    """As JSON has them, and with it the configurations of saved models."""
+    """JSON stores tuples as lists, and so do the configurations of saved models."""
     card = get_mechanism(name)
     for variant in card.variants.values():
         options = {o: value for o, value in variant.items() if o in card.option_types.hints}

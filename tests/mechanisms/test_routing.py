@@ -1,4 +1,4 @@
-"""What is peculiar to routing attention: who is in a cluster, its centroids, the loss that draws tokens to them, parity."""
+"""Tests specific to routing attention: cluster members, centroids, the loss that pulls tokens to them, and parity."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def inputs(n: int, m: int | None = None, clusters: int = 4, *, null: bool = True
 
 
 def one_row_in_words(t: dict[str, Tensor], pattern: str, w: int, *, local: bool) -> Tensor:
-    """One head of one row: q (n, d), k (m, d), v (m, v), centroids (c, d), perhaps a null memory."""
+    """The definition for one head and row: q (n, d), k (m, d), v (m, v), centroids (c, d), optional null memory."""
     n, m, clusters = len(t["q"]), len(t["k"]), len(t["centroids"])
     of_q, of_k = (normalize(t[x], dim=-1) @ t["centroids"].mT for x in "qk")
     output = torch.zeros(n, t["v"].shape[-1], dtype=torch.float64)

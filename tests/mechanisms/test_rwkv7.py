@@ -1,4 +1,4 @@
-"""What is peculiar to RWKV-7: its transitions, which erase elsewhere than they read, and the official time mixing."""
+"""Tests specific to RWKV-7: transitions that erase and read at different keys, and the official time mixing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_chunks_of_any_size_and_any_decay_equal_the_recurrence(pattern, decay):
 
 
 def test_transitions_are_those_of_the_paper():
-    """S_t = S_{t-1} (diag(w) - kappa^T (a * kappa)) on row vectors, here transposed."""
+    """In the paper, S_t = S_{t-1} (diag(w) - kappa^T (a * kappa)) on row vectors; here it is transposed."""
     x = inputs(13)
     kappa = x["removal_key"] / x["removal_key"].norm(dim=-1, keepdim=True)
     start = torch.randn(2, 2, 8, 6, dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_erasing_where_it_writes_is_the_delta_rule():
 
 
 def official_layer(found: dict[str, Tensor]) -> nn.Module:
-    """The recorded time mixing, as a layer."""
+    """A layer with the recorded weights of the official time mixing."""
     layer = create_layer("rwkv7", 16, 2, gate_rank=5).double()
     heads = {name: found[name].view(2, 1, 8) for name in ("ln_w", "ln_b", "r_k")}
     weights = {

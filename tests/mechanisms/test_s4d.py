@@ -1,4 +1,4 @@
-"""What is peculiar to S4D: kernels and their recurrence, both directions, its rates at the start, and parity."""
+"""Tests specific to S4D: kernels and their recurrence, both directions, initial rates, and parity."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_layer(pattern: str = "causal-self", dim: int = 6, **options) -> S4DLaye
 
 
 def kernel_of(x: dict[str, Tensor], name: str, n: int) -> Tensor:
-    """2 Re sum_k C (exp(dt A) - 1) / A exp(dt A t), (C, n), as the equation has it."""
+    """The kernel 2 Re sum_k C (exp(dt A) - 1) / A exp(dt A t), (C, n), as in the equation."""
     a, c = (torch.view_as_complex(x[part].contiguous()) for part in ("a", name))
     step = x["dt"][:, None] * a
     time = torch.arange(n, dtype=torch.float64)[:, None, None]
@@ -77,7 +77,7 @@ def test_steps_cut_in_pieces_come_to_the_exact_output_of_a_held_input(discretiza
         fine = {**x, "x": x["x"].repeat_interleave(parts, 1), "dt": x["dt"] / parts}
         return run(fine, options).output[:, parts - 1 :: parts]
 
-    exact = run(x).output  # the hold is exact for a held input
+    exact = run(x).output  # zero-order hold is exact for a held input
     errors = [float((coarse(parts) - exact).abs().max()) for parts in (1, 4, 16)]
     if discretization == "zoh":
         assert max(errors) < 1e-12
@@ -144,7 +144,7 @@ def test_parity_of_decoding():
     torch.testing.assert_close(in_steps(layer, f["x"])[0], f["step_out"], rtol=0, atol=1e-12)  # observed 7e-16
 
 
-# the layer at the start
+# the initial layer
 
 
 def test_rates_at_the_start():

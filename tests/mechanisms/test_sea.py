@@ -1,4 +1,4 @@
-"""What is peculiar to SEA: budgets, pixels, the gathered form, the mean, the loss, and the estimator of a layer."""
+"""Tests specific to SEA: budgets, pixels, the gathered form, the mean, the loss, and the estimator of a layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS = frozenset({"weights"})
 
 
 def sample(n=24, m=None, *, batch=2, heads=3, groups=None, d=4, v=5, pixels=8):
-    """q, k, v, estimate, row_logit, mix_logit."""
+    """Random q, k, v, estimate, row_logit, mix_logit."""
     m, groups = m or n, groups or heads
     shapes = ((heads, n, d), (groups, m, d), (groups, m, v), (heads, n, pixels), (heads, n), (heads, n))
     return [torch.randn(batch, *shape, dtype=torch.float64) for shape in shapes]
@@ -36,7 +36,7 @@ def sample(n=24, m=None, *, batch=2, heads=3, groups=None, d=4, v=5, pixels=8):
 
 @pytest.fixture(params=["dense", "gathered"])
 def route(request, monkeypatch):
-    """One way to compute it, whatever it costs."""
+    """Force the dense or the gathered form, whatever it costs."""
     monkeypatch.setattr(torch_form, "DENSE_ADVANTAGE", math.inf if request.param == "dense" else 0)
 
 
@@ -116,7 +116,7 @@ def test_with_all_pixels_kept_it_is_softmax_attention(pattern, route):
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS)
 def test_a_closed_gate_gives_the_mean_of_what_is_seen(pattern):
-    """In noncausal-self, as the mean map weighs it, stretched to three tokens a pixel."""
+    """In noncausal-self, the mean is weighted by the mean map, stretched to three tokens per pixel."""
     q, k, v, e, a, b = sample(24, pixels=8)
     found = sea_attention(q, k, v, e, a, torch.full_like(b, -800.0), pattern=pattern)
     mean = v.cumsum(2) / torch.arange(1, 25)[:, None] if pattern == "causal-self" else v.mean(2, keepdim=True)
@@ -144,13 +144,13 @@ def test_the_gathered_form_equals_masked_products_with_gradients(pattern, option
 
 
 def test_states_of_unequal_rows_read_the_right_keys(route):
-    """Rows that advance unequally leave empty slots in the cache, so that slots are not ranks."""
+    """Rows that advance unequally leave empty slots in the cache, so a key's slot is not its rank."""
     assert split_and_resume(Subject(MECHANISM, Pattern.CAUSAL_SELF, {"top_k": 2}), torch.float64) < 1e-12
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_row_alone_that_was_padded_goes_on_from_its_own_tokens(n, route):
-    """Its cache has empty slots, so that slots are not ranks."""
+    """The cache has empty slots, so a key's slot is not its rank."""
     q, k, v, e, a, b = sample(9 + n, batch=1)
     whole = sea_attention(*(x[:, :, [*range(6), *range(9, 9 + n)]] for x in (q, k, v, e, a, b)), top_k=2)
     first = [x[:, :, :9] for x in (q, k, v, e, a, b)]
@@ -181,14 +181,14 @@ def test_weights_times_values_are_the_output_without_the_mean():
     weights = found.extras["weights"]
     close(weights @ v, found.output, 1e-13)
     close(weights.sum(-1), torch.where((weights > 0).any(-1), a.sigmoid(), 0), 1e-13)
-    assert torch.autograd.grad(found.output.sum(), [q, e], allow_unused=True)[1] is None  # of what is selected
+    assert torch.autograd.grad(found.output.sum(), [q, e], allow_unused=True)[1] is None  # selection has none
 
 
 # the loss
 
 
 def dense_sums(teacher, q, k, e, pattern, exact_too):
-    """KL and squared differences of one row, with everything as wide as the tokens."""
+    """KL and squared differences for one row, with all maps at the tokens' resolution."""
     n, pixels = e.shape[1:]
     kl, squares = 0.0, 0.0
     for t in range(n):
@@ -302,7 +302,7 @@ def test_every_estimator_decodes_as_it_reads_and_sees_no_padding(variant, patter
 
 
 def test_an_estimate_in_parts_has_the_gradients_of_the_whole(monkeypatch):
-    """Though new random features are drawn before it is computed again."""
+    """This holds although new random features are drawn before the parts are recomputed."""
     module, x = layer(jitter=0.0, redraw_every=0).train(), torch.randn(2, 24, 16, dtype=torch.float64)
     leaves = [x.requires_grad_(), *module.parameters()]
 
@@ -389,7 +389,7 @@ def test_the_context_equals_the_recorded_performer(kind):
         everything = torch.ones(1, 1, 13, 1, dtype=torch.bool)
         phi = softmax_features(leaves[0], leaves[1], a["projection"], everything)
         found = phi[0] @ (phi[1].mT @ leaves[2]) / (phi[0] @ phi[1].sum(2)[..., None])
-    # the code adds 1e-6 to each sum of features rather than to the denominator
+    # the official code adds 1e-6 to each sum of features rather than to the denominator
     tolerance = 1e-5 if kind == "causal" else 1e-12
     check_recorded(a, found, dict(zip("qkv", leaves, strict=True)), tolerance)
 
@@ -407,7 +407,7 @@ CNN = {
 
 
 def recorded_layer(a, kind, oversample):
-    """A layer with the recorded weights, and what its estimator makes of the recorded heads."""
+    """The options of a layer with the recorded weights, and its estimator's output for the recorded heads."""
     module = create_layer(
         "sea", 16, 2, pattern=f"{kind}-self", top_k=5, estimate_length=32, oversample=oversample, length=64
     ).eval()
@@ -427,7 +427,7 @@ def recorded_layer(a, kind, oversample):
 
 
 def untied(estimate, config, kind):
-    """Queries whose last kept pixel and first lost one have different probabilities."""
+    """A mask of queries whose last kept pixel and first dropped one have different probabilities."""
     p = estimate.double().softmax(-1).transpose(1, 2).flatten(2).sort(descending=True).values
     seen = torch.arange(1, 30) if kind == "causal" else torch.full((29,), 29)
     kept = (2 * config.top_k * config.oversample * 32 / seen).round().long().clamp(max=64)
@@ -444,7 +444,7 @@ def test_the_whole_mechanism_equals_the_recorded_code(name, kind, oversample):
     config, inputs = recorded_layer(a, kind, oversample)
     recorded = {"estimate": a["estimate"], "row_logit": a["scales"][..., 0], "mix_logit": a["scales"][..., 1]}
     for given, x in recorded.items():
-        close(inputs[given], x, 1e-4)  # the norm magnifies what the placement of an epsilon makes
+        close(inputs[given], x, 1e-4)  # the norm magnifies the effect of a differently placed epsilon
     inputs |= recorded
     scores = causal(a["teacher_scores"]) if kind == "causal" else a["teacher_scores"]
     told = a["teacher_output"].unflatten(-1, (2, 8)).transpose(1, 2)
@@ -452,7 +452,7 @@ def test_the_whole_mechanism_equals_the_recorded_code(name, kind, oversample):
     result = sea_attention(**inputs, teacher={"weights": scores.softmax(-1), "output": told}, **call)
     without_mean = {n: x for n, x in inputs.items() if n != "mix_logit"}
     weights = sea_attention(**without_mean, want=WEIGHTS, **call).extras["weights"]
-    rows = untied(a["estimate"], config, kind)  # of equal probabilities the code keeps any
+    rows = untied(a["estimate"], config, kind)  # among ties the code keeps any
     assert rows.double().mean() > 0.4
     close(weights.transpose(1, 2)[rows], a["weights"].transpose(1, 2)[rows], 1e-6)
     output = result.output.transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""What is peculiar to selective temperature: places from the start, terms, sharing, what sharpness does, and parity."""
+"""Tests specific to selective temperature: positions from the start, terms, sharing, the effect of sharpness, and parity."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from regard.workbench.verification.subjects import Subject
 
 run, softmax = calls(MECHANISM), calls(get_mechanism("softmax"))
 inputs = Subject(MECHANISM, Pattern.CAUSAL_SELF, {"k_temperature": "both"}).inputs
-"""Inputs with every term."""
+"""Makes inputs with every term."""
 
 
 def make(pattern: str = "causal-self", dim: int = 8, heads: int = 2, **options):
@@ -41,7 +41,7 @@ def test_it_is_softmax_attention_of_scaled_queries_keys_and_values_before_any_bi
     for form in ("reference", None):
         found = run(tensors, form=form, **call).output
         close(found, expected)
-        if pattern == "causal-self":  # log 1 = 0: the first token has its own value, whatever the slopes
+        if pattern == "causal-self":  # log 1 = 0: slopes do not affect the first token, which reads its own value
             own = (1 + tensors["v_token"][..., :1]) * tensors["v"][:, :, 0]
             close(found[:, :, 0], own.expand_as(found[:, :, 0]))
 
@@ -62,7 +62,7 @@ def test_constant_temperatures_of_queries_and_values_are_a_scale_and_a_factor():
 
 
 def weight_of_the_marked_key(n: int, delta: float, slope: float) -> float:
-    """Of the last query of n keys, of which one has a score that is larger by delta."""
+    """The last query's weight for a key whose score is larger by delta than those of the other n - 1."""
     k = torch.zeros(1, 1, n, 1, dtype=torch.float64)
     k[:, :, n // 2] = delta
     tensors = {"q": torch.ones_like(k), "k": k, "v": torch.zeros_like(k), "q_slope": torch.tensor([slope]).double()}

@@ -1,4 +1,4 @@
-"""What is peculiar to sigmoid attention: closed forms, independent keys, its biases and norms, and parity."""
+"""Tests specific to sigmoid attention: closed forms, independent keys, its biases and norms, and parity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RULES["relu_squared"] = lambda s: s.clamp(min=0) ** 2
 @pytest.mark.parametrize("variant", ["", *MECHANISM.variants])
 @pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self"])
 def test_weights_are_those_of_the_formula(variant, pattern):
-    """The bias comes after scale, temperature and score bias; nothing depends on other keys but for their number."""
+    """The bias is added after scale, temperature and score bias; other keys matter only by their number."""
     options = {"log_temperature": 0.5, **MECHANISM.variants.get(variant, {})}
     config, tensors = Config(**options), qkv(9)
     tensors["head_bias"], bias = torch.randn(2, dtype=torch.float64), torch.randn(1, 2, 9, 9, dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_the_largest_negative_score_and_then_a_bias_give_zero_and_stay_finite(dt
 
 
 def largest_gain(mechanism: str, tokens: Tensor, **options) -> float:
-    """Largest singular value of the Jacobian of one head of self-attention with identities for projections."""
+    """Largest singular value of the Jacobian of one self-attention head with identity projections."""
     attend = calls(get_mechanism(mechanism), "noncausal-self")
     jacobian = torch.autograd.functional.jacobian(
         lambda x: attend(dict.fromkeys("qkv", x[None, None]), options, scale=1.0).output[0, 0], tokens
@@ -83,8 +83,8 @@ def largest_gain(mechanism: str, tokens: Tensor, **options) -> float:
 
 
 def two_clusters(count: int) -> tuple[float, Tensor]:
-    """R with exp(R^2 / 4) = count, and as many tokens at R/2, one of them moved to R: to the others it weighs as much as
-    all of them together, so that it moves them all."""
+    """R with exp(R^2 / 4) = count, and `count` tokens at R/2, one of them moved to R. For the others that token weighs as
+    much as all the rest together, so that it moves them all."""
     radius = math.sqrt(4 * math.log(count))
     tokens = (radius / 2 * normalize(torch.randn(2, dtype=torch.float64), dim=0)).repeat(count, 1)
     tokens[0] *= 2
@@ -93,7 +93,7 @@ def two_clusters(count: int) -> tuple[float, Tensor]:
 
 def test_sensitivity_grows_as_the_radius_squared_and_that_of_softmax_exponentially():
     def bound(radius: float) -> float:
-        # the values' part is at most 1, and those of queries and keys R^2 / 4 each, however many keys there are
+        # values contribute at most 1, queries and keys at most R^2 / 4 each, however many keys there are
         return 1 + radius**2 / 2
 
     clusters = [two_clusters(count) for count in (16, 64, 256)]
@@ -102,7 +102,7 @@ def test_sensitivity_grows_as_the_radius_squared_and_that_of_softmax_exponential
         assert largest_gain("sigmoid", tokens, norm="seq") <= bound(radius)
         assert largest_gain("sigmoid", tokens, length=len(tokens)) <= len(tokens) * bound(radius)
     softmax = [largest_gain("softmax", tokens) / bound(radius) for radius, tokens in clusters]
-    # R^2 more by 4 log 4: twice as large, if it grows as R^2 exp(R^2 / 8)
+    # R^2 grows by 4 log 4 each time, which doubles R^2 exp(R^2 / 8)
     assert all(1.7 < later / earlier < 2.1 for earlier, later in pairwise(softmax))
     assert softmax[-1] > 2
 
@@ -146,13 +146,13 @@ def test_parity_with_the_kernels_reference(name):
     if "key_mask" in arrays:
         call = {"pattern": "noncausal-cross", "memory_mask": Mask(valid=arrays["key_mask"])}
     result = run(tensors, {"sigmoid_bias": float(arrays["sigmoid_bias"])}, want={"weights"}, **call)
-    if "key_mask" not in arrays:  # weights of masked keys are gathered to the right here
+    if "key_mask" not in arrays:  # here weights of masked keys are gathered to the right
         close(result.extras["weights"], arrays["attn"], 1e-10)
     check_recorded(arrays, result.output, tensors, 1e-10)  # observed 9e-16
 
 
 def official_weights(arrays: dict[str, Tensor], features: Tensor | None) -> dict[str, Tensor]:
-    """A recorded layer's weights by the names of ours; `features` is the order in which a query's and key's are taken."""
+    """A recorded layer's weights under our names; `features` is the order of query and key features."""
     if "weight_qkv_weight" in arrays:
         projections = arrays["weight_qkv_weight"].chunk(3)
     else:
@@ -187,7 +187,7 @@ def test_parity_with_the_official_layers(name, pattern, options):
     arrays = load(name)
     dim, heads, bias = arrays["x"].shape[-1], arrays["attn"].shape[1], float(arrays["sigmoid_bias"])
     layer = create_layer("sigmoid", dim, heads, pattern=pattern, sigmoid_bias=bias, **options).double()
-    # they turn neighbouring features, regard features half a head apart
+    # the official code rotates adjacent features, regard features half a head apart
     pairs = torch.arange(dim // heads).view(-1, 2).mT.flatten() if name == "sigmoid_rope" else None
     layer.load_state_dict(official_weights(arrays, pairs))
     inputs = {x: arrays[x].requires_grad_() for x in ("x", "memory") if x in arrays}
@@ -195,10 +195,10 @@ def test_parity_with_the_official_layers(name, pattern, options):
     if name == "sigmoid_cross":
         masks["memory_mask"] = Mask(valid=arrays["mask"][:, 0, 0])
     elif name in ("sigmoid_causal_padded", "sigmoid_cross_streaming"):
-        # the reference pads keys only: hide them by a bias, so that padded queries are computed too
+        # the reference masks only padded keys: hide them by a bias, so that padded queries are computed too
         hidden = ~arrays["mask"][(None,) * (4 - arrays["mask"].ndim)]
         masks["mask"] = Mask(bias=torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, -torch.inf))
-    if name != "sigmoid_cross":  # weights of masked keys are gathered to the right here
+    if name != "sigmoid_cross":  # here weights of masked keys are gathered to the right
         context = Context(want=frozenset({"weights"}), **masks)
         close(layer(*inputs.values(), context=context).extras["weights"], arrays["attn"], 1e-10)
     output = layer(*inputs.values(), context=Context(**masks)).output

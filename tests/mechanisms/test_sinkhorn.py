@@ -1,4 +1,4 @@
-"""What is peculiar to Sinkhorn attention: the definition in words, the soft permutation, the mixed block kept, parity."""
+"""Tests specific to Sinkhorn attention: the definition in words, the soft permutation, the kept mixed block, and parity."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ run = calls(MECHANISM)
 
 
 def one_row_in_words(q: Tensor, k: Tensor, v: Tensor, pattern: str, config: Config) -> Tensor:
-    """One head of one row."""
+    """The definition for one head and row."""
     size, n, m = config.block, len(q), len(k)
     causal, own = pattern == "causal-self", pattern.endswith("self")
     rows, columns = math.ceil(n / size), math.ceil(m / size)
@@ -115,7 +115,7 @@ def test_a_temperature_near_zero_with_noise_is_nearly_a_permutation():
 
 
 def test_gradients_through_the_sorting_stay_precise_in_float32():
-    """ln(x + 1e-6) amplifies errors of x."""
+    """The definition's ln(x + 1e-6) amplifies errors of x."""
     tensors, upstream, found = qkv(40, dtype=torch.float32), torch.randn(2, 2, 40, 4), []
     for dtype in (torch.float32, torch.float64):
         leaves = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}

@@ -1,4 +1,4 @@
-"""What is peculiar to softmax attention: its log-sum-exp, softcap, sink and windows, block masks, memory, and parity."""
+"""Tests specific to softmax attention: its log-sum-exp, softcap, sink and windows, block masks, memory, and parity."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, pairs: int, smallest: int, band: 
 
 
 def seen(n: int, m: int, pattern: str, window: tuple[int | None, int | None] | None = None) -> Tensor:
-    """Visible pairs, from the definition in words."""
+    """Visible pairs, by the definition in words."""
     left, right = window or (None, None)
     at = torch.arange(n)[:, None] + (0 if pattern.endswith("cross") else m - n)
     ahead = torch.arange(m) - at
@@ -49,7 +49,7 @@ def seen(n: int, m: int, pattern: str, window: tuple[int | None, int | None] | N
 def dense(
     tensors: dict[str, Tensor], visible: Tensor, options: dict, bias: Tensor | float = 0.0, keep: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula with exponentials written out: output, weights, and sums of exponentials over the visible keys."""
+    """Dense attention with the exponentials written out: output, weights, and sums of exponentials of visible keys."""
     k, v = (tensors[x].repeat_interleave(tensors["q"].shape[1] // tensors[x].shape[1], 1) for x in "kv")
     scores = tensors["q"] @ k.mT / tensors["q"].shape[-1] ** 0.5
     if "softcap" in options:
@@ -69,7 +69,7 @@ def problem(options: dict, n: int, m: int) -> dict[str, Tensor]:
 
 
 def equals_dense(tensors: dict[str, Tensor], visible: Tensor, options: dict, **call: Any) -> None:
-    """Output, weights, log-sum-exp (without the sink) and gradients; asking for extras changes nothing."""
+    """Compare output, weights, log-sum-exp (without the sink) and gradients, with and without extras."""
     bias = call["mask"].bias if "mask" in call else None
     output, weights, sums = dense(tensors, visible, options, 0.0 if bias is None else bias)
     result = run(tensors, options, want={"lse", "weights"}, **call)
@@ -132,13 +132,13 @@ def test_lse_equals_the_one_of_pytorchs_own_kernel_in_at_least_float32():
 
 
 def layout(kind: str) -> BlockMask:
-    """Of 19 tokens."""
+    """A block mask for 19 tokens."""
     if kind == "causality":
         return BlockMask(torch.ones(19, 19, dtype=torch.bool).tril()[None, None], 1)
     if kind == "by heads":
         visible = torch.rand(1, 2, 5, 5) > 0.5
         visible[:, 0, 2] = False
-        visible[:, 1] = False  # tiles without a visible key
+        visible[:, 1] = False  # tiles have no visible key
         return BlockMask(visible, 4)
     visible = torch.ones(5, 5) if kind == "ones" else torch.eye(5)
     return BlockMask(visible.bool()[None, None], 4)
@@ -291,7 +291,7 @@ def test_defaults_and_sinks_go_to_one_call_of_pytorchs_kernel_without_a_mask(mon
 
 
 def saved(n: int, pattern: str, options: dict) -> tuple[float, float]:
-    """Numbers in float32 of all storages saved by forward and backward, and of the largest."""
+    """Sizes, in float32 numbers, of all storages saved for the backward pass and of the largest one."""
     tensors = {x: torch.randn(1, 1, n, 8, requires_grad=True) for x in "qkv"}
     if options.get("learn_sink"):
         tensors["sink"] = torch.zeros(1, requires_grad=True)
@@ -385,7 +385,7 @@ def test_parity_of_output_weights_and_gradients(name, pattern):
         masks["memory_mask"] = Mask(valid=arrays["key_mask"])
     tensors = {x: arrays[x].requires_grad_() for x in "qkv"}
     result = run(tensors, options, pattern=pattern, want={"weights"}, **masks)
-    if "key_mask" not in arrays:  # weights of padded tokens are gathered to the right here
+    if "key_mask" not in arrays:  # here weights of padded tokens are gathered to the right
         close(result.extras["weights"], arrays["attn"], 1e-10)
     for output in (result.output, run(tensors, options, pattern=pattern, **masks).output):
         close(output, arrays["out"], 1e-10)  # observed 2e-15

@@ -1,6 +1,6 @@
-"""What is peculiar to the Sparse Transformer's patterns: both layouts, their combinations, and the step that reads few.
+"""Tests specific to the Sparse Transformer's patterns: both layouts, their combinations, and steps that read few keys.
 
-No parity: the paper's kernels run on GPUs alone.
+There is no parity test, since the paper's kernels run only on GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OPTIONS = [
     {"stride": 5, "combine": "heads"},
     {"stride": 3, "combine": "second"},
     {"stride": 1},
-    {"stride": 1, "combine": "second"},  # all tokens
+    {"stride": 1, "combine": "second"},  # sees all tokens
     {"layout": "fixed", "stride": 4, "columns": 1},
     {"layout": "fixed", "stride": 6, "columns": 2, "head_columns": True},
     {"layout": "fixed", "stride": 5, "columns": 2, "combine": "heads", "head_columns": True},
@@ -32,7 +32,7 @@ run = calls(MECHANISM)
 
 
 def allowed(options: dict, pattern: str, n: int, m: int, heads: int = 3) -> Tensor:
-    """Visible pairs (heads, n, m), from the definition in words; the last query is beside the last key."""
+    """Visible pairs (heads, n, m), by the definition in words; the last query is aligned with the last key."""
     config = Config(**options)
     s, c = config.stride, config.columns
     seen = torch.zeros(heads, n, m, dtype=torch.bool)
@@ -71,7 +71,7 @@ def test_equals_masked_dense_attention(options, pattern):
 
 @pytest.mark.parametrize("options", [{"stride": 20}, {"layout": "fixed", "stride": 20, "columns": 3}])
 def test_a_step_reads_the_keys_that_it_sees(options, monkeypatch):
-    """After 400 tokens: a window or block of 20, and 20 others or 20 times 3."""
+    """After 400 tokens a step reads a window or block of 20, and 20 other keys or 20 times 3."""
     state = run(qkv(400, batch=1), options, return_state=True).state
     read = watched(monkeypatch, attention_forms, "attention", lambda q, k, *rest, **options: k.shape[2])
     run(qkv(1, batch=1), options, state=state)
@@ -81,7 +81,7 @@ def test_a_step_reads_the_keys_that_it_sees(options, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["strided", "fixed"])
 def test_two_layers_connect_any_two_tokens(layout):
-    """With one column of each block, as the paper has it."""
+    """As in the paper, with one column of each block."""
     layers = [create_layer("sparse_strided", 6, 1, layout=layout, stride=5, columns=1).double() for _ in range(2)]
     x = torch.randn(1, 30, 6, dtype=torch.float64, requires_grad=True)
     once = layers[0](x).output

@@ -1,4 +1,4 @@
-"""What the blocks of mamba and mamba2 share: parity, padded prompts, memory in pieces, time constants, refusals."""
+"""Tests of both the mamba and the mamba2 block: parity, padded prompts, memory in pieces, time constants, refusals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def recorded_block(f: dict[str, Tensor]) -> nn.Module:
     ],
 )
 def test_parity_of_the_block(name, tolerance):
-    """At valid places; where the recorded code writes into padding it is not followed."""
+    """Only valid places are compared: the recorded code also writes into padding."""
     f = load(name)
     valid = f.get("attention_mask", torch.ones(f["x"].shape[:2], dtype=torch.bool))
     poisoned = torch.where(valid[..., None], f["x"], float("nan")).requires_grad_()
@@ -70,7 +70,7 @@ def test_parity_of_decoding_after_a_prefix(name, tolerance):
     state = layer(f["x"], context=Context(want=WANT_STATE)).state
     memory = state.mechanism.memory
     close(memory if name == "mamba_block" else memory.mT, f["state"], tolerance)
-    close(state.convolutions[0].mT, f["conv_state"][..., 1:], tolerance)  # the recorded cache has one input more
+    close(state.convolutions[0].mT, f["conv_state"][..., 1:], tolerance)  # the recorded cache has an extra input
     for t in range(f["step_x"].shape[1]):
         output, state = layer.step(f["step_x"][:, t], state)
         close(output, f["step_out"][:, t], tolerance)
@@ -82,7 +82,7 @@ def test_parity_of_decoding_after_a_prefix(name, tolerance):
     [
         ("mamba", {}),
         ("mamba", {"constant": ("dt", "C")}),
-        ("mamba", {"constant": ("C",), "gate": False}),  # nothing is read from the queries
+        ("mamba", {"constant": ("C",), "gate": False}),  # does not read the queries
         ("mamba2", {}),
         ("mamba2", {"constant": ("dt", "C")}),
         ("mamba2", {"initial_states": True}),
@@ -95,7 +95,7 @@ def test_memory_in_pieces_then_steps_equal_the_whole(name, options, pattern):
     expected = layer(x, memory).output
     for part in (memory[:, :1], memory[:, 1:3], memory[:, 3:]):
         state = layer.encode_memory(part, state=state)
-        assert state.length.tolist() == [0, 0]  # counts queries
+        assert state.length.tolist() == [0, 0]  # length counts queries
     for t in range(4):
         output, state = layer.step(x[:, t], state)
         close(output, expected[:, t])
@@ -104,7 +104,7 @@ def test_memory_in_pieces_then_steps_equal_the_whole(name, options, pattern):
 @both
 def test_a_noncausal_convolution_is_centred(name):
     layer = make_layer(name, "noncausal-self", conv_width=3)
-    layer.A_log.data.fill_(50.0)  # a decay that forgets everything: only the convolution reaches other tokens
+    layer.A_log.data.fill_(50.0)  # the decay forgets everything: only the convolution reaches other tokens
     x = torch.randn(1, 9, 16, dtype=torch.float64)
     changed = x.clone()
     changed[:, 4] += 1

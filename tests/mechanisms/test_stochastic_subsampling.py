@@ -1,4 +1,4 @@
-"""What is peculiar to stochastic subsampling: draws, windows, the own key, the schedule, the ensemble, and recorded outputs."""
+"""Tests specific to stochastic subsampling: draws, windows, a query's own key, the schedule, the ensemble, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def sample(n=19, m=None, **sizes):
 
 
 def train(q, k, v, *, seed=0, **options):
-    """A call in training, with draws of its own."""
+    """A training call with its own random draws."""
     rng = torch.Generator().manual_seed(seed)
     return stochastic_subsampling_attention(q, k, v, training=True, generator=rng, **options)
 
 
 def weights_of(n=16, *, heads=1, batch=1, **options):
-    """The weights of a call whose scores are all equal."""
+    """The weights of a training call whose scores are all equal."""
     q, k, _ = sample(n, batch=batch, heads=heads, groups=heads)
     unit = torch.eye(n, dtype=torch.float64).expand(batch, heads, -1, -1)
     return train(0 * q, k, unit, **options)
@@ -70,7 +70,7 @@ def test_gathering_equals_masked_softmax_with_gradients(pattern, options, masked
         call["bias"] = torch.randn(2, 4, 19, m, dtype=torch.float64).masked_fill(hidden, -torch.inf)
     if masked == "blocks":
         call["mask"] = Mask(blocks=BlockMask(torch.rand(2, 4, 5, 6) < 0.7, 4))
-    if masked == "padded":  # the definition has no padding: the pairs drawn are those of a call with equal scores
+    if masked == "padded":  # the definition has no padding: take the drawn pairs from a call with equal scores
         lengths, keys = torch.tensor([19, 8]), torch.tensor([m, 9 if "cross" in pattern else 8])
         call |= {"mask": Mask(lengths=lengths), "memory_mask": Mask(lengths=keys) if "cross" in pattern else None}
         drawn = train(0 * q, k, torch.eye(m, dtype=torch.float64).expand(2, 2, -1, -1), **call) > 0
@@ -116,7 +116,7 @@ def test_every_query_sees_the_same_number_of_distinct_keys(ratio):
 
 
 def test_all_queries_share_an_unbiased_draw_in_which_every_key_is_as_likely():
-    """So that with equal scores the mean of many passes is the mean of the values."""
+    """With equal scores the mean over many passes is therefore the mean of the values."""
     mean = torch.zeros(16, dtype=torch.float64)
     for seed in range(600):
         weights = weights_of(seed=seed, pattern="noncausal-self")[0, 0]
@@ -314,7 +314,7 @@ def test_a_training_step_compiles_whole(options):
 
 @pytest.mark.parametrize("form", ["parallel", "reference"])
 def test_the_bernoulli_form_equals_source_dropout_of_the_authors(form, monkeypatch):
-    """With their draw, and their gates all 1."""
+    """With the authors' draw, and with all of their gates set to 1."""
     recorded = load("stochastic_subsampling_tgt")
     for module in (ssa, definition):
         monkeypatch.setattr(module, "draw_keys", lambda *_: recorded["kept"])

@@ -1,4 +1,4 @@
-"""What is peculiar to Synthesizer: scores of places in every form and pattern, the kinds of a layer, its greatest length."""
+"""Tests specific to Synthesizer: scores by position in every form and pattern, kinds of layers, maximum length."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def first_tokens(tensors: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def definition(tensors: dict[str, Tensor], causal: bool) -> Tensor:
-    """One pair of places after the other."""
+    """The definition, one pair of places at a time."""
     x = {name: t.numpy() for name, t in tensors.items()}
     n, m, groups = x["slots"].shape[1], x["v"].shape[2], x["v"].shape[1]
     found = np.zeros((2, 2, n, 3))

@@ -1,4 +1,4 @@
-"""What is peculiar to token-parameter attention: Theta, tau, masks, growth, and parity with the official code."""
+"""Tests specific to token-parameter attention: Theta, tau, masks, growth, and parity with the official code."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_tokens_with_zero_keys_change_the_function_with_sqrt_n(theta, change):
     if theta == "gelu_l2_norm":
         assert found.item() == pytest.approx(change, abs=1e-10)
     elif theta == "softmax":
-        assert found > change  # how much depends on the mass that exp(0) takes
+        assert found > change  # by how much depends on the mass of the new tokens' exp(0)
     else:
         assert abs(found - change) < 0.03
 
@@ -112,7 +112,7 @@ def test_order_does_not_matter_and_doubled_tokens_with_halved_values_need_tau_ti
     module, x, tau = make(), normal(4, 6), math.sqrt(8)
     close(module(x, rows=torch.randperm(8)), module(x))
     keys, values = module.key_tokens.repeat(2, 1), module.value_tokens.repeat(2, 1) / 2
-    for given in (tau * math.sqrt(2), None):  # by default of all 16
+    for given in (tau * math.sqrt(2), None):  # None: the default for 16 tokens
         close(attend_to_parameters(x, keys, values, module.config, tau=given), module(x), 1e-7)
     assert not torch.allclose(attend_to_parameters(x, keys, values, module.config, tau=tau), module(x), rtol=0.05)
 
@@ -264,7 +264,7 @@ def tokenformer(**options) -> LanguageModel:
 
 
 def check_goes_on_from(before: Tensor, model, given: tuple[Tensor, ...], folder) -> None:
-    """It has the outputs of before, learns from there, and comes back from disk."""
+    """Check that a model has the outputs from before, learns from there, and can be saved and loaded."""
     close(model(*given).output, before)
     model(*given).output.square().mean().backward()
     with torch.no_grad():
@@ -277,7 +277,7 @@ def check_goes_on_from(before: Tensor, model, given: tuple[Tensor, ...], folder)
 
 
 def sizes(model) -> list[tuple[int, int, int]]:
-    """Of each block: tokens of the mixer and of the network, and the frozen ones of the network."""
+    """For each block: tokens of the mixer, tokens of the network, and frozen tokens of the network."""
     blocks = model.blocks
     return [(len(b.mixer.value.keys), len(b.feed_forward.keys), b.feed_forward.config.frozen_tokens) for b in blocks]
 
@@ -294,7 +294,7 @@ def sizes(model) -> list[tuple[int, int, int]]:
 def test_a_tokenformer_grows_goes_on_and_is_saved(given, expected, tmp_path):
     model, ids = tokenformer(), torch.randint(11, (2, 7))
     before = model(ids).output
-    set_exit_rule(model, None)  # makes a new config
+    set_exit_rule(model, None)  # creates a new config
     grow(model, **given)
     check_goes_on_from(before, model, (ids,), tmp_path)
     assert sizes(model) == sizes(from_pretrained(tmp_path)) == expected

@@ -1,4 +1,4 @@
-"""What is peculiar to Transformer-XL: its segments, distances, where gradients stop, its state, and parity."""
+"""Tests specific to Transformer-XL: segments, distances, where gradients stop, its state, and parity."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def make(**options: Any) -> torch.nn.Module:
 
 
 def joined(gradients: Iterable[Tensor]) -> Tensor:
-    """In one vector, since some are 0 but for rounding."""
+    """Join gradients into one vector, since some are 0 up to rounding."""
     return torch.cat([x.flatten() for x in gradients])
 
 
 def seen(options: dict, pattern: str, i: int, n: int) -> range:
-    """Tokens that token i sees, from the definition in words."""
+    """The tokens that token i sees, by the definition in words."""
     begin = i // options["segment"] * options["segment"]
     last = i if pattern == "causal-self" else min(begin + options["segment"], n) - 1
     return range(max(0, begin - options["memory"]), last + 1)
 
 
 def in_words(tensors: dict[str, Tensor], options: dict, pattern: str) -> Tensor:
-    """Weights, query by query, key by key."""
+    """The weights, query by query and key by key."""
     q, k = tensors["q"], tensors["k"]
     n = q.shape[2]
     weights = torch.zeros(*q.shape[:2], n, n, dtype=q.dtype)
@@ -78,7 +78,7 @@ def test_equals_its_definition(options, pattern, names):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("start", [0, 4, 6, 7])
 def test_gradients_of_what_later_segments_read_go_where_they_are_told(options, start):
-    """`k_past` and `v_past` get those of later segments, k and v those of their own, with a state and without."""
+    """`k_past` and `v_past` get gradients from later segments, k and v from their own, with and without a state."""
     tokens = ("q", "k", "v", "k_past", "v_past")
     tensors = inputs(17)
     tensors |= {f"{name}_past": tensors[name].clone() for name in "kv"}
@@ -112,12 +112,12 @@ def test_in_training_no_gradient_passes_into_an_earlier_segment(training):
     changed = x.detach().clone()
     changed[:, 4] += 1
     different = ((layer(changed).output - output).abs().sum(-1)[0] > 1e-9).nonzero()[:, 0].tolist()
-    assert different == list(range(4, 12))  # values pass on, as long as the memory lasts
+    assert different == list(range(4, 12))  # values reach as far as the memory does
 
 
 @pytest.mark.parametrize("sizes", [[4] * 5, [0, 8, 0, 12], [20], [5, 3, 1, 11]], ids=str)
 def test_training_a_segment_at_a_time_is_training_on_the_whole(sizes):
-    """Where a call ends inside a segment, the segment's gradient ends there; weights learn from the memory across calls."""
+    """A call that ends inside a segment cuts the segment's gradient; weights still learn from the memory across calls."""
     layer = make(bias=True)
     x, weight = torch.randn(2, 2, 20, 8, dtype=torch.float64)
     whole = layer(x).output

@@ -1,5 +1,5 @@
-"""What is peculiar to universal relative positions: what a matrix after the softmax can tell that a bias cannot, its tables,
-that nothing is normalised after it, and recorded outputs."""
+"""Tests specific to universal relative positions: what a matrix after the softmax can express that a bias cannot, its
+tables, weights that are not normalised, and recorded outputs."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def without_factors(n: int) -> dict[str, Tensor]:
 
 
 def toeplitz(table: Tensor, n: int, m: int, first: int = 0) -> Tensor:
-    """C, one entry at a time; query i has the rank first + i."""
+    """The matrix C, one entry at a time; query i has the rank first + i."""
     reach = table.shape[1] // 2
     rows = [[table[:, max(-reach, min(reach, j - i - first)) + reach] for j in range(m)] for i in range(n)]
     return torch.stack([torch.stack(row, -1) for row in rows], 1)
 
 
 def explicit(tensors: dict[str, Tensor], pattern: str, bias: Tensor | float = 0.0, c: Tensor | None = None) -> Tensor:
-    """The weights times a matrix, C, that of the offsets unless it is given."""
+    """Attention with weights multiplied by a matrix C, by default that of the offsets."""
     q, k, v = (tensors[name] for name in "qkv")
     n, m, causal = q.shape[2], k.shape[2], pattern == "causal-self"
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -83,7 +83,7 @@ def test_factors_of_one_give_softmax_attention():
 
 
 def test_equal_tokens_stay_equal_under_any_bias_but_not_under_factors():
-    """The counterexample of the paper, three layers deep; the mask of a causal layer would tell positions by itself."""
+    """The paper's counterexample, three layers deep; in a causal layer the mask alone would reveal positions."""
     token, n = torch.randn(1, 1, 16, dtype=torch.float64), 11
     for factors, told in (("none", False), ("unique", True)):
         x = token.expand(2, n, 16)
@@ -159,12 +159,12 @@ def test_blocks_computed_again_for_their_gradients_drop_the_same_weights(seeded,
     assert (gradient * step).sum().item() == pytest.approx(change.item())
 
 
-# the two ways to O
+# the two ways to compute O
 
 
 @pytest.fixture
 def way(monkeypatch):
-    """Takes one of the ways whatever the size and the dtype: "parts", from attention calls, or "explicit"."""
+    """Force one of the ways, whatever the size and dtype: "parts", made of attention calls, or "explicit" weights."""
 
     def take(name: str) -> None:
         monkeypatch.setattr(universal_rpe, "FEWEST_WEIGHTS", 0 if name == "parts" else math.inf)
@@ -181,7 +181,7 @@ def test_attention_in_parts_equals_explicit_weights_with_its_gradients(biased, r
     sizes = [(19, 19), *((n, n) for n in (reach, reach + 1) if n < 19), *([(7, 23), (23, 7)] if uneven else [])]
     for n, m in sizes:
         tensors = inputs(n, m, reach=reach, heads=4)
-        tensors["factors"][0] *= 1e3  # of both signs, some of them 0, those of the first head far larger
+        tensors["factors"][0] *= 1e3  # both signs, some zeros, the first head far larger
         tensors["factors"][:, ::3] = 0.0
         numbers = torch.randn(4, 13, dtype=torch.float64)
         leaves = [x.requires_grad_() for x in (*tensors.values(), numbers)]
@@ -219,7 +219,7 @@ def test_factors_of_zero_give_zero_and_still_learn(name, way):
 
 
 def backends(tensors: dict[str, Tensor], **call: Any) -> set[str]:
-    """Those that ran an engine; none for explicit weights."""
+    """The backends that ran an engine; none for explicit weights."""
     with watch_backends() as ran:
         run(tensors, **call)
     return ran.backends
@@ -257,7 +257,7 @@ def test_attention_in_parts_on_the_kernel_has_every_property_of_the_matrix(patte
         check(Place(MECHANISM, pattern, prop, dtype, "native"))
         for prop in PROPERTIES
         if prop.level == "function"
-        and (prop.name not in PROGRAMS or pattern == "causal-self")  # one is compiled as all are
+        and (prop.name not in PROGRAMS or pattern == "causal-self")  # one compiled program is enough
         for dtype in prop.dtypes_on("native")
     ]
     ran = [cell for cell in cells if cell is not None]
@@ -356,7 +356,7 @@ def test_a_layer_on_a_grid():
     causal = layer("causal-self", max_distance=(2, 3))
     causal.load_state_dict(made.state_dict())
     image = Context(grid=(3, 4))
-    close(causal(x, context=image).output[:, -1], wide[:, -1])  # which sees all tokens
+    close(causal(x, context=image).output[:, -1], wide[:, -1])  # it sees all tokens
     refused("does not keep the width", causal, x, context=image.replace(want=frozenset({"state"})))
     refused("self patterns", layer, "causal-cross", max_distance=(2, 3))
 
@@ -391,7 +391,7 @@ def test_equals_the_official_code(name):
     made = create_layer(
         "universal_rpe", 12, 2, pattern="noncausal-self", max_distance=5, position_options={"max_distance": 5}
     )
-    weights = {"positions.table": recorded["b"], "projection.table.table": recorded["c"] - 1}  # it learns C - 1
+    weights = {"positions.table": recorded["b"], "projection.table.table": recorded["c"] - 1}  # the layer learns C - 1
     for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "out"}.items():
         weights |= {f"{ours}.{part}": recorded[f"{theirs}_{part}"] for part in ("weight", "bias")}
     made.double().load_state_dict(weights)

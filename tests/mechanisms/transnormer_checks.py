@@ -1,4 +1,4 @@
-"""What tests of the two attentions of TransNormer have in common."""
+"""Checks shared by the tests of TransNormer's two kinds of attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NORM = {
 
 
 def check_equals_the_authors_layer(mechanism: str, recording: str, options: dict[str, Any]) -> None:
-    """The output of a recorded layer with LRPE, and the gradients of its input, angles and query weights."""
+    """Compare a layer with LRPE to a recording: output, and gradients of input, angles and query weights."""
     recorded = load(recording)
     pattern = "causal-self" if "causal" in recording else "noncausal-self"
     layer = create_layer(mechanism, 12, 2, pattern=pattern, positions="lrpe", bias=True, **options).double()

@@ -1,4 +1,4 @@
-"""What tests of models share: small models of every kind, what they read, and reading it in pieces."""
+"""Helpers for tests of models: small models of every kind, their inputs, and reading these in pieces."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ FUNNELS = [
 
 
 def small(kind: str, **options: Any) -> Any:
-    """The config of a small model."""
+    """The configuration of a small model."""
     config, own = KINDS[kind]
     return config(**{"dim": 16, "num_heads": 2, **own, **options})
 
 
 def made(kind: str, **options: Any) -> nn.Module:
-    """A small model in float64, in evaluation."""
+    """A small model in float64, in evaluation mode."""
     return build_model(small(kind, **options)).double().eval()
 
 
 def read_by(config: Any, rows: int = 3, n: int = 6, m: int = 8) -> list[Tensor]:
-    """Random inputs of `n` tokens for the model of a config, and a memory of `m` tokens where it reads one."""
+    """Random inputs of `n` tokens for a config's model, and a memory of `m` tokens if it reads one."""
     inputs = []
     for side, length in (("", n), ("memory_", m)):
         vocabulary, features = (getattr(config, side + name, None) for name in ("vocab_size", "features"))
@@ -65,14 +65,14 @@ def read_by(config: Any, rows: int = 3, n: int = 6, m: int = 8) -> list[Tensor]:
 
 
 def ragged(shape: Sequence[int]) -> Tensor:
-    """Padding left, inside and right; every row keeps a token."""
+    """A mask with padding left, inside and right, in which every row keeps a token."""
     valid = torch.rand(tuple(shape)) < 0.6
     valid[:, shape[1] // 2] = True
     return valid
 
 
 def randomize_ends(model: nn.Module) -> nn.Module:
-    """Random norms and factors at the ends of all branches that have some."""
+    """Randomise the norms and factors at the ends of all branches that have them."""
     for name, parameter in model.named_parameters():
         if "_end." in name:
             nn.init.normal_(parameter)
@@ -80,12 +80,12 @@ def randomize_ends(model: nn.Module) -> nn.Module:
 
 
 def without_gradient(model: nn.Module) -> list[str]:
-    """Names of the parameters that no gradient has reached."""
+    """Names of the parameters that have received no gradient."""
     return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 def check_comes_back_from_disk(model: nn.Module, inputs: Sequence[Tensor], folder: Path) -> nn.Module:
-    """A saved model is loaded as it was, to the last bit."""
+    """Check that a model is the same to the last bit after saving and loading."""
     save_pretrained(model, folder)
     loaded = from_pretrained(folder)
     assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training
@@ -97,7 +97,7 @@ def check_comes_back_from_disk(model: nn.Module, inputs: Sequence[Tensor], folde
 def check_decodes_as_it_reads_and_comes_back_from_disk(
     model: nn.Module, ids: Tensor, prompt: int, folder: Path
 ) -> None:
-    """A prompt, then token by token, equals the whole; and so does the model when it has been saved and loaded."""
+    """Check that a prompt followed by single tokens equals the whole, and that saving and loading change nothing."""
     pieces = [prompt] + [1] * (ids.shape[1] - prompt)
     torch.testing.assert_close(read_in_pieces(model, ids, pieces)[0], model(ids).output)
     check_comes_back_from_disk(model, (ids,), folder)

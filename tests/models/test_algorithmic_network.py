@@ -1,4 +1,4 @@
-"""The network without residual sums: places beside the numbers, and what it refuses."""
+"""The network without residual connections: positions next to the numbers, and refusals."""
 
 from __future__ import annotations
 

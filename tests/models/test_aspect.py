@@ -1,4 +1,4 @@
-"""The same heads in more or fewer layers, and what each head says: counts, sums without a rest, and refusals."""
+"""The same heads in more or fewer layers, and each head's contribution: counts, exact sums, and refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEEP = EncoderConfig(
 
 
 def parameters(config):
-    """Of all attention layers, of all feed-forward networks, and of all norms of branches."""
+    """Parameter counts of all attention layers and of all feed-forward networks."""
     model = Encoder(config)
     attention = sum(p.numel() for m in model.modules() if isinstance(m, AttentionLayer) for p in m.parameters())
     network = sum(p.numel() for block in model.blocks for p in block.feed_forward.parameters())
@@ -60,7 +60,7 @@ def test_what_has_no_other_aspect_is_refused(config, options, told):
 
 
 def randomised(model):
-    """Norms, biases and all with weights that are not those of the start."""
+    """The model in float64 with all parameters, including norms and biases, away from their initial values."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.double().eval()

@@ -1,4 +1,4 @@
-"""Trained models made others: other layers with the same weights, and more learned positions."""
+"""Converting trained models: other layers with the same weights, and more learned positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def model(plan="softmax", **options) -> LanguageModel:
 
 
 def three(**options) -> LanguageModel:
-    """Three layers of softmax."""
+    """A model with three softmax layers."""
     return model(num_layers=3, **options)
 
 
@@ -120,7 +120,7 @@ def test_a_tiled_table_is_repeated_and_an_interpolated_one_lies_on_lines_between
 
 
 def test_a_table_extended_before_its_training_is_that_of_a_converted_model():
-    """Positions first, then the layers, or the other way round: what MASFormer asks for before long sequences."""
+    """Positions first and then layers, or vice versa: the conversion of MASFormer for long sequences."""
     one, ids = learned(8), torch.randint(11, (2, 30))
     other = learned(8)
     other.load_state_dict(one.state_dict())

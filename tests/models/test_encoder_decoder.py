@@ -94,7 +94,7 @@ def test_generated_tokens_are_the_likeliest_by_the_logits():
 
 
 def search(table, steps, **options):
-    """A beam search where the next token depends on the last one alone, by a table of probabilities."""
+    """A beam search in which a table gives the next token's probabilities from the last token only."""
     logits = torch.tensor(table, dtype=torch.float64).log()
 
     def read(ids, last, mask, state):
@@ -104,7 +104,7 @@ def search(table, steps, **options):
 
 
 def test_a_beam_search_finds_what_the_likeliest_token_hides():
-    """The likelier first step, to 1, leads nowhere in particular; after 2 all is clear."""
+    """The likelier first step, to 1, leads to uncertain steps; after 2 the next step is nearly certain."""
     garden_path = [[0.01, 0.54, 0.45], [0.34, 0.33, 0.33], [0.01, 0.01, 0.98]]
     assert search(garden_path, 3, beams=1)[0] == 1
     assert search(garden_path, 3, beams=2) == [2, 2, 2]
@@ -119,10 +119,10 @@ def test_a_beam_search_over_all_hypotheses_finds_the_best_sequence():
 
 
 def test_the_length_penalty_decides_between_short_and_long():
-    stops = [[0.0, 0.6, 0.4], [0.0, 0.9, 0.1], [0.0, 0.0, 1.0]]  # 2 ends; going on by 1 costs little a token
+    stops = [[0.0, 0.6, 0.4], [0.0, 0.9, 0.1], [0.0, 0.0, 1.0]]  # 2 ends; continuing with 1 costs little
     assert math.log(0.6) + 5 * math.log(0.9) < math.log(0.4) < (math.log(0.6) + 5 * math.log(0.9)) / 6
     assert search(stops, 6, beams=3, length_penalty=0.0, stop_tokens=[2]) == [2]
-    for beams in (3, 64):  # among 64 the short one is kept to the end
+    for beams in (3, 64):  # 64 beams keep the short one to the end
         assert search(stops, 6, beams=beams, length_penalty=1.0, stop_tokens=[2]) == [1] * 6
 
 

@@ -1,4 +1,4 @@
-"""What holds for models of every kind, whatever they read."""
+"""Properties of models of every kind, whatever they read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PADDED = [
 
 
 def masked(valid):
-    """The inputs' valid places, and the memory's where there is one."""
+    """A context with the inputs' mask, and the memory's if there is one."""
     return Context(mask=Mask(valid=valid[0]), memory_mask=Mask(valid=valid[1]) if len(valid) > 1 else None)
 
 
@@ -164,7 +164,7 @@ def test_an_option_of_another_type_is_refused_and_its_config_named(kind):
 
 
 def configs():
-    """All dataclasses of the package whose names say that they are configurations."""
+    """Yield all dataclasses of the package whose names end in Config."""
     for module in pkgutil.walk_packages(models.__path__, "regard.models."):
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__name__.endswith("Config"):
@@ -173,7 +173,7 @@ def configs():
 
 @pytest.mark.parametrize("config", sorted(set(configs()), key=lambda c: c.__name__), ids=lambda c: c.__name__)
 def test_the_types_of_all_options_are_known_when_they_are_checked(config):
-    """Not so where a type is imported for type checkers alone: then nothing is checked."""
+    """A type that is imported only for type checkers would be unknown, and its option unchecked."""
     assert {option.name for option in dataclasses.fields(config)} <= types_of(config).hints.keys()
 
 

@@ -1,4 +1,4 @@
-"""Leaving early: what each rule says, what halting units add up to, and what is kept of a token that has left."""
+"""Early exits: the decision of each rule, the sums of halting units, and the state kept for a token that has left."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def language_model(plan: str = "softmax", **stack) -> LanguageModel:
 
 
 def let_them_differ(model: nn.Module) -> nn.Module:
-    """Halting units that stop tokens at different layers."""
+    """Randomise halting units, so that tokens stop at different layers."""
     for unit in model.exits:
         nn.init.normal_(unit.linear.weight, std=1.5)
     return model
 
 
 def at_each_exit(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
-    """The logits after each exit and the last layer."""
+    """The logits at each exit and after the last layer."""
     result = model.train()(ids)
     model.eval()
     return [logits.detach() for _, logits in result.extras["exits"]] + [result.output.detach()]
 
 
 def expected_exits(rule: str, logits: list[torch.Tensor]) -> list[int]:
-    """The definitions, one sequence after the other: the number of the exit that each leaves at."""
+    """The definitions, one sequence at a time: the number of the exit at which each one leaves."""
     name, _, value = rule.partition(":")
     found = []
     for row in range(len(logits[0])):
@@ -64,9 +64,9 @@ def expected_exits(rule: str, logits: list[torch.Tensor]) -> list[int]:
 def test_sequences_leave_where_the_definition_says_and_are_read_there(rule, heads):
     model, ids = classifier({"exits": (1, 2, 3), "exit_heads": heads}), torch.randint(11, (24, 7))
     for parameter in model.head.parameters():
-        parameter.data *= 4  # so that rows differ in what they say
+        parameter.data *= 4  # so that rows have different answers
     logits = at_each_exit(model, ids)
-    if rule in ("entropy", "confidence"):  # between what two rows have at the second exit
+    if rule in ("entropy", "confidence"):  # a threshold between two rows at the second exit
         p = logits[1].softmax(-1)
         middle = (torch.special.entr(p).sum(-1) if rule == "entropy" else p.amax(-1)).sort().values[11:13].mean()
         rule = f"{rule}:{float(middle)}"
@@ -136,7 +136,7 @@ def test_layers_that_a_token_did_not_pass_project_its_keys_and_values_and_no_mor
     assert {name for number, name in ran if number > 0} == {"key", "value"}
     assert [called for called in ran if called[0] == 0].count((0, "feed forward")) == 4
     ran.clear()
-    set_exit_rule(model, "entropy:0")  # nobody leaves
+    set_exit_rule(model, "entropy:0")  # no token leaves
     model.generate(ids, 4)
     assert ran.count((3, "output")) == 4
 
@@ -156,7 +156,7 @@ def test_rows_that_have_left_wait_for_those_that_go_on():
 
 
 def kept_by_pairs() -> list[str]:
-    """Mechanisms whose state is keys and values; not one that has no state with some of its options."""
+    """Mechanisms whose state is keys and values, except one that has no state with some options."""
     cards = map(get_mechanism, list_mechanisms(kind="attention", pattern="causal-self"))
     states = KeyValueState, WindowState
     return [card.name for card in cards if card.state in states and card.name != "stochastic_subsampling"]
@@ -171,7 +171,7 @@ def test_what_a_layer_takes_up_is_what_it_has_after_answering(name):
         layer = create_layer(name, 16, 2, **options).double().eval()
         x, y = torch.randn(2, 2, 9, 16, dtype=torch.float64)
         expected, found = layer(x, context=wanted).state, layer.take_up(x, context=wanted)
-        if found is None:  # a token leaves more behind than its key and value
+        if found is None:  # a token's state is more than its key and value
             assert name not in ("softmax", "local", "sigmoid", "clipped_softmax", "differential")
             continue
         for piece in (y[:, :1], y[:, 1:]):
@@ -183,7 +183,7 @@ def test_what_a_layer_takes_up_is_what_it_has_after_answering(name):
 
 
 def ponder(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Adaptive computation time as it is defined, one token after the other: output, places and what was left of each."""
+    """Adaptive computation time by its definition, one token at a time: logits, steps and remainder of each."""
     rows, n = ids.shape
     x = model.embedding(ids)
     epsilon = model.config.stack.rule.value
@@ -254,7 +254,7 @@ def test_the_loss_of_pondering_lets_tokens_halt_sooner():
     assert all(not unit.linear.weight.any() for unit in model.exits)
     total, count = model.train()(ids).losses["ponder"]
     (total / count).backward()
-    assert all(float(unit.linear.bias.grad) < 0 for unit in model.exits)  # to spend sooner leaves less
+    assert all(float(unit.linear.bias.grad) < 0 for unit in model.exits)  # halting sooner leaves a smaller remainder
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def model(request) -> Forecaster:
 
 
 def test_every_mechanism_forecasts_a_padded_past_with_finite_gradients(model):
-    patch = (1, 3)[CROSSING.index(model.config.cross_plan[0][0]) % 2]  # by turns
+    patch = (1, 3)[CROSSING.index(model.config.cross_plan[0][0]) % 2]  # alternates
     model = make_model(model.config.cross_plan, patch=patch, dropout=0.1).train()
     inputs, memory = batch()
     memory[1, :3] = torch.nan
@@ -73,7 +73,7 @@ def test_each_point_has_its_own_forecast_and_depends_on_all_of_the_past(model):
     inputs, memory = batch(rows=1)
     inputs = inputs[:, :1].expand(-1, 5, -1).clone()
     output = model(inputs, memory).output
-    assert not torch.allclose(output[:, 0], output[:, 1])  # the time tells them apart
+    assert not torch.allclose(output[:, 0], output[:, 1])  # the time features differ
     for place in (0, 7):
         other = memory.clone()
         other[:, place, 1] += 1
@@ -101,7 +101,7 @@ def test_the_past_is_placed_by_its_distance_to_the_horizon(patch, times):
     )
     model(*batch(rows=2, horizon=3, past=4), context=Context(memory_mask=Mask(lengths=torch.tensor([4, 2]))))
     assert seen[0].positions.tolist() == [[0, 1, 2]] * 2
-    assert seen[0].memory_positions.tolist() == times  # 0 in the padding
+    assert seen[0].memory_positions.tolist() == times  # padding holds 0
 
 
 def test_quantiles_rise_and_are_learned_by_the_pinball_loss():
@@ -146,7 +146,7 @@ def test_half_precision_is_near_single_and_keeps_the_level(cross):
     exact = model(inputs.double(), memory.double()).output
     output = model.to(torch.bfloat16)(inputs, memory).output
     assert output.dtype == torch.float32
-    assert (output - exact).abs().max() < 0.1  # rounding the forecasts themselves would lose 0.25
+    assert (output - exact).abs().max() < 0.1  # rounding the forecasts would cost 0.25
 
 
 def test_bad_calls_are_refused():

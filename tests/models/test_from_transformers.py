@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 checkpoints of transformers: the same logits and the same tokens, or the reason why not."""
+"""Transformers' Mamba and Mamba-2 checkpoints: the same logits and tokens, or a reason why not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_checkpoint_gives_the_logits_and_the_tokens_of_transformers(settings, 
         exact = from_transformers(tmp_path, dtype=torch.float64)
         assert {p.dtype for p in exact.parameters()} == {torch.float64}
         torch.testing.assert_close(exact(ids).output.float(), logits, atol=2e-5, rtol=2e-5)
-    cached = "limited" not in settings  # its step from a cache leaves the limits out
+    cached = "limited" not in settings  # transformers' cached step ignores the limits
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "use_cache": cached}
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     assert torch.equal(ours.generate(ids, 3), expected[:, 11:])

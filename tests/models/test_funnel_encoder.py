@@ -37,13 +37,13 @@ def test_far_tokens_are_seen_through_the_funnel_alone():
     difference = (model(x).output - model(changed).output).abs().sum(-1)[0]
     assert (difference > 0).all()
     for name in ("norm_weight", "norm_bias"):
-        model.funnel.weights[name].data.zero_()  # nothing comes back
+        model.funnel.weights[name].data.zero_()  # the funnel returns nothing
     difference = (model(x).output - model(changed).output).abs().sum(-1)[0]
     assert (difference[:15] == 0).all() and difference[20] > 0
 
 
 def test_tokens_that_were_pooled_together_keep_their_own_answers():
-    model = make_model(funnel={"blocks": 3}, positions="none")  # what tells them apart is not their place
+    model = make_model(funnel={"blocks": 3}, positions="none")  # they must differ without positions
     output = model(features()).output[0]
     assert torch.pdist(output).min() > 1e-6
 

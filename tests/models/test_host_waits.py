@@ -1,4 +1,4 @@
-"""How often a forward pass has to know values on the host: each time, a GPU is waited for."""
+"""How often a forward pass needs values on the host, each of which makes it wait for a GPU."""
 
 from __future__ import annotations
 

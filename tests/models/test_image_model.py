@@ -1,4 +1,4 @@
-"""Image backbones as models of tasks: patches put together, trained, kept, and asked about pictures."""
+"""Image backbones as models of tasks: patches joined into images, training, saving, and prediction for pictures."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_size_that_a_backbone_cannot_take_is_refused_by_its_name_when_it_is_bu
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes: bright above, and bright below."""
+    """Images of two classes: bright in the upper half, and bright in the lower half."""
     image = pytest.importorskip("PIL.Image")
     root, draws = tmp_path_factory.mktemp("photographs"), np.random.default_rng()
     for name, rows in (("above", slice(0, 8)), ("below", slice(8, 16))):

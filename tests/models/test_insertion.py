@@ -16,7 +16,7 @@ EVERY = 3
 
 
 def insert_landmarks(ids, config):
-    """One landmark before the first token and one behind each whole block."""
+    """Insert one landmark before the first token and one after each whole block."""
     rows, n = ids.shape
     landmark = torch.zeros(rows, 1, dtype=ids.dtype)
     columns, roles = [landmark], [Role.LANDMARK]

@@ -75,7 +75,7 @@ def test_generation_stops_at_stop_tokens(model):
 
 def test_stream_yields_what_generate_returns_without_dropout_and_leaves_every_module_in_its_mode():
     model = make_model(dropout=0.5).train()
-    model.blocks[0].eval()  # a frozen part, for example
+    model.blocks[0].eval()  # such as a frozen part
     before = [module.training for module in model.modules()]
     ids = torch.randint(13, (2, 5))
     streamed = torch.stack(list(model.generate_stream(ids, 4)), 1)

@@ -1,4 +1,4 @@
-"""Plans from papers: which layer is what, and what follows from it in a model."""
+"""Plans from papers: the kind of each layer, and the consequences in a model."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def test_a_tokenformer_has_16_dim_squared_parameters_a_layer_and_its_embedding(l
 
 def test_a_tokenformer_is_made_of_parameter_tokens_and_an_embedding_alone():
     whole = model(tokenformer_plan(3, 24, feed_forward_tokens=40), **TOKENFORMER)
-    names = {name.split(".", 2)[-1] for name in whole.state_dict()} - {"weight"}  # of the embedding
+    names = {name.split(".", 2)[-1] for name in whole.state_dict()} - {"weight"}  # "weight": the embedding's
     parts = [f"mixer.{part}" for part in ("query", "key", "value", "output")] + ["feed_forward"]
     assert names == {f"{part}.{name}" for part in parts for name in ("key_tokens", "value_tokens", "tau")}
     for block in whole.blocks:
         assert len(block.mixer.query.keys) == 24 and len(block.feed_forward.keys) == 40
-        assert block.mixer.positions.rotated == 2  # a quarter of 8
+        assert block.mixer.positions.rotated == 2  # a quarter of the width 8
     assert model(tokenformer_plan(1, 24, feed_forward_tokens=0)).blocks[0].feed_forward is None
     drawn = model(tokenformer_plan(2, 4000)).blocks[0]
     for module in (drawn.mixer.value, drawn.feed_forward):
@@ -130,7 +130,7 @@ def test_masformer_has_the_weights_of_the_full_model(options):
 
 
 def reached(plan) -> list[int]:
-    """The tokens that the last of 40 depends on."""
+    """The tokens on which the last of 40 depends."""
     mixed = model(plan)
     x = mixed.embedding(torch.randint(11, (1, 40))).detach().requires_grad_()
     y = x

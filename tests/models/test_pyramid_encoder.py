@@ -22,7 +22,7 @@ def features(*shape: int) -> torch.Tensor:
 
 
 def of_window(kind: str, windows: Windows, x: torch.Tensor, sides: tuple[int, ...]) -> torch.Tensor:
-    """The definition: each window by itself, cut out of one sequence or grid."""
+    """The definition: each window on its own, cut out of one sequence or grid."""
     found, size = [], windows.size
     grid = x.reshape(*sides, -1)
     for start in (
@@ -131,10 +131,10 @@ def test_the_outputs_of_tokens_add_the_stages_up():
     x = features(1, 12)
     whole = model(x).output
     with torch.no_grad():
-        model.stages[1].norm.weight.zero_()  # what the last stage adds
+        model.stages[1].norm.weight.zero_()  # removes the last stage's contribution
     assert not torch.allclose(model(x).output, whole)
     first = model(x).output[0]
-    assert torch.equal(first[0::2], first[1::2])  # made of the same window of the first shortening
+    assert torch.equal(first[0::2], first[1::2])  # both come from the same window
     assert torch.pdist(first[0::2]).min() > 1e-9
 
 

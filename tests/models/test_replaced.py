@@ -1,4 +1,4 @@
-"""Replaced tokens: what the generator is given and learns, what the encoder is asked, and what is kept."""
+"""Replaced tokens: the generator's inputs and training, the encoder's task, and the model that is kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model(**options) -> ReplacedTokenModel:
 
 
 def seen_by(module: nn.Module) -> list[torch.Tensor]:
-    """What a module is called with from now on."""
+    """A list that collects the inputs of a module's future calls."""
     seen: list[torch.Tensor] = []
     module.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
     return seen
@@ -103,7 +103,7 @@ def test_held_out_windows_are_replaced_once_and_a_perfect_answer_costs_nothing(a
     assert [x.sum().item() for x in task.figures(sure, batch)["found"]] == [batch.targets.sum()] * 2
     p = task.baseline.score
     rate = float(torch.cat([b.targets for b in task.evaluation_batches(3)]).double().mean())
-    assert 0 < rate < 0.15  # between the same neighbours stands nearly always the same letter
+    assert 0 < rate < 0.15  # the neighbours almost always determine a letter
     assert p == pytest.approx(-rate * math.log2(rate) - (1 - rate) * math.log2(1 - rate))
     assert not task.training_batch(0, 0, 4).targets.any()
 

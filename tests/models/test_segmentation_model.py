@@ -1,4 +1,4 @@
-"""Networks that segment as models of the task: patches and pixels, sizes that they take, and the way on the command line."""
+"""Segmentation networks as models of the task: patches and pixels, accepted sizes, and the command line."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_logits_of_a_cube_are_those_of_its_voxels() -> None:
 
 @pytest.mark.parametrize("axes", [2, 3])
 def test_deep_supervision_adds_coarser_losses_of_halved_weights(axes: int) -> None:
-    """Against the targets nearest to each place, the coarsest left out; in inference no coarser stage has an output."""
+    """Losses use the targets nearest to each place, without the coarsest stage; in inference coarser heads do not run."""
     widths = [4, 4, 8, 8]
     options = {"widths": widths, "deep_supervision": True}
     task = create_task("segmentation" + "_3d" * (axes == 3), size=16, patch=4, data="near-cue", evaluation_items=2)
@@ -88,7 +88,7 @@ def test_deep_supervision_adds_coarser_losses_of_halved_weights(axes: int) -> No
 
 def test_a_saved_model_is_the_same_and_keeps_what_was_chosen_for_the_size(tmp_path: Path) -> None:
     config = SegmentationModelConfig.for_task(create_task("segmentation", size=16, evaluation_items=2), "unet_nano", {})
-    assert config.options == {"widths": (16, 32, 64)}  # of four stages as named, the last would have 2 x 2 places
+    assert config.options == {"widths": (16, 32, 64)}  # with the named four stages, the last would have 2 x 2 places
     model = SegmentationModel(config).eval()
     save_pretrained(model, tmp_path)
     inputs = torch.randn(2, 16, 48)
@@ -115,7 +115,7 @@ def test_what_a_network_cannot_take_is_said_before_it_is_made() -> None:
 
 
 def halves(folder: Path, side: int = 24) -> Path:
-    """Bright on the left or on the right, which is the class of those pixels."""
+    """Make a folder of images that are bright on the left or on the right, which is the class of those pixels."""
     image, draws = pytest.importorskip("PIL.Image"), np.random.default_rng()
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Speculative decoding gives the model's own text: token by token where nothing is drawn, in distribution where it is."""
+"""Speculative decoding gives the model's own text: exactly for greedy decoding, in distribution for sampling."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def model(plan, seed=0, vocabulary=VOCABULARY):
     made = LanguageModel(LanguageModelConfig(vocabulary, dim=16, plan=plan, num_heads=2)).double().eval()
     with torch.no_grad():
         for weight in made.parameters():
-            weight.mul_(3.0)  # so that the next token is not always as likely
+            weight.mul_(3.0)  # so that the next token's probabilities differ
     return made
 
 
@@ -46,13 +46,13 @@ def chi_square(counts, expected):
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("drawn", [True, False], ids=["a model", "a lookup"])
 def test_pairs_of_drawn_tokens_are_distributed_as_the_models_own(drawn, options):
-    """The first two of three tokens by 1,200 draws, against their exact probabilities."""
+    """The first two of three tokens in 1,200 draws, against their exact probabilities."""
     vocabulary, runs = 6, 1200
     target, other = model(["softmax"], 3, vocabulary), model(["linear"], 4, vocabulary)
     temperature = 2.0
     prompts = [
         torch.tensor([[1, 2, x, 1, 2]]) for x in range(3, vocabulary)
-    ]  # whose lookup is neither sure nor hopeless
+    ]  # their lookup is neither certain nor hopeless
     likely = [distribution(target(ids).output[0, -1], temperature=temperature)[x] for x, ids in enumerate(prompts, 3)]
     ids = prompts[min(range(len(prompts)), key=lambda i: abs(float(likely[i].detach()) - 0.5))]
     first = distribution(target(ids).output[0, -1], temperature=temperature, **options)
@@ -79,7 +79,7 @@ def test_pairs_of_drawn_tokens_are_distributed_as_the_models_own(drawn, options)
 
 
 class _Remembered:
-    """A model of few sequences, each of which is computed once."""
+    """A model that computes each sequence only once, for tests with few sequences."""
 
     def __init__(self, model):
         self.model, self.known, self.vocabulary = model, {}, model.config.vocab_size

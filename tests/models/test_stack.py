@@ -40,14 +40,14 @@ def encoder(plan="softmax", **options) -> Encoder:
 
 
 def like(model: nn.Module, **stack) -> nn.Module:
-    """The same weights in a model with another stack."""
+    """A model with the same weights and another stack."""
     twin = type(model)(dataclasses.replace(model.config, stack=stack)).to(next(model.parameters()).dtype)
     twin.load_state_dict(model.state_dict(), strict=False)
     return twin
 
 
 def separated(model: nn.Module, **stack) -> nn.Module:
-    """The same weights in a model whose layers share nothing."""
+    """A model with the same weights whose layers share nothing."""
     apart = like(model, **stack)
     for block, twin in zip(model.blocks, apart.blocks, strict=True):
         twin.load_state_dict(block.state_dict())
@@ -66,7 +66,7 @@ def random_ids(*shape: int) -> torch.Tensor:
 
 
 def let_half_leave(model: nn.Module, ids: torch.Tensor, **context) -> nn.Module:
-    """The model in evaluation, with a threshold between the middle two confidences at its first exit."""
+    """The model in evaluation mode, with a threshold between the middle two confidences at its first exit."""
     _, logits = model.train()(ids, context=Context(**context)).extras["exits"][0]
     ordered = logits.detach().softmax(-1).amax(-1).flatten().unique()
     middle = len(ordered) // 2
@@ -75,7 +75,7 @@ def let_half_leave(model: nn.Module, ids: torch.Tensor, **context) -> nn.Module:
 
 
 class TwoStreams:
-    """The definition of reversible layers on a model's own blocks, differentiated as usual."""
+    """The definition of reversible layers on a model's own blocks, with ordinary differentiation."""
 
     def __init__(self, stack):
         self.stack = stack
@@ -95,7 +95,7 @@ class TwoStreams:
 
 
 def differentiated_as_usual(model: nn.Module) -> nn.Module:
-    """The same function and weights, with no layer that is computed twice."""
+    """The same function and weights, without computing any layer twice."""
     plain = like(model, **dataclasses.asdict(model.config.stack) | {"checkpoint_layers": 0})
     for part in [part for part in plain.modules() if isinstance(part, Stack) and part.config.reversible]:
         part.run = TwoStreams(part)
@@ -103,7 +103,7 @@ def differentiated_as_usual(model: nn.Module) -> nn.Module:
 
 
 def gradients(model: nn.Module, inputs, *, seed: int) -> dict[str, torch.Tensor]:
-    """Of all that the model gives in training, with draws from a generator and from torch's own state."""
+    """Gradients of the model's output and losses in training, with draws from a generator and torch's global one."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     result = model.train()(*inputs, context=Context(mask=Mask(lengths=torch.tensor([9, 4, 0])), generator=generator))
@@ -148,7 +148,7 @@ def test_exits_of_an_encoder_decoder_learn_with_every_stack(options):
 
 
 def training_memory(layers: int, **stack) -> int:
-    """Peak of a step whose parameters do not grow with the depth."""
+    """Peak memory of a training step, for parameters that do not grow with depth."""
     config = small("language model", dim=32, num_layers=layers, stack={"share": "all", **stack})
     model, ids = LanguageModel(config), random_ids(4, 128)
     return peak_memory(lambda: model.loss(ids).backward()).bytes
@@ -156,7 +156,7 @@ def training_memory(layers: int, **stack) -> int:
 
 def test_memory_grows_not_with_the_depth_of_reversible_layers_and_as_its_root_with_checkpoints():
     few, many = (training_memory(n, reversible=True) for n in (2, 16))
-    draws = 2 * 14 * 2 * 5056  # the random state before each branch that the deeper one has more
+    draws = 2 * 14 * 2 * 5056  # random states saved before each of the additional branches
     assert many <= few + draws + 1000
     plain, checkpointed = training_memory(16), training_memory(16, checkpoint_layers=4)
     assert 3 * many < plain and 2 * checkpointed < plain
@@ -225,7 +225,7 @@ def test_layers_that_share_tables_have_the_rest_for_themselves(groups):
             nn.init.normal_(table)
     apart, ids = separated(shared), random_ids(2, 7)
     torch.testing.assert_close(shared(ids).output, apart(ids).output)
-    tables = 2 * 11 + 2 * 32  # C of both heads, and the relative bias
+    tables = 2 * 11 + 2 * 32  # C for both heads, and the relative bias
     assert count_parameters(apart) - count_parameters(shared) == (4 - groups) * tables
     mixers = [block.mixer for block in shared.blocks]
     assert mixers[0].positions is mixers[1].positions and mixers[2].projection is mixers[3].projection
@@ -360,7 +360,7 @@ def test_the_loss_weighs_exits_by_their_layers_and_trains_them():
 
 @pytest.mark.parametrize("stack", [{"reversible": True}, {"checkpoint_layers": 2}])
 def test_under_autocast_weights_and_gradients_stay_float32_and_agree(stack):
-    """bfloat16 rounds either way, but the same function is differentiated."""
+    """Both ways round to bfloat16, but the same function is differentiated."""
     model, ids, found = language_model(stack=stack).float(), random_ids(4, 16), []
     for one in (differentiated_as_usual(model).train(), model):
         with torch.autocast("cpu", torch.bfloat16):

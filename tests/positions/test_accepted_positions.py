@@ -1,4 +1,4 @@
-"""Which mechanism takes which position scheme: what a card accepts works, what it does not is refused with a reason."""
+"""Position schemes of each mechanism: those that a card accepts work, the others are refused with a reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFUSED = [(name, s) for name in ATTENTION for s in list_positions() if s not in
 
 
 def decoded(name, scheme, patterns):
-    """One of the patterns that decode, by turns: of each scheme another one, so that each has all kinds of schemes."""
+    """One of the patterns that decode, a different one for each scheme, so that each pattern meets all kinds of schemes."""
     some = [pattern for pattern in patterns if pattern is not Pattern.NONCAUSAL_SELF]
     if os.environ.get("REGARD_TEST_ALL") or not some:
         return some
@@ -40,7 +40,7 @@ def test_an_accepted_scheme_changes_the_output_of_every_pattern_and_decodes(name
     card = get_mechanism(name)
     card = dataclasses.replace(card, layer_defaults={**card.layer_defaults, "positions": scheme})
     turned = card.maps_before_rotation and SCHEMES[scheme].rotate is not None
-    patterns = [pattern for pattern in card.patterns if not (turned and pattern.cross)]  # where it is refused
+    patterns = [pattern for pattern in card.patterns if not (turned and pattern.cross)]  # patterns that refuse it
     for pattern in patterns:
         layer = LayerSubject(Subject(card, pattern), torch.float64)
         given, roles = (layer.x(9), layer.memory(9) if pattern.cross else None), layer.roles(9)

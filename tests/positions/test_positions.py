@@ -45,7 +45,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def act(scheme: Positions, x: Tensor, positions: Tensor) -> Tensor:
-    """The scheme's effect on heads x (b, h, n, d), whatever its place."""
+    """The scheme's effect on heads x (b, h, n, d), wherever it acts."""
     if scheme.embed is not None:
         return scheme.embed(x.transpose(1, 2).flatten(2)[..., : SIZES["dim"]], positions)
     if scheme.rotate is not None:
@@ -130,7 +130,7 @@ def test_lrpe_learns_its_angles_and_keeps_its_reflection():
     expected = 10_000.0 ** (-torch.arange(0, 6, 2).double() / 6)
     torch.testing.assert_close(scheme.angles.detach(), expected, rtol=1e-6, atol=0)
     assert [name for name, _ in scheme.named_parameters()] == ["angles"]
-    assert "reflection" in scheme.state_dict()  # a saved model turns as it did
+    assert "reflection" in scheme.state_dict()  # a saved model rotates as before
 
 
 @pytest.mark.parametrize("name", ["rotary", "lrpe"])
@@ -165,7 +165,7 @@ def test_ntk_slows_the_slowest_plane_by_the_factor_and_keeps_the_fastest():
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_scaled_rotary_turns_as_that_of_transformers(kind, fraction):
-    """Their inverse frequencies at each length, which a decoder asks for token by token."""
+    """Compare inverse frequencies at each length, as a decoder needs them token by token."""
     pytest.importorskip("transformers")
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -184,7 +184,7 @@ def test_scaled_rotary_turns_as_that_of_transformers(kind, fraction):
         frequencies, factor_of_attention = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=p + 1)
         turn = p * frequencies.double()
         expected = torch.cat([turn.cos(), turn.sin(), x[0, 0, 0, 2 * half :]])
-        close(scheme.rotate(x, torch.tensor([[p]]))[0, 0, 0], expected, 2e-5)  # their frequencies are of float32
+        close(scheme.rotate(x, torch.tensor([[p]]))[0, 0, 0], expected, 2e-5)  # theirs are computed in float32
         assert factor_of_attention == 1.0
 
 

@@ -33,7 +33,7 @@ BOTH_LOSSES = {"position_contrast", "position_transfer"}
 
 
 def make(**options) -> SequentialEncoding:
-    """A scheme with weights large enough for its vectors to differ, the same in each call with as many options."""
+    """A scheme with weights large enough for its vectors to differ, the same for the same options."""
     torch.manual_seed(len(str(options)))
     return shaken(create_positions("seqpe", **{**SIZES, **SMALL, **options}), 0.2).eval()
 
@@ -59,7 +59,7 @@ def test_digits_come_back_and_padding_is_on_the_left(base, count):
     lengths = written.sum(-1)
     assert lengths.tolist() == [max(1, math.ceil(math.log(p + 1, base) - 1e-9)) for p in positions.tolist()]
     assert (written.long().diff(dim=-1) >= 0).all()
-    assert digits.unique(dim=0).shape[0] == base**count  # 12 and 120 are told apart without a mask
+    assert digits.unique(dim=0).shape[0] == base**count  # 12 and 120 differ even without a mask
     assert [digit_count(base**count + more, base) for more in (0, 1)] == [count, count + 1]
     assert torch.equal(to_digits(positions, count, base, pad=7)[0], torch.where(written, digits, 7))
 
@@ -132,7 +132,7 @@ def test_interpolated_positions_are_those_between(axes):
     whole, half = make(axes=axes), make(axes=axes, interpolation=2.0)
     half.load_state_dict(whole.state_dict())
     positions = torch.randint(0, 15, (5, axes))
-    one = torch.tensor([0, 1][-axes:])  # along the last axis
+    one = torch.tensor([0, 1][-axes:])  # one step along the last axis
     shape = (5,) if axes == 1 else (5, 2)
     here, after = (whole.vectors(p.view(shape)) for p in (positions, positions + one))
     close(half.vectors(2 * positions.view(shape)), here)
@@ -158,7 +158,7 @@ def test_parity_of_the_losses():
         found = torch.autograd.grad(loss, [elsewhere, block], allow_unused=True)
         close(found[0], f[f"grad_elsewhere{tag}"], 1e-10)
         if beta == 1:
-            assert found[1] is None  # the teacher learns nothing
+            assert found[1] is None  # the teacher gets no gradient
         else:
             close(found[1], f["grad_block_beta"], 1e-10)
 
@@ -167,7 +167,7 @@ def test_parity_of_the_losses():
 def test_the_label_of_the_contrast_is_the_closest_candidate(axes):
     scheme = make(axes=axes)
     pivots, candidates = (torch.randint(0, scheme.bound, shape) for shape in ((6, axes), (6, 9, axes)))
-    candidates[0, 3], candidates[1, 4] = pivots[0], candidates[1, 2]  # the pivot itself, and a repetition
+    candidates[0, 3], candidates[1, 4] = pivots[0], candidates[1, 2]  # the pivot itself, and a duplicate
     total, count = scheme.contrast(pivots, candidates, None)
     nats = []
     for pivot, row in zip(pivots, candidates, strict=True):
@@ -177,14 +177,14 @@ def test_the_label_of_the_contrast_is_the_closest_candidate(axes):
         nats.append(F.cross_entropy(torch.stack(others) @ e, distances.argmin()))
     close(total, torch.stack(nats).sum())
     assert count == 6
-    nothing = torch.ones(6, 9, dtype=torch.bool)  # no other candidate
+    nothing = torch.ones(6, 9, dtype=torch.bool)  # masks all candidates
     e = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
     total, count = closest_loss(e, e[:, None].expand(-1, 9, -1), torch.ones(6, 9, dtype=torch.long), nothing)
     assert total == 0 and count == 0 and torch.autograd.grad(total, e)[0].isfinite().all()
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Additions, deletions and substitutions; an exchange of any two digits counts as two substitutions."""
+    """Number of insertions, deletions and substitutions; a swap of two digits counts as two substitutions."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         row, before = [i], row
@@ -203,7 +203,7 @@ def test_hard_negatives_are_one_to_three_edits_of_the_digits():
         for p, e in zip(pivots[:, 0].tolist(), strings, strict=True)
     ]
     assert max(found) <= 6 and 1.5 < sum(found) / len(found) < 3
-    assert {3, 4, 5} <= {len(e) for e in strings} <= {1, 2, 3, 4, 5}  # as long as strings may be
+    assert {3, 4, 5} <= {len(e) for e in strings} <= {1, 2, 3, 4, 5}  # possible lengths of strings
 
 
 @pytest.mark.parametrize(("axes", "bound", "share"), [(1, 20_000, 0.6), (2, 100, 0.2), (3, 30, 0.2)])
@@ -216,10 +216,10 @@ def test_pivots_cover_the_range_and_candidates_stay_in_it(axes, bound, share):
         assert (drawn >= 0).all() and (drawn < bound).all()
     flat = (pivots * bound ** torch.arange(axes - 1, -1, -1)).sum(-1)
     part = bound**axes / 400
-    assert ((flat - part * torch.arange(400) + 1 > 0) & (flat < part * torch.arange(1, 401))).all()  # one in each part
+    assert ((flat - part * torch.arange(400) + 1 > 0) & (flat < part * torch.arange(1, 401))).all()  # one per interval
     spread = (candidates.amax(1) - candidates.amin(1)).amax(-1)
     side = max(int(256 ** (1 / axes) + 1e-9), math.ceil(160 ** (1 / axes)))
-    assert abs(float((spread < side).double().mean()) - share) < 0.08  # drawn from windows
+    assert abs(float((spread < side).double().mean()) - share) < 0.08  # share drawn from windows
 
 
 def test_training_draws_from_the_generator_and_evaluation_has_neither_dropout_nor_losses():
@@ -246,7 +246,7 @@ def test_a_moved_block_transfers_nothing_and_stays_in_the_range():
         assert moved and 0 <= int(start) <= 6
         e, losses = scheme.prepare(block, None, seeded(seed))
         close(e, scheme.vectors(int(start) + block))
-        assert "position_transfer" not in losses  # no room: 30 + 8 > 36
+        assert "position_transfer" not in losses  # no room, as 30 + 8 > 36
     total, count = make(shift=1.0).train().prepare(block)[1]["position_transfer"]
     assert total == 0 and count == 0
     total, count = make(shift=1.0).train().prepare(block, movable=False)[1]["position_transfer"]
@@ -262,7 +262,7 @@ def test_a_moved_block_transfers_nothing_and_stays_in_the_range():
 
 
 def layer_and_one_without(name: str, dim: int, heads: int, **options):
-    """A layer with positions, and one without that has the same weights."""
+    """A layer with positions, and a layer without them that has the same weights."""
     layer = create_layer(name, dim, heads, **options).double().eval()
     plain = create_layer(name, dim, heads, pattern=layer.pattern, positions="none").double().eval()
     plain.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("positions")})
@@ -280,7 +280,7 @@ def test_neutral_vectors_are_no_positions(name, value):
     close(layer(x).output, plain(x).output)
 
 
-OTHERWISE = ("diagonal", "bigbird", "selective_temperature")  # whose temperature divides scores, but not a bias
+OTHERWISE = ("diagonal", "bigbird", "selective_temperature")  # temperature divides scores, not a bias
 BIASED = [
     name
     for name in list_mechanisms()
@@ -299,7 +299,7 @@ def test_added_scores_are_a_bias_on_pairs_scaled_once(name, options):
     e = layer.positions.encode(torch.arange(9))
     q, k = (e, e) if options.get("projection") == "none" else e.chunk(2, -1)
     q, k = (t.unflatten(-1, (-1, 4)).transpose(0, 1) for t in (q, k))
-    bias = (options.get("scale", 1.0) * q @ k.mT / 2)[None].expand(1, 4, -1, -1)  # sqrt(4)
+    bias = (options.get("scale", 1.0) * q @ k.mT / 2)[None].expand(1, 4, -1, -1)  # 2 = sqrt(4)
     close(layer(x).output, plain(x, context=Context(mask=Mask(bias=bias))).output)
 
 
@@ -310,7 +310,7 @@ def test_a_layer_alone_learns_its_own_positions():
     model = LanguageModel(LanguageModelConfig(11, dim=12, num_heads=3, plan=plan)).train()
     assert model.positions is None
     losses = model(torch.randint(0, 11, (2, 9))).losses
-    assert int(losses["position_contrast"][1]) == 4  # of one layer
+    assert int(losses["position_contrast"][1]) == 4  # one layer's loss
 
 
 # models
@@ -346,7 +346,7 @@ def test_a_model_encodes_positions_once_for_all_layers(positions):
     calls = []
     model.positions.encoder.register_forward_hook(lambda _, given, __: calls.append(given[0].shape[0]))
     model(torch.randint(0, 11, (5, 9)))
-    assert calls[0] == 9 and len(calls) == 3  # not for each row; then the two losses
+    assert calls[0] == 9 and len(calls) == 3  # once for all rows; then the two losses
     assert all(block.mixer.positions.shared for block in model.blocks)
     assert sum(isinstance(m, type(model.positions.encoder)) for m in model.modules()) == 1
     each = language_model(positions, position_options=SMALL | {"projection": "layers"})
@@ -393,7 +393,7 @@ def test_both_sides_of_an_encoder_decoder_have_positions(positions):
     options = {"positions": positions, "position_options": SMALL, "max_length": 50}
     model = EncoderDecoder(EncoderDecoderConfig(11, 7, dim=12, num_heads=3, num_layers=1, **options))
     losses = model(torch.randint(0, 11, (2, 5)), torch.randint(0, 7, (2, 6))).losses
-    assert int(losses["position_contrast"][1]) == 8  # four pivots a side
+    assert int(losses["position_contrast"][1]) == 8  # four pivots on each side
 
 
 # refusals

@@ -1,4 +1,4 @@
-"""Canvases, and what the reproduction of IA-RED² measures on them."""
+"""Canvases, and the measurements of the IA-RED² reproduction on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frame of the reproductions: cells, shards, resumption, verdicts. None of the experiments is run here."""
+"""The framework of the reproductions: cells, shards, resumption, verdicts. No experiment is run here."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ from regard.tasks.protocol import IGNORED
 
 @pytest.fixture
 def example(monkeypatch):
-    """The calls of a reproduction with three settings, as (setting's name, seed)."""
+    """The calls of a reproduction with three settings, as (setting name, seed)."""
     calls = []
 
     def run_cell(setting, seed):
@@ -55,7 +55,7 @@ def store(tmp_path):
 
 
 def published(store):
-    """What is known of the example with two seeds, as it is read from a file."""
+    """The record of the example with two seeds, as read from a file."""
     return json.loads(json.dumps(collect(["example"], store, 2)))
 
 
@@ -162,7 +162,7 @@ def test_collected_results_have_findings_and_extra_seeds(example, store):
 
 
 def scores(*pairs):
-    """Cells of the settings a and b, with a pair of scores of each seed."""
+    """Cells of the settings a and b, from a pair of scores for each seed."""
     return {(name, seed): {"score": x} for seed, pair in enumerate(pairs) for name, x in zip("ab", pair, strict=True)}
 
 
@@ -223,7 +223,7 @@ def test_seeds_to_decide_are_the_fewest_whose_interval_leaves_out_the_bound():
 
 
 def test_the_cost_of_deciding_counts_the_cells_that_are_compared(example, store):
-    """`time` is not part of the difference, so that no more of it are asked for."""
+    """The setting `time` is not part of the difference, so no more of its cells are needed."""
     for seed, score in enumerate((0.9, 0.6, 0.5)):
         for setting, value, seconds in (("good", score, 100.0), ("bad", 0.3, 50.0), ("time", 1.0, 1000.0)):
             cell = key(Cell(get_reproduction("example"), setting, seed))
@@ -314,7 +314,7 @@ def test_cells_made_elsewhere_are_judged_as_those_made_here(example, store, tmp_
     untimed = [{**record, "cells": [c | {"seconds": 0} for c in record["cells"]]} for record in (expected, found)]
     assert untimed[0] == untimed[1] and set(done) == set(cells)
     assert len(sweep.cells) == 4 and not any(setting == "time" for _, setting, _ in sweep.cells)
-    assert [left for _, left in told] == [3, 2, 1, 0, 2, 1]  # the timings, here, come last
+    assert [left for _, left in told] == [3, 2, 1, 0, 2, 1]  # timings are run here, last
     assert run(cells, store, sweep=sweep) == {} and len(sweep.cells) == 4
     with pytest.raises(Unsupported, match="budget of time"):
         run(cells, store, sweep=sweep, within=1.0)

@@ -1,4 +1,4 @@
-"""Pictures of the reproductions: what is drawn, and where it lies."""
+"""Images of the reproductions: their content and its position."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from regard.tasks import counter_generator
 @pytest.mark.parametrize("patch", [1, 4])
 def test_a_picture_is_enlarged_in_the_middle_of_a_black_canvas(patch):
     digits = cached_task("images", data="digits", patch=1, evaluation_items=5)
-    side = 28  # digits of 8 pixels fit three times, with two pixels around
+    side = 28  # 8-pixel digits enlarged three times, with a margin of two
     task = Canvas("digits", 5, side, patch)
     (batch,), (plain,) = task.evaluation_batches(8), digits.evaluation_batches(8)
     assert torch.equal(batch.targets, plain.targets)

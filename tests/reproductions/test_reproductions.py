@@ -1,4 +1,4 @@
-"""Every reproduction runs, in seconds, and can be judged by what its cells measure."""
+"""Every reproduction runs in seconds and can be judged by the measurements of its cells."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from regard.reproductions.framework.training import digit_pixels
 from regard.tasks.protocol import IGNORED
 
 TOGETHER = [pytest.param(name, marks=pytest.mark.xdist_group(f"reproduction {name}")) for name in list_reproductions()]
-"""Tests of one reproduction share its cells, which are of one worker."""
+"""Tests of one reproduction run in the same worker, since they share its cells."""
 SMALL: dict[str, dict[tuple[str, int], dict]] = {}
 
 
 def small_cells(name):
-    """What the shrunk settings measure with one seed; run once."""
+    """A reproduction and the measurements of its shrunk settings with one seed, run only once."""
     reproduction = get_reproduction(name)
     if name not in SMALL:
         SMALL[name] = {(s, 0): small_cell(reproduction, s) for s in reproduction.settings}

@@ -1,4 +1,4 @@
-"""The study of wide attention: what the division of heads changes, and what it does not."""
+"""The study of wide attention: what changes with the division into heads, and what does not."""
 
 import pytest
 from command_line import answer, run

@@ -1,4 +1,4 @@
-"""A retrofit that is killed at some of its stages and begun again each time, beside one that was not."""
+"""A retrofit that is killed at some of its stages and restarted each time, compared with an uninterrupted one."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ import regard
 from regard.retrofit import stage
 
 STAGES = (("first steps", 2), ("sensitivity", 1), ("attention transfer", 3), ("training", 5), ("evaluation", 1))
-"""All of them, each with the step after which it is killed."""
+"""All stages, each with the step after which it is killed."""
 
 
 class Killed(BaseException):
-    """Ends a process, as far as a test can."""
+    """Stands for the end of a process."""
 
 
 def undisturbed_and_killed(monkeypatch, place, model, mechanism, stages=STAGES, **settings):
-    """The two retrofits, which have the same losses and weights."""
+    """Run both retrofits, check that losses and weights are the same, and return them."""
     whole = regard.retrofit(model, mechanism, output=place / "whole", **settings)
     monkeypatch.setattr(stage, "CHECKPOINT_SECONDS", 0.0)
     left = list(stages)

@@ -1,4 +1,4 @@
-"""A stage of a retrofit ends with what was best on held-out data, part by part."""
+"""A stage of a retrofit ends with each part's best weights on held-out data."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ class Normed(nn.Linear):
 
 
 def trained(folder, losses, *, steps=80, stop=None):
-    """A stage of two parts whose held-out losses are given, in order of the looks; the weights at each look."""
+    """Train a stage of two parts with given held-out losses, one entry per evaluation; records the weights at each."""
     torch.manual_seed(torch.seed())
     parts, asked, weights = nn.ModuleList([Normed(), Normed()]), iter(losses), []
 

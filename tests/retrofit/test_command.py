@@ -16,7 +16,7 @@ SMALL = "--mechanism local:window=8 --keep-layers 1 --budget '30 steps' --length
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model and its tokenizer, and two texts."""
+    """A folder with a model, its tokenizer and two texts."""
     place = tmp_path_factory.mktemp("place")
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

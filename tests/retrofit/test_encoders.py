@@ -1,4 +1,4 @@
-"""Retrofits of encoders: with a head for masked tokens and bare, by command and in Python."""
+"""Retrofits of encoders with and without a masked-token head, by command and in Python."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with an encoder and its tokenizer, and a text."""
+    """A folder with an encoder, its tokenizer and a text."""
     place = tmp_path_factory.mktemp("place")
     tokenizer().save_pretrained(place / "bert")
     bert().save_pretrained(place / "bert")

@@ -1,4 +1,4 @@
-"""Retrofits as their papers have them: mixed layers, cores as a cache, and landmarks that are inserted, read and chosen."""
+"""Retrofits as in their papers: mixed layers, cores as a cache, and landmarks that are inserted, read and chosen."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_options_that_are_given_stay_as_they_begin():
 
 
 def test_temperatures_of_positions_learn_at_the_rate_of_their_paper(tmp_path, monkeypatch):
-    monkeypatch.setattr(Best, "put_back", lambda self: None)  # drawn text teaches nothing that held-out text has
+    monkeypatch.setattr(Best, "put_back", lambda self: None)  # random text teaches nothing about held-out text
     made = regard.retrofit(
         llama(2), "selective_temperature", keep_layers="0", data=tokens(), budget="28 steps", output=tmp_path, **SHORT
     )

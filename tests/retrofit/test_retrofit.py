@@ -1,4 +1,4 @@
-"""Retrofits of models with random weights: stages learn, a kill changes nothing, and what comes of it loads."""
+"""Retrofits of models with random weights: stages learn, a kill changes nothing, and the result can be loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from regard.retrofit.transfer import begin_at_scale, held_out_losses, transfer, 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished retrofit, the model that it was made from, and that model's weights before."""
+    """A finished retrofit, the model it was made from, and that model's previous weights."""
     model, folder = llama(), tmp_path_factory.mktemp("hybrid")
     before = copy.deepcopy(model.state_dict())
     made = regard.retrofit(
@@ -116,7 +116,7 @@ def folder_of(made):
 
 
 @pytest.mark.parametrize("train", ["all", "lora:2"])
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, of names in transformers
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's warning about names in transformers
 def test_killed_at_any_stage_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch, train):
     if train != "all":
         pytest.importorskip("peft")
@@ -174,7 +174,7 @@ def test_a_start_that_is_nearly_exact_is_kept_where_a_transfer_makes_it_no_bette
     start = copy.deepcopy(both[0].state_dict())
     settings = RetrofitSettings("linear", budget=Budget.parse("20 steps"), length=32, lengths=(32,), batch_size=4)
     work, folder = Stage("transfer", "attention transfer", 20, 0.02, 1), Folder(tmp_path, {})
-    for _ in range(2):  # the second finds the stage finished
+    for _ in range(2):  # the second time the stage is already finished
         best = Best(list(both.values()), lambda: held_out_losses(host, both, held_out), folder, "transfer")
         transfer(host, both, [], corpus, settings, work, folder, lambda progress: None, best)
         assert all(torch.allclose(x, start[name], rtol=1e-5) for name, x in both[0].state_dict().items())
@@ -207,7 +207,7 @@ def test_the_same_model_has_the_same_perplexity_at_every_position(host):
 
 def test_a_state_is_that_of_every_layer(host):
     made, _ = host.copy_with([0, 1], "gated_linear", 0)
-    cache = 2 * 2 * 8 * 4  # keys and values of two heads of eight numbers of four bytes
+    cache = 2 * 2 * 8 * 4  # keys and values, two heads, width 8, 4 bytes
     assert state_bytes(host, host.model, 1000) == 3 * 1000 * cache
     assert state_bytes(host, made, 1000) == 1000 * cache + 2 * 4 * 8 * 8 * 4
 

@@ -1,4 +1,4 @@
-"""`regard compare --from`: several retrofits of one model, one after the other, and one page."""
+"""`regard compare --from`: several retrofits of one model, one after the other, on one page."""
 
 import json
 
@@ -15,7 +15,7 @@ from regard.workbench.retrofits import RECORD, compare_retrofits, recommend, row
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A comparison of two, its folder and the call that made it."""
+    """A comparison of two retrofits, its folder and the call that made it."""
     model, ids, folder = llama(2, loud=(0,)), tokens(), tmp_path_factory.mktemp("beside")
 
     def call():

@@ -1,4 +1,4 @@
-"""Times of tokens in the report of a retrofit: the models decode as users will have them, and are what they were afterwards."""
+"""Token times in the report of a retrofit: models decode as they will for users, and are unchanged afterwards."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a retrofit of a language model is recommended for, and what its figures are not a reason for."""
+"""Recommendations for a retrofitted language model, and figures that do not justify any."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from regard.retrofit.measures.verdict import recommend
 
 
 def results(change=0.01, error=0.001, token=(1.0, 1.0), prompt=(1.0, 1.0, 1.0), state=100, held=100, said=(0.0, 0.0)):
-    """Of an original whose state has 100 bytes at all lengths, and its keys and values likewise."""
+    """Results for an original whose state, and whose keys and values, take 100 bytes at every length."""
     both = ("original", "retrofit", "softmax")
     return {
         "perplexity": {"own": {"blocks": 9}, "other": {"change": change, "standard_error": error, "blocks": 9}},

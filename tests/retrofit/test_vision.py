@@ -1,4 +1,4 @@
-"""Retrofits of timm's vision transformers, and folders that they are saved in."""
+"""Retrofits of timm's vision transformers, and the folders they are saved in."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def images(n=40):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Folders with a model of timm, and with images of its classes."""
+    """Folders with a timm model and with images of its classes."""
     place = tmp_path_factory.mktemp("place")
     timm_folders.save(vit(), place / "vit")
     for name in CLASSES:
@@ -82,7 +82,7 @@ def test_a_folder_of_timm_becomes_one_that_timm_loads(capsys, place):
     assert (code, out) == (2, "") and "swapped before" in message
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, of names in transformers
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's warning about names in transformers
 def test_killed_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     model, data = vit(num_classes=0, class_token=False, global_pool="avg"), images()
@@ -127,7 +127,7 @@ def test_images_are_read_as_timm_does(host, place):
     Image.fromarray((127 + 100 * waves * np.ones((72, 1, 1))).astype(np.uint8)).save(path)
     expected = create_transform(**resolve_input_data_config(host.model))(Image.open(path).convert("RGB"))
     found = host.view.normal(torch.from_numpy(host.view.read(path).transpose(2, 0, 1).copy())[None])[0]
-    assert float((found - expected).abs().mean()) < 0.02  # a byte of rounding is 0.008
+    assert float((found - expected).abs().mean()) < 0.02  # rounding by one byte value is 0.008
 
 
 def test_repeated_images_are_taken_once_and_classes_are_the_models(host, place):

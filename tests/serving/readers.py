@@ -1,4 +1,4 @@
-"""Models for tests of the scheduler: what follows a sequence is a hash of it, read from where the scheduler put it."""
+"""Models for tests of the scheduler: the next token is a hash of the sequence, as read from where the scheduler put it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ VOCABULARY = 97
 
 
 def following(tokens):
-    """Logits of what follows."""
+    """Logits of the token that follows a sequence."""
     generator = torch.Generator().manual_seed(hash(tuple(tokens)) & 0x7FFFFFFF)
     return torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
 
 
 class HashReader:
-    """Keeps tokens in pages as a model keeps keys and values: a page that was given away too early shows in the answer."""
+    """Keeps tokens in pages as a model keeps keys and values, so that a page freed too early changes the answer."""
 
     vocab_size, whole, device, page_bytes, held_bytes = VOCABULARY, False, torch.device("cpu"), 32, 0
 
@@ -57,7 +57,7 @@ class HashReader:
 
 
 def alone(request: Request):
-    """The tokens that answer a request with nothing else in the batch, and why they end."""
+    """The tokens that answer a request alone in the batch, and the reason why they end."""
     from regard.models.generation import sample
 
     generator = torch.Generator().manual_seed(request.seed or 0)
@@ -80,7 +80,7 @@ def alone(request: Request):
 
 
 def drain(engine, arrivals=(), every=1):
-    """Run an engine until nothing is left, handing in one of `arrivals` each so many steps; tokens and ends by key."""
+    """Run an engine until it is idle, submitting one of `arrivals` every `every` steps; returns tokens and ends by key."""
     waiting, tokens, ends, step = list(arrivals), {}, {}, 0
     while waiting or engine.busy:
         if waiting and step % every == 0:

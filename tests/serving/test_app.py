@@ -1,4 +1,4 @@
-"""The HTTP server as clients see it: OpenAI's answers, clear errors, and nothing left behind by those who go."""
+"""The HTTP server as clients see it: OpenAI-compatible answers, clear errors, and nothing left over from lost clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from regard.serving.service import Service
 
 
 class Letters:
-    """Token i is the letter i places after a space."""
+    """A tokenizer in which token i is the character i places after the space."""
 
     stop_tokens = frozenset({90})
 
@@ -242,14 +242,14 @@ def test_large_bodies_and_long_answers_are_turned_away():
     made.service.start()
     with TestClient(made.app()) as client:
         assert client.post("/v1/completions", json={"prompt": "a" * 300}).status_code == 413
-        parts = (b"x" * 50 for _ in range(9))  # whose length is not told beforehand
+        parts = (b"x" * 50 for _ in range(9))  # sent without a length
         assert client.post("/v1/completions", content=parts).status_code == 413
         slow = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 50, "ignore_eos": True})
         assert slow.status_code == 408 and "0.05 s" in slow.json()["error"]["message"]
         streamed = client.post(
             "/v1/completions", json={"prompt": "a", "max_tokens": 50, "stream": True, "ignore_eos": True}
         )
-        # the first token may be late too
+        # even the first token may be late
         told = streamed.json() if streamed.status_code == 408 else events(streamed)[-1]
         assert "no whole answer" in told["error"]["message"]
 
@@ -302,7 +302,7 @@ def send(address, body):
 
 
 def gone(connection):
-    """Whether the other end has closed a connection, before the end of an answer."""
+    """Return whether the other end closed a connection before the end of an answer."""
     connection.settimeout(20)
     with contextlib.suppress(ConnectionResetError):
         while part := connection.recv(1 << 16):
@@ -356,7 +356,7 @@ def test_a_client_that_sends_nothing_after_its_request_gets_its_answer(monkeypat
             answer = http.client.HTTPResponse(asking)
             answer.begin()
             assert answer.status == 200 and (b"[DONE]" if stream else b'"completion_tokens":5') in answer.read()
-            assert asking.recv(1) == b""  # nothing can follow
+            assert asking.recv(1) == b""  # nothing can follow it
         with socket.create_connection(listening.getsockname()) as several:
             several.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" + request(LONG | {"max_tokens": 3}))
             several.shutdown(socket.SHUT_WR)
@@ -379,7 +379,7 @@ def test_as_many_requests_are_taken_as_there_are_places_also_in_the_middle_of_a_
         submit(), submit()
         while len(made.service.engine.active) < 2:
             await asyncio.sleep(0.001)
-        submit(), submit()  # the step has not ended yet
+        submit(), submit()  # the step is still running
         with pytest.raises(Busy):
             submit()
         go_on.set()
@@ -410,7 +410,7 @@ def test_who_does_not_send_a_request_or_read_its_answer_in_time_is_cut_off(monke
         with socket.socket() as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
             deaf.connect(listening.getsockname())
-            deaf.sendall(request(LONG | {"stream": True, "n": 8, "logprobs": 20}))  # more than all buffers hold
+            deaf.sendall(request(LONG | {"stream": True, "n": 8, "logprobs": 20}))  # more than buffers hold
             until(lambda: len(made.service.engine.active) == 8)
             until(lambda: not running._uvicorn.server_state.connections)
             assert gone(deaf) and not made.service._streams
@@ -485,7 +485,7 @@ def test_answers_go_on_while_a_long_text_is_turned_into_tokens():
 
 
 def test_events_of_one_service_reach_who_asked_while_others_come_and_go():
-    """Many clients at once, some of whom leave: every answer that arrives is its own."""
+    """With many clients at once, some of which disconnect, every client gets its own answer."""
     made = server(HashReader(pages=30), limits=Limits(rows=5, waiting=200))
     made.service.start()
     with TestClient(made.app()) as client:

@@ -1,4 +1,4 @@
-"""Whatever arrives in whatever order, answers are those of a model alone, and nothing is left behind."""
+"""Whatever requests arrive in whatever order, answers are those of a model alone, and nothing is left allocated."""
 
 import random
 
@@ -13,7 +13,7 @@ KINDS = {"pages": {}, "pages and states": {"holds": True}, "states": {"holds": T
 
 
 def request(key, draws, context=64, beginnings=((),), **fixed):
-    """A random request, whose prompt may begin as others do."""
+    """A random request, whose prompt may share its beginning with others."""
     prompt = list(draws.choice(beginnings)) + draws.choices(range(VOCABULARY), k=draws.randint(1, 20))
     sampled = draws.random() < 0.5
     options = {
@@ -89,7 +89,7 @@ def test_a_beginning_that_prompts_share_is_read_once():
             one = Request(str(i), [*beginning, *[60 + i] * 6], 1)
             assert drain(engine, [one])[0][one.key] == alone(one)[0]
             counts.append(sum(map(sum, reader.calls)) - before)
-        # whole pages of 4 tokens are shared; states are kept where the second prompt left the first one's way
+        # whole pages of 4 tokens are shared; states are kept where the second prompt diverged from the first
         assert counts == ([48, 8, 8, 8] if not holds else [48, 48, 8, 8])
 
 
@@ -185,7 +185,7 @@ def test_where_pages_run_out_who_came_first_keeps_its_own():
 
 
 class Broken(HashReader):
-    """Fails on a token, and has no number for another."""
+    """A reader that raises for one token, and gives NaN for another."""
 
     def read(self, rows, tokens):
         if any(66 in new for new in tokens):
@@ -246,7 +246,7 @@ def test_the_longest_unused_beginnings_make_room():
     first = tree.add(tree.root, (1, 1), owned[0])
     for page, tokens in zip(owned[1:], ((2, 2), (3, 3)), strict=True):
         tree.add(first, tokens, page)
-    pages.give_back(owned[:2])  # the third is still read by somebody
+    pages.give_back(owned[:2])  # the third is still in use
     tree.evict(3)
     assert [len(tree.path([1, 1, i, i, 9])) for i in (2, 3)] == [1, 2] and pages.free == 7
 

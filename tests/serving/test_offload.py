@@ -1,4 +1,4 @@
-"""Attention elsewhere changes no answer, whoever has which keys and whoever is lost; and only what has to moves between them."""
+"""Offloaded attention changes no answer, whichever worker has which keys or is lost, and moves only the necessary bytes."""
 
 import errno
 import gc
@@ -56,7 +56,7 @@ def alone(model, request):
 
 
 def answers(reader, asked):
-    """Tokens and their log-probabilities, of requests that come one after another."""
+    """Tokens and log-probabilities of requests that arrive one after another."""
     engine, coming, found = Engine(reader, Limits(rows=4, chunk=11)), list(asked), {}
     while coming or engine.busy:
         if coming:
@@ -68,7 +68,7 @@ def answers(reader, asked):
 
 
 def check(model, found, asked):
-    """Greedy answers of a small model may be right by accident; its log-probabilities are not."""
+    """Check tokens and log-probabilities: greedy answers of a small model may be right by chance, these are not."""
     for request in asked:
         tokens = alone(model, request)
         assert [token for token, _ in found[request.key]] == tokens
@@ -108,7 +108,7 @@ def test_answers_equal_generate_alone(plan, workers, split, ways, monkeypatch):
 
 
 class Watched(LocalBackend):
-    """Workers that are lost with these messages, (op, how many of them were), to them and from them; `ops` are all."""
+    """Local workers that are lost at given messages: (op, n) is the n-th message of that kind; `ops` records all messages."""
 
     def __init__(self, losses=()):
         self.losses, self.ops = losses, []
@@ -235,7 +235,7 @@ def test_bytes_that_move_are_those_of_the_closed_form(split):
 
 def test_workers_have_no_weights_and_the_model_no_cache_and_one_that_is_killed_is_replaced():
     model = language_model(HYBRID, dtype=torch.float32)
-    # a ring smaller than a prompt's keys: what does not fit goes over the socket
+    # the ring is smaller than a prompt's keys, and the rest goes through the socket
     reader = OffloadedReader(model, 2, split="head", backend=ProcessBackend(shared_bytes=4096), rows=3, context=80)
     asked = requests()
     gc.collect()
@@ -270,7 +270,7 @@ def test_memory_that_is_full_is_refused_before_anything_is_written_to_it(monkeyp
     monkeypatch.setattr(os, "posix_fallocate", take, raising=False)
     monkeypatch.setattr(backends, "SHARED_FOLDERS", (tmp_path / "none", tmp_path, tmp_path))
     most, taken = 2, []
-    backends._memory_file(4096).close()  # the second has room
+    backends._memory_file(4096).close()  # the second folder has room
     assert taken == [4096, 4096] and not list(tmp_path.iterdir())
     most, taken = 9, []
     refused("No space left on device", ProcessBackend(shared_bytes=4096).start, 1)
@@ -284,7 +284,7 @@ def test_answers_over_tcp_equal_generate_alone():
 
 def test_a_full_cache_fails_what_does_not_fit_and_nothing_else():
     model = language_model(["softmax"])
-    reader = OffloadedReader(model, 1, rows=2, context=300, cache_tokens=32)  # and a page for each row
+    reader = OffloadedReader(model, 1, rows=2, context=300, cache_tokens=32)  # plus one page for each row
     engine, events = Engine(reader, Limits(rows=2)), {}
     for request in (Request("long", [1] * 150, 4), Request("short", [1] * 5, 4)):
         engine.submit(request)
@@ -388,7 +388,7 @@ def test_who_does_not_know_the_secret_is_no_worker(monkeypatch):
         assert address[0] == "127.0.0.1"
         others = [socket.create_connection(address) for _ in range(3)]
         others[0].sendall(b"x" * backends.SECRET_BYTES)
-        others[1].sendall(b"s")  # and no more
+        others[1].sendall(b"s")  # and nothing else
         others[2].sendall(secret)
         with backends._accepted(listening, secret) as connection:
             assert connection.getpeername() == others[2].getsockname()

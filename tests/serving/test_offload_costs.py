@@ -1,4 +1,4 @@
-"""What offloading would cost: counted as the paper's cost model does, simulated alike, and planned from a table with sources."""
+"""Costs of offloading: counted as in the paper's cost model, matched by simulation, and planned from a sourced table."""
 
 import json
 import random
@@ -64,10 +64,10 @@ def test_more_queries_for_each_key_are_more_operations_for_each_byte_whatever_th
 def test_two_micro_batches_take_half_where_both_sides_have_as_much_to_do_and_no_less_at_the_ends():
     at_ends = []
     for model, attention in ((1.0, 1.0), (1.0, 1e-6), (1e-6, 1.0)):
-        serial = Stages(2 * model, 2 * attention).period()  # a micro-batch of half the size takes half as long
+        serial = Stages(2 * model, 2 * attention).period()  # half the micro-batch takes half as long
         at_ends.append(serial / Stages(model, attention).period(2))
     assert at_ends[0] == 2 and at_ends[1:] == pytest.approx([1, 1], abs=1e-5)
-    # weights that are read for each micro-batch again, or messages that take longer than all else: no gain
+    # no gain if weights are read again for each micro-batch, or if messages take longer than all else
     both = device(flops=1e15, memory=1e12)
     for network, context in ((INSTANT, 1), (Network(1e30, latency=1.0), 100)):
         assert offloaded(SIZES, both, device(memory=1e6), network, context).micro_batches == 1
@@ -79,7 +79,7 @@ def test_two_micro_batches_take_half_where_both_sides_have_as_much_to_do_and_no_
 def test_latency_decides_on_a_slow_network():
     model, attention = device(memory=1e12), device("b")
     times = [offloaded(SIZES, model, attention, Network(1e10, latency), 1000).seconds for latency in (0, 1e-4, 1e-2)]
-    assert times[0] == times[1]  # hidden behind the other micro-batch
+    assert times[0] == times[1]  # hidden by the other micro-batch
     assert times[2] == pytest.approx(2 * 8 * 1e-2, rel=0.2)
 
 
@@ -118,7 +118,7 @@ def test_simulated_schedules_take_as_long_as_the_closed_forms_say_and_as_much_wo
     for _, stages in zip(range(60), random_stages(), strict=False):
         for parts in (1, 2, 3):
             found = simulate([step_stages(stages, 4)] * parts, 40)
-            # after a few steps it repeats itself, at the latest over as many steps as there are micro-batches
+            # after a few steps the schedule is periodic, with a period of at most as many steps as micro-batches
             period = (found.steps[-1] - found.steps[-1 - 4 * parts]) / (4 * parts)
             assert period == pytest.approx(4 * stages.period(parts), rel=0.03)
             assert period <= parts * 4 * stages.period() * (1 + 1e-9)

@@ -1,4 +1,4 @@
-"""Models that are served answer as their own `generate` does alone, whatever else is in the batch."""
+"""Served models answer as their own `generate` does, whatever else is in the batch."""
 
 import random
 
@@ -98,7 +98,7 @@ def test_pages_that_run_out_change_no_answer():
 
 
 def test_few_queries_are_read_where_the_pages_lie(monkeypatch):
-    """Decoding by softmax gathers nothing where the native kernel is there."""
+    """With the native kernel, decoding with softmax gathers no pages."""
     from regard.backends.native import library
 
     if library.why_missing() is not None:

@@ -1,4 +1,4 @@
-"""`regard serve` on a command line: what cannot be served is said in a sentence, and a load is measured and drawn."""
+"""`regard serve` on the command line: what cannot be served is refused in a sentence, and loads are measured and plotted."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def test_a_compressed_model_is_served_as_it_computes_alone_whatever_else_is_in_t
     prompts = [torch.randint(256, (9,)).tolist() for _ in range(6)]
     rows = [Row(Request(str(i), prompt, 1), i, prompt, None, pages=[i]) for i, prompt in enumerate(prompts)]
     alone = [model(torch.tensor([prompt])).output[:, -1].detach() for prompt in prompts]
-    for some in ([0], range(6)):  # few tokens are multiplied with the codes, many with a copy of the weight
+    for some in ([0], range(6)):  # few tokens multiply the codes, many a dequantized copy
         read = opened.reader.read([rows[i] for i in some], [prompts[i] for i in some])
         wanted = torch.cat([alone[i] for i in some])
         assert float((read - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
@@ -146,7 +146,7 @@ def test_another_server_is_measured_with_tokens_that_it_knows_and_its_key(traine
         code, _, errors = run(capsys, line)
         assert code == 2 and "without its key" in errors and "REGARD_API_KEY" in errors
         monkeypatch.setenv("REGARD_API_KEY", "secret")
-        monkeypatch.setattr("regard.serving.bench.FOREIGN_TOKENS", range(256, 900))  # none of which the model knows
+        monkeypatch.setattr("regard.serving.bench.FOREIGN_TOKENS", range(256, 900))  # all unknown to the model
         (row,) = answer(capsys, line)["rows"]
     assert (row["answers"], row["errors"]) == (4, 0)
 

@@ -1,4 +1,4 @@
-"""What is shown piece by piece is the text of all tokens, cut where a stop string begins."""
+"""The pieces of streamed text join to the text of all tokens, cut where a stop string begins."""
 
 import random
 
@@ -22,7 +22,7 @@ def test_pieces_add_up_to_the_text_of_all_tokens(make):
     for _ in range(200):
         text = "".join(draws.choices(LETTERS, k=draws.randint(0, 12)))
         tokens = tokenizer.encode([text.encode()]).tolist()
-        for _ in range(draws.choice([0, 0, 3])):  # bytes that are no characters
+        for _ in range(draws.choice([0, 0, 3])):  # bytes that are not characters
             tokens.insert(draws.randint(0, len(tokens)), draws.randrange(tokenizer.vocab_size))
         stops = ["".join(draws.choices(LETTERS[:4], k=draws.randint(1, 3))) for _ in range(draws.choice([0, 1, 3]))]
         whole = tokenizer.decode(tokens)

@@ -1,4 +1,4 @@
-"""The clients of `benchmarks/soak.py`: they find nothing at a server that answers as it must, and everything at others."""
+"""The clients of `benchmarks/soak.py` find no fault in a correct server, and the faults of broken ones."""
 
 import contextlib
 import random
@@ -85,7 +85,7 @@ def test_errors_of_the_server_and_clients_turned_away_for_nothing_are_found(part
         clients.refused("a good one", "POST", "/v1/completions", b'{"prompt": "a"}', {}, 400)
     assert "status 500" in clients.tally.faults[0] and "500 and not 400" in clients.tally.faults[1]
     with clients_of(parts, [question], SlowReader(), Limits(rows=1, waiting=0)) as (clients, made):
-        made.key = None  # for one that these clients know nothing of
+        made.key = None  # for a client that these do not know about
         with send(clients.address, LONG | {"stream": True}):
             until(lambda: made.service.engine.active)
             clients.whole(random.Random(0))

@@ -1,4 +1,4 @@
-"""States of sequences that are put together go on as each alone."""
+"""States of sequences that are joined into a batch continue as each sequence alone."""
 
 import pytest
 import torch
@@ -30,11 +30,11 @@ def test_joined_states_of_unequal_lengths_go_on_as_each_alone(name):
     held = Held()
     for i, text in enumerate(texts):
         held.put([i], read(model, text)[1])
-    first, state = read(model, more[[2, 0]][:, :2], held.get([2, 0]))  # two begin
+    first, state = read(model, more[[2, 0]][:, :2], held.get([2, 0]))  # two rows continue
     held.put([2, 0], state)
     second, state = read(model, more[[1]][:, :2], held.get([1]))
     held.put([1], state)
-    rest, _ = read(model, more[:, 2:], held.get([0, 1, 2]))  # and one comes to them
+    rest, _ = read(model, more[:, 2:], held.get([0, 1, 2]))  # all three together
     found = torch.cat([torch.stack([first[1], second[0], first[0]]), rest], 1)
     assert (found - wanted).abs().max() <= 1e-10 * wanted.abs().max()
 

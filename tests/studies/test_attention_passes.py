@@ -48,13 +48,13 @@ CAUSAL = shipped("one_pass").text.replace(
 
 
 def random_inputs(keys=37, queries=7, lead=(2, 3), e=8, f=5):
-    """Inputs of softmax's cascades, and what they should give."""
+    """Inputs of softmax's cascades, and the expected output."""
     q, k, v = (torch.randn(*lead, d, n, dtype=torch.float64) for d, n in ((e, queries), (e, keys), (f, keys)))
     return {"Q": q, "K": k, "V": v}, scaled_dot_product_attention(q.mT, k.mT, v.mT, scale=1.0).mT
 
 
 def ratios(top, bottom, of=lambda row: row.seconds, projections=None):
-    """Of two designs, over models and lengths, by the recorded tables."""
+    """Ratios of two designs over models and lengths, from the recorded tables."""
     found = []
     for model in WORKLOADS:
         for length in LENGTHS:
@@ -245,7 +245,7 @@ def test_interleaved_tiles_reach_the_formula_within_a_tile(count):
 
 
 PASSES = {"clipped_softmax": 2, "token_parameter": 2, "flow_attention": 2}
-"""Of the mechanisms that do not walk over their keys once."""
+"""Number of passes of the mechanisms that need more than one pass over their keys."""
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -359,7 +359,7 @@ def test_speeds_of_this_machine_make_a_machine(capsys, monkeypatch):
     points = 64 * 64
     assert found.seconds == pytest.approx(
         (points * (8 + 8 + 8 + 1) + 64 * 8 * 4) / 8e9
-    )  # 8 e, 8 f, an exp, a sum; divisions
+    )  # e = 8, f = 8, an exp, a sum; divisions
     monkeypatch.setattr("regard.measurement.speeds.measured_speeds", lambda: speeds)
     assert answer(capsys, "doctor --speeds")["speeds"]["products"] == speeds.products
     assert answer(capsys, "doctor")["speeds"] is None

@@ -1,4 +1,4 @@
-"""The CAB study: one pattern replaced at a time, cells that measure what they say, tables that follow from them."""
+"""The CAB study: one pattern is replaced at a time, cells measure what they claim, and tables follow from the cells."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ SMOKE = {"steps": 2, "items": 2, "dim": 16, "heads": 2, "batch_size": 2}
 
 @pytest.fixture
 def small_library(monkeypatch):
-    """A standard library of a few functions."""
+    """Replace the standard library's text by a few functions."""
     rng = np.random.default_rng(0)
     documents = []
     for module in range(12):
@@ -52,7 +52,7 @@ def small_library(monkeypatch):
 
 @pytest.fixture
 def recordings(tmp_path, monkeypatch):
-    """Speech of sines, in the place of espeak-ng's."""
+    """Replace espeak-ng's speech by sine waves."""
     write_recordings(tmp_path)
     monkeypatch.setattr("regard.tasks.speech.spoken_digits", lambda _: voices.spoken_digits(str(tmp_path)))
 
@@ -147,7 +147,7 @@ def test_groups_of_frames_come_apart_again(recordings):
 
 
 def made_cells(chosen: Chosen, better: dict[str, float], seeds: int = 3):
-    """Cells in which mechanisms are better by so much in everything, with a little noise."""
+    """Cells in which each mechanism is better by a given amount in everything, with a little noise."""
     rng = np.random.default_rng()
     found = {}
     for seed in range(seeds):
@@ -203,9 +203,9 @@ def test_claims_are_judged_by_their_cells():
 
     found = outcomes(ORDER)
     assert found["noncausal-self"] is Outcome.HELD  # local is better
-    assert found["causal-cross"] is Outcome.HELD  # local has none, abc is worse
+    assert found["causal-cross"] is Outcome.HELD  # local lacks the pattern, abc is worse
     assert outcomes({"abc": 1.0})["causal-cross"] is Outcome.DID_NOT_HOLD
-    assert outcomes({"abc": 1.0})["abc"] is Outcome.HELD  # memory before time
+    assert outcomes({"abc": 1.0})["abc"] is Outcome.HELD  # memory pays off before time
     assert outcomes({"abc": -1.0, "local": -1.0})["noncausal-self"] is Outcome.DID_NOT_HOLD
 
 
@@ -310,7 +310,7 @@ def test_blocks_are_where_plans_put_them():
 
 @pytest.fixture
 def adopted():
-    """A class of somebody's file, for the length of a test."""
+    """Register a class of a user's file, for the duration of a test."""
     file = str(Path(__file__).parents[1] / "workbench/detection/somebodys_modules.py")
     names = []
 

@@ -1,4 +1,4 @@
-"""CAB's index, ranks, correlations and efficiency lengths against what its repository prints and what can be worked out."""
+"""CAB's index, ranks, correlations and efficiency lengths against its repository's output and hand calculations."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ EXAMPLE = """3.4748 1.9735 4.0953 2.1985 34.61 6.35 31.66 23.18 0.675 3.42
 7.425 0.231 0.779 1.138167 0.77467 0.478 0.508 0.449 0.4855
 4.0953 2.1985 34.61 6.35 31.66
 """
-"""Softmax attention's scores: scripts/compositional_index/example.txt of Shark-NLP/CAB at 0e49696. -100 is where it has none."""
+"""Softmax attention's scores: scripts/compositional_index/example.txt of Shark-NLP/CAB at 0e49696. -100 means none."""
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_cheaper_mechanism_has_no_longer_efficiency_length():
 
 
 def test_the_costs_of_the_repository_give_the_lengths_of_its_readme():
-    """scripts/efficiency_length/cost.xlsx has those of softmax and ABC."""
+    """The costs of softmax and ABC are from the repository's scripts/efficiency_length/cost.xlsx."""
     n = [256, 512, 1024, 2048, 4096, 8192]
     seconds = efficiency_length(
         n, [0.472, 0.628, 0.721, 0.981, 3.67, 18.437], [0.648, 0.59, 0.602, 0.91, 1.006, 1.509], skip=1

@@ -1,4 +1,4 @@
-"""The study of functions in the context: heads, prompts, what can enter, and a whole run from the command line."""
+"""The study of in-context functions: heads, prompts, eligible mechanisms, and a whole run from the command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALLEST |= {"learning_rate": 1e-3, "dimensions": 5}
 
 
 def uniform(tokens):
-    """Every visible token has the same weight."""
+    """Weights that are equal for all visible tokens."""
     weights = torch.ones(1, 1, tokens, tokens, dtype=torch.float64).tril()
     return weights / weights.sum(-1, keepdim=True)
 
@@ -64,7 +64,7 @@ def test_scores_of_heads_equal_those_of_the_public_code():
     recorded = load("in_context_functions_official")
     weights = recorded["heads_weights"].double()
     found = torch.cat([induction_scores(layer, 4) for layer in weights])
-    close(found * 2 / 4, recorded["heads_induction"], 1e-6)  # that code takes the mean over pairs of copies
+    close(found * 2 / 4, recorded["heads_induction"], 1e-6)  # the public code averages over pairs of copies
     found = torch.cat([nearest_scores(layer, recorded["heads_x"].double(), 5) for layer in weights])
     close(found, recorded["heads_nearest"], 1e-6)
 
@@ -95,12 +95,12 @@ def test_only_mechanisms_that_can_read_the_context_enter():
     assert STUDY.choose("tiny", "retention").mechanisms == (study.RETENTION,), "one name for one model"
     everyone = STUDY.choose("tiny", "all").mechanisms
     assert len(everyone) > 35
-    for name in everyone:  # all can be built
+    for name in everyone:  # all of them can be built
         build_model(SMALLEST | {"mechanism": name}, 5)
 
 
 class Words:
-    """A tokenizer whose digits are tokens of their own, after that of a space."""
+    """A tokenizer with one token for each character, so that digits are single tokens after a space."""
 
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": ([999] if add_special_tokens else []) + [ord(letter) for letter in text]}
@@ -115,7 +115,7 @@ def test_a_prompt_shows_all_examples_and_asks_before_each_label():
     assert all("".join(map(chr, ids[at - 6 : at + 1])) == "Label: " for at in asked)
 
     def model(given):
-        """The next token is likely to be the letter that came nine places before."""
+        """A model that expects the next token to repeat the one nine places before."""
         logits = torch.zeros(*given.shape, 1000)
         logits[0, torch.arange(9, given.shape[1]), given[0, :-9]] = 3.0
         return SimpleNamespace(logits=logits)

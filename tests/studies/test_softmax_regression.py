@@ -1,4 +1,4 @@
-"""The study of softmax regression: exact derivatives, shifts and bounds, solvers, learners, and what is told."""
+"""The study of softmax regression: exact derivatives, shifts and bounds, solvers, learners, and its report."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_the_hessian_is_symmetric_and_the_gradient_vanishes_at_the_target(genera
 
 
 def test_neither_forms_a_matrix_of_all_keys(generator):
-    n = 300_000  # of which a square matrix would take 720 GB
+    n = 300_000  # a square matrix would take 720 GB
     problem, x = problem_of(1, n, 3, generator)
     close(problem.hessian_product(x, x), (problem.hessian(x) @ x[..., None])[..., 0], 1e-10)
 
@@ -68,7 +68,7 @@ def test_predictions_add_up_and_ignore_what_all_keys_share(generator):
         close(Regression(problem.a, problem.b, link).predict(x).sum(-1), torch.ones(6, dtype=torch.float64))
     close(same.predict(x), problem.predict(x))
     close(same.value(x), problem.value(x))
-    r = torch.randn(4, generator=generator, dtype=torch.float64)  # a direction in which all scores move alike
+    r = torch.randn(4, generator=generator, dtype=torch.float64)  # a direction in which all scores change equally
     alike = Regression(torch.cat([problem.a, torch.ones(6, 7, 1, dtype=torch.float64)], -1), problem.b)
     assert float(alike.gradient(torch.cat([x, r[:1].expand(6, 1)], -1))[:, -1].abs().max()) < 1e-15
 
@@ -132,8 +132,8 @@ def test_to_first_order_only_the_shift_of_the_scores_counts(generator):
     for size in (1e-3, 1e-4):
         dx = size * torch.ones_like(x)
         scores = (problem.a @ dx[..., None])[..., 0]
-        da = scores[..., None] * x[:, None] / x.square().sum(-1)[:, None, None]  # dA x = A dx
-        same = da + torch.full((6, 1, 4), size, dtype=torch.float64)  # and a constant on all scores
+        da = scores[..., None] * x[:, None] / x.square().sum(-1)[:, None, None]  # so that dA x = A dx
+        same = da + torch.full((6, 1, 4), size, dtype=torch.float64)  # adds a constant to all scores
         expected = (jacobian @ scores[..., None])[..., 0]
         changes = [
             problem.predict(x + dx) - f,
@@ -141,7 +141,7 @@ def test_to_first_order_only_the_shift_of_the_scores_counts(generator):
         ]
         errors.append(max(float((change - expected).norm(dim=-1).max()) for change in changes))
         assert max(float((change - changes[0]).abs().max()) for change in changes) < 1e-14
-    assert errors[1] < errors[0] / 50  # of second order
+    assert errors[1] < errors[0] / 50  # second order
 
 
 @pytest.mark.parametrize("radius", [1.0, 4.0])
@@ -150,7 +150,7 @@ def test_both_bounds_hold_in_a_thousand_draws(generator, radius):
     for shift in ("weight", "data"):
         assert found[f"{shift}: beyond tight"] == found[f"{shift}: beyond loose"] == 0
         assert 0.05 < found[f"{shift}: largest"] < 1
-        assert found[f"{shift}: loose log10"] < -2  # which is why it is not the one that verifies anything
+        assert found[f"{shift}: loose log10"] < -2  # far too loose to verify anything
 
 
 @pytest.mark.parametrize(("n", "d"), [(2, 2), (9, 5)])
@@ -168,7 +168,7 @@ def test_newton_converges_quadratically_and_descent_falls(generator):
     assert found["order"] > 1.7 and found["newton gradient"] < 1e-8
     assert found["largest rise"] <= 1e-15
     assert found["regularised: lowest eigenvalue"] > 0
-    assert found["plain: indefinite"] > 0.5  # the Hessian is no positive matrix without the regulariser
+    assert found["plain: indefinite"] > 0.5  # without the regulariser the Hessian is not positive definite
 
 
 def test_newton_never_climbs_where_the_hessian_is_indefinite(generator):

@@ -1,4 +1,4 @@
-"""What every study has: a choice that is checked, cells that are made once, and a page."""
+"""Properties of every study: a checked choice, cells that are computed once, and a page."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ TRAINING_DYNAMICS = get_study("training-dynamics")
 
 @pytest.fixture
 def example(monkeypatch):
-    """Names and seeds of the cells that the example has run."""
+    """Mechanisms and seeds of the cells that the example study has run."""
     ran = []
 
     def run_cell(setting, seed):

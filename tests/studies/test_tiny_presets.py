@@ -1,5 +1,5 @@
-"""Every cell of the smallest preset of every study, from the command line, with a mechanism of the user's where it takes mechanisms
-(cab, which takes a third of the time, in `make test-all`)."""
+"""Every cell of every study's smallest preset, from the command line, with a user's mechanism if the study takes mechanisms
+(cab, which takes a third of the time, only in `make test-all`)."""
 
 import os
 import signal
@@ -40,12 +40,12 @@ SHORTER = {
         (training_dynamics.TEXTS, {"steps": 12}),
     ],
 }
-"""What is smaller in `make test`, which does not ask what was learned; `make test-all` has the presets as they are."""
+"""Presets reduced for `make test`, which does not check what was learned; `make test-all` has the full presets."""
 ALL = bool(os.environ.get("REGARD_TEST_ALL"))
 
 
 def told(asked, *given):
-    """What a command says, with the plugin forgotten afterwards, as by a new process."""
+    """The answer of a command; the plugin is unregistered afterwards, as in a new process."""
     try:
         return asked(*given)
     finally:

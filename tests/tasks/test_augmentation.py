@@ -1,4 +1,4 @@
-"""Varied training images: drawn from the seed, of the right scale, and never the held-out ones."""
+"""Augmented training images: drawn from the seed, in the right range, and never applied to held-out ones."""
 
 from __future__ import annotations
 

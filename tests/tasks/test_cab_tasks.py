@@ -1,4 +1,4 @@
-"""Tasks of the Comprehensive Attention Benchmark: what is hidden, and that their measures are right on cases known by hand."""
+"""Tasks of the Comprehensive Attention Benchmark: what is hidden, and measures that are right in hand-computed cases."""
 
 import itertools
 
@@ -47,7 +47,7 @@ def test_each_window_has_something_to_tell(text):
 def test_the_rule_of_masked_text_knows_neighbours(tmp_path):
     data = save_json(tmp_path / "b.jsonl", [{"text": f"{i:02d}" + "abcdefgh" * 40} for i in range(20)])
     task = create_task("masked", data=data, length=64)
-    assert task.baseline.score < 1.5  # of 8 letters in order, when neighbours are not hidden too
+    assert task.baseline.score < 1.5  # 8 letters in order are easy unless neighbours are hidden too
     config = config_for(task, ["softmax"], dim=16, num_heads=2, max_length=64, positions="auto")
     model = Encoder(config)
     output = model(task.training_batch(0, 0, 2).inputs).output
@@ -116,7 +116,7 @@ def test_meshes_are_read_and_points_lie_on_their_triangles(tmp_path):
         found = read_mesh(tmp_path / name)
         assert np.array_equal(found, triangles)
         points = on_mesh(found, np.random.default_rng(), 200)
-        assert np.abs(points).min(1).max() < 1e-12  # each face is in a plane of coordinates
+        assert np.abs(points).min(1).max() < 1e-12  # each face is in a coordinate plane
         assert points.min() >= 0
         assert points.sum(1).max() <= 1 + 1e-9
     task = create_task("completion", data=tmp_path, length=16, seen=8, evaluation_items=2)
@@ -147,7 +147,7 @@ def test_what_was_said_itself_has_no_distance(tmp_path):
     assert task.score(said, batch)[0].abs().max() < 1e-5
     assert task.figures(said, batch)["MSD"][0].abs().max() < 1e-5
     slower = said.clone()
-    slower[:, 1:] = said[:, :-1]  # a frame late: the alignment forgives most of it
+    slower[:, 1:] = said[:, :-1]  # one frame late, which alignment mostly forgives
     straight = (said - slower).square().mean().sqrt()
     assert 0 < task.figures(slower, batch)["MSD"][0].mean() < straight * task._deviation.mean() * 2
     constant = torch.full((3, 40), 2.0, dtype=torch.float64)

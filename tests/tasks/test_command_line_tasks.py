@@ -1,4 +1,4 @@
-"""Tasks named on the command line, with the user's files."""
+"""Tasks named on the command line, with users' files."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def load(generator, i, **more):
     return {"when": f"2024-01-{1 + i // 24:02}T{i % 24:02}:00", "load": round(generator.normal(), 4), **more}
 
 
-CASES = {  # what is found in a table, or said, and a row of it from a generator of random numbers and its place
+CASES = {  # the task's words (with or without column names), and a function of (generator, index) that makes a row
     "documents:text=review,label=stars": lambda g, i: {"review": word(g), "stars": i % 5, "id": i},
     "documents:text=t,label=label": lambda g, i: {"t": word(g), "kind": "ab"[i % 2], "label": i % 3},
     "documents": lambda g, i: {"text": word(g), "label": f"c{i % 3}"},

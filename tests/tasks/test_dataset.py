@@ -1,4 +1,4 @@
-"""A user's own data sets: epochs, padding, metrics of one's own, and items that do not fit."""
+"""Users' own data sets: epochs, padding, custom metrics, and items that do not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "my_task.py"
 
 
 class Growing(Dataset):
-    """Item i has i + 1 tokens, all of them i, and is even or odd."""
+    """Item i has i + 1 tokens, all of them i, and its class is the parity of i."""
 
     def __init__(self, count=6):
         self.count = count
@@ -164,6 +164,6 @@ def test_what_does_not_fit_is_refused_with_its_number(data, options, told):
 def test_the_example_in_the_documentation_is_compared(tmp_path, capsys):
     line = f"compare --plugin {EXAMPLE} {SMALL_COMPARISON} --budget '100k tokens' --output"
     (row,) = answer(capsys, line, tmp_path / "run")["summary"]["waves"]
-    assert row["mean"] > 0.6  # a guess is right in 0.34 of the cases
+    assert row["mean"] > 0.6  # guessing scores 0.34
     assert len(EXAMPLE.read_text().splitlines()) < 40
     assert EXAMPLE.read_text() in (EXAMPLE.parents[1] / "tasks.md").read_text()

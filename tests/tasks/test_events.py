@@ -1,4 +1,4 @@
-"""Events: Hawkes processes are drawn as they are defined, their densities are densities, and likelihoods are exact."""
+"""Events: Hawkes processes are drawn by their definition, densities integrate to one, and likelihoods are exact."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def process(marks=3):
 
 
 def intensities(hawkes, gaps, marks, until):
-    """By the definition: one row of events, the time since the last of them."""
+    """Intensities by the definition, for one row of events and the time since the last of them."""
     times = np.cumsum(gaps)
     total = hawkes.base.copy()
     for time, mark in zip(times, marks, strict=True):
@@ -38,7 +38,7 @@ def intensities(hawkes, gaps, marks, until):
 
 
 def thinned(hawkes, generator, events):
-    """Ogata's thinning: proposals at the intensity after the last event, kept with what is left of it."""
+    """Ogata's thinning: propose at the intensity after the last event, accept by the intensity that remains."""
     gaps, marks = [], []
     for _ in range(events):
         waited = 0.0
@@ -59,7 +59,7 @@ def test_drawn_events_have_the_statistics_of_those_by_thinning():
     theirs = [np.array(x) for x in zip(*(thinned(hawkes, generator, 6) for _ in range(300)), strict=True)]
 
     def statistics(gaps, marks):
-        """Columns whose means are compared: gaps, their squares, marks, repeated marks, gaps after a mark."""
+        """Columns whose means are compared: gaps, exponentials of negative gaps, and pairs of consecutive marks."""
         follows = [(marks[:, :-1] == a) & (marks[:, 1:] == b) for a in range(3) for b in range(3)]
         return np.concatenate([gaps[:, [1, 5]], np.exp(-gaps[:, [0, 3]]), np.stack([f.mean(1) for f in follows], 1)], 1)
 
@@ -91,7 +91,7 @@ def test_the_density_is_the_intensity_times_the_chance_of_no_event_before():
 
 
 def as_output(hawkes, gaps, marks):
-    """What a model that knows the process says at each event."""
+    """The output at each event of a model that knows the process."""
     excited, rows = np.zeros((len(gaps), len(hawkes.base))), []
     for i in range(gaps.shape[1]):
         rows.append(np.concatenate([hawkes.base + excited, np.tile(hawkes.base, (len(gaps), 1))], 1))

@@ -1,4 +1,4 @@
-"""What tasks have in common: reproducible batches, held-out items of their own, and refusals of nonsense."""
+"""Properties of every task: reproducible batches, separate held-out items, and refusals of nonsense."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def test_held_out_items_do_not_depend_on_the_batch_size(name, tmp_path):
     whole = items(task.evaluation_batches(64))
     assert whole == items(task.evaluation_batches(13)) == items(made(name, tmp_path).evaluation_batches(1))
     assert len(set(whole)) == len(whole)
-    if name not in ("forecast", "upscale"):  # they split by time and by photo
+    if name not in ("forecast", "upscale"):  # split by time and by photo
         assert whole != items(made(name, tmp_path, seed=1).evaluation_batches(64))
 
 
 TEXTS = {"text": "documents", "documents": "items", "matching": "items", "summarize": "pairs"}
-"""Tasks of text, and what is counted of their data."""
+"""Text tasks, and the unit in which their data are counted."""
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -1,4 +1,4 @@
-"""One fact among few or many: what stays the same, what replies are, and a reader that solves it."""
+"""One fact among few or many: what stays the same, the form of replies, and a reader that solves the task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forecasting: windows, splits by time, gaps, the baseline, and words for tables that cannot be forecast."""
+"""Forecasting: windows, splits by time, gaps, the baseline, and messages for tables that cannot be forecast."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def make(path):
-    """Builds a task of some rows in the file a.csv; by default of 800 hours to train on and 200 held out."""
+    """Build a task from rows in the file a.csv, by default with 800 hours to train on and 200 held out."""
 
     def build(rows=None, header=HOURS, **options):
         rows = hours(1000) if rows is None else rows
@@ -40,7 +40,7 @@ def make(path):
 
 
 def standard(path, name):
-    """A column in units of its training rows."""
+    """A column standardised by its training rows."""
     values = read_table(path).numbers(name, "target")
     return (values - values[:800].mean()) / values[:800].std()
 
@@ -199,7 +199,7 @@ def test_a_history_that_is_not_given_leaves_room_for_windows(make):
 
 
 def changed(column, cells, first=3):
-    """A change of some cells of a column, from line `first` + 2 on."""
+    """A function that replaces cells of a column, from line `first` + 2 on."""
 
     def change(rows):
         for i, cell in enumerate(cells, start=first):

@@ -75,8 +75,8 @@ OPERATORS = {
 
 
 def evaluate(words, start=0):
-    """Value, end, depth and most arguments of the expression at `start`: independent of the generator, which computes
-    values as it grows."""
+    """Value, end, depth and largest number of arguments of the expression at `start`, independent of the generator, which
+    computes values as it builds expressions."""
     if words[start].isdigit():
         return int(words[start]), start + 1, 0, 0
     arguments, place, deepest, most = [], start + 1, 0, 0

@@ -1,4 +1,4 @@
-"""Photographs as people have them: of any shape, damaged, turned, in odd modes; and what is said of each."""
+"""Photographs found in practice: of any shape, damaged, rotated, in odd modes; and the message about each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def stripes(path, size, bright):
-    """A black image with one bright column, counted from the left."""
+    """Save a black image with some bright columns, counted from the left."""
     image = np.zeros((size[1], size[0], 3), dtype=np.uint8)
     image[:, bright] = 255
     Image.fromarray(image).save(path)
@@ -42,7 +42,7 @@ def test_images_keep_their_proportions_up_to_a_limit_and_the_middle_is_seen(tmp_
 def test_a_picture_is_turned_as_its_camera_says(tmp_path):
     upright = stripes(tmp_path / "a.png", (16, 8), slice(0, 4))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     with Image.open(upright) as opened:
         opened.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
     first, second = (read_image(tmp_path / name, (8, 8), 3)[0] for name in ("a.png", "b.png"))
@@ -78,7 +78,7 @@ def one_pixel(path):
 
 
 def gigantic(path):
-    """The head of a PNG of 60,000 x 60,000 pixels."""
+    """Write a PNG whose header claims 60,000 x 60,000 pixels."""
     photo(path, 5)
     raw = path.read_bytes()
     side = (60_000).to_bytes(4, "big")

@@ -1,4 +1,4 @@
-"""Images: splits, patches, normalisation, and words for whatever is wrong with a user's folder."""
+"""Images: splits, patches, normalisation, and messages for whatever is wrong with a user's folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def images(data, **options):
 
 
 def pixels(data, **options):
-    """A task whose tokens are the grey pixels of images of 8 x 8."""
+    """A task whose tokens are the grey pixels of 8 x 8 images."""
     return images(data, size=8, patch=1, channels=1, **options)
 
 
@@ -317,6 +317,6 @@ def test_a_reader_gives_back_the_pixels_and_the_part_of_a_picture_that_it_saw(fo
     np.testing.assert_array_equal(np.asarray(reader.picture(path)), large[:, SHOWN // 2 : 3 * SHOWN // 2])
     Image.fromarray(np.full((16, 16), 30000, np.uint16)).save(folder.parent / "deep.png")
     deep = replace(reader, span=(0.0, 60000.0)).picture(folder.parent / "deep.png")
-    assert deep.getpixel((99, 99)) == (128, 128, 128)  # not white, as where its 16 bits are cut at 255
+    assert deep.getpixel((99, 99)) == (128, 128, 128)  # not white, as if 16 bits were clipped at 255
     expected, _ = read_image(path, (8, 8), 3)
     np.testing.assert_array_equal(reader.pixels(patches)[0], expected[:, 4:12])

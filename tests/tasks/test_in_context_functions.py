@@ -1,4 +1,4 @@
-"""Boolean functions in the context: classes mean what they say, teaching leaves one function, learners see only what came before."""
+"""In-context Boolean functions: classes are what they claim, teaching leaves one function, learners see only the past."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RATES = {
     "teach_biconjunction": 0.345,
     "teach_dnf": 0.31,
 }
-"""Share of positive labels that the public code of arXiv 2310.03016 gives on 28 bits and 40 examples."""
+"""Share of positive labels by the public code of arXiv 2310.03016, for 28 bits and 40 examples."""
 
 
 def generator() -> np.random.Generator:
@@ -198,7 +198,7 @@ def test_the_best_guess_is_the_rule_of_bayes_over_all_functions(name, taught):
                 sums[sign] += prior * fits * shown * (told == sign)
         with np.errstate(divide="ignore"):
             expected = np.log(sums[1] / sums[-1]).clip(-1e3, 1e3)
-        expected[np.abs(expected) < learners.LEAST_ODDS] = -learners.LEAST_ODDS  # a guess where nothing tells
+        expected[np.abs(expected) < learners.LEAST_ODDS] = -learners.LEAST_ODDS  # without evidence a guess
         close(odds, torch.from_numpy(expected))
 
 
@@ -309,7 +309,7 @@ def test_the_best_guess_is_refused_where_it_would_take_too_long():
     refused(lambda: learners.best_guess(CLASSES["dnf"], 4), "of one clause")
 
 
-@pytest.mark.parametrize("name", [name for name in OF_CLAUSES if name != "monotone_conjunction"])  # fails there
+@pytest.mark.parametrize("name", [name for name in OF_CLAUSES if name != "monotone_conjunction"])  # it fails there
 def test_labels_and_teaching_sequences_equal_those_of_the_public_code(name):
     recorded = load("in_context_functions_official")
     weights, x, y = (recorded[f"{name}_{part}"].long().numpy() for part in ("w", "x", "y"))
@@ -332,7 +332,7 @@ def test_nearest_neighbours_and_learners_equal_those_of_the_public_code():
     for name, learner in told.items():
         assert torch.equal(learner(x, y), recorded[f"learners_{name}"]), name
     close(learners.averaging(x, y), recorded["learners_averaging"], 1e-6)
-    # that code breaks ties between cosines by their rounding: compared where one is nearest
+    # the public code breaks ties between cosines by rounding: compare where the nearest is unique
     similar = torch.where(torch.ones(16, 16).tril(-1) > 0, x @ x.mT, -torch.inf)
     single = (similar == similar.max(-1, keepdim=True).values).sum(-1) == 1
     assert single.sum() > 20

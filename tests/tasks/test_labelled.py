@@ -11,7 +11,7 @@ from regard.tasks import check_task, create_task
 
 
 def letters(counts, length=8):
-    """Rows of a text and a class."""
+    """Rows with a text and a class."""
     rows = [(name, n, i) for n, (name, count) in enumerate(counts.items()) for i in range(count)]
     return [(f"{name} {i} {words(length, 100 * n + i)} é", name) for name, n, i in rows]
 
@@ -41,7 +41,7 @@ def seen(task, batch):
 
 
 def passages(task, batch):
-    """The two texts of each item, and its class."""
+    """The two texts of each item and its class."""
     for tokens, valid, label in zip(batch.inputs.tolist(), batch.valid, batch.targets.tolist(), strict=True):
         cut = tokens.index(256)
         one, other = tokens[:cut], tokens[cut + 1 : int(valid.sum())]

@@ -1,4 +1,4 @@
-"""Long tasks: samples of the length that was asked for, gold answers with the full score, readers that solve them."""
+"""Long-context tasks: samples of the requested length, gold answers with the full score, readers that solve them."""
 
 from __future__ import annotations
 

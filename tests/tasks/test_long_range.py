@@ -1,4 +1,4 @@
-"""The five long-range tasks: each is the task that it says, as a sequence, and can be told apart and made again."""
+"""The five long-range tasks: each is the task that it claims to be, as a sequence, solvable and reproducible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and volumes that are varied together with their masks."""
+"""Augmentation of images and volumes together with their masks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_light_moves_each_point_with_its_class(sides):
 
 @pytest.mark.parametrize("sides", SIDES)
 def test_turning_and_scaling_keep_right_angles_and_take_classes_along(sides, monkeypatch):
-    """Ramps along the axes of a map that is not square: their slopes stay at right angles and of one length."""
+    """Ramps along the axes of a non-square map keep slopes of equal length at right angles."""
     monkeypatch.setattr(augmentation, "OFTEN", 0.0)
     points = np.stack(np.meshgrid(*map(np.arange, sides), indexing="ij"), -1).astype(float)
     labels = 3 * np.arange(sides[0]).reshape(-1, *[1] * (len(sides) - 1)) + np.zeros(sides, np.int64)
@@ -90,7 +90,7 @@ def test_training_batches_are_varied_by_step_and_seed_alone_and_held_out_items_a
 
 
 def test_crops_of_volumes_are_varied_with_their_masks(tmp_path):
-    """Where a voxel's number tells its class, it still does."""
+    """If a voxel's value determines its class, it still does after augmentation."""
     for i in range(4):
         mask = random().integers(0, 3, (12, 10, 9)).astype(np.uint8)
         save_scan(tmp_path / "masks" / f"{i}.nii.gz", mask)

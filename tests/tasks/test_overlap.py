@@ -1,4 +1,4 @@
-"""What share of held-out text the training text has: equal to counting every string."""
+"""The share of held-out text that also occurs in training text equals that found by counting every string."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_share_is_that_of_counting_every_string(monkeypatch, block):
     training = [letters(generator, n) for n in (0, 300, 49, 51, 700)]
     held_out = [
         training[1][20:150] + letters(generator, 90),
-        training[1][-30:] + training[2] + training[3][:30],  # over the borders of training texts, laid end to end
+        training[1][-30:] + training[2] + training[3][:30],  # crosses borders of training texts, which are concatenated
         b"a" * 60 + training[4][:60] + b"a" * 60,
         letters(generator, 49),
         training[4][650:] + b"\n",

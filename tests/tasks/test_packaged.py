@@ -66,7 +66,7 @@ def test_verses_are_paired_by_their_true_numbers(packages):
     basic_english = {
         1001001: "verse one",
         1001002: "verse two",
-        1001003: "\\2:1\\chapter two",  # one off by its key, as in the package
+        1001003: "\\2:1\\chapter two",  # its key is off by one, as in the package
         1002001: "\\2:2\\chapter two, second\\",
         1003001: "three one",
         1003002: "three two",

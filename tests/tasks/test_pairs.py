@@ -115,7 +115,7 @@ def test_generated_text_is_scored_up_to_its_end(summarize):
     never_ends = answers.masked_fill(answers == end, ord("q"))
     assert (task.score_generated(never_ends, batch)[0] < 100).all()
     assert task.score_generated(torch.full_like(answers, end), batch)[0].tolist() == [0.0] * 4
-    shifted = torch.cat([batch.inputs[:, :1], answers[:, :-1]], dim=1)  # with the start token in front
+    shifted = torch.cat([batch.inputs[:, :1], answers[:, :-1]], dim=1)  # begins with the start token
     assert task.score_generated(shifted, batch)[0].tolist() == [100.0] * 4
 
 

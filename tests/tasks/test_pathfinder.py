@@ -17,7 +17,7 @@ def small():
 
 
 def parts(picture):
-    """Sets of pixels that steps of at most `LINK` join: a flood fill, pixel by pixel."""
+    """Sets of pixels connected by steps of at most `LINK`: a flood fill, pixel by pixel."""
     left = set(zip(*map(list, np.nonzero(picture != EMPTY)), strict=True))
     found = []
     while left:
@@ -50,7 +50,7 @@ def test_labels_equal_a_flood_fill_and_the_curves_are_as_many_as_asked_for(small
 
 
 def test_dots_are_the_ends_of_their_curves(small):
-    """What lies within three pixels of a dot lies on one side of it, but where a curve comes back to its end."""
+    """Pixels within three of a dot are all on one side of it, unless a curve returns to its own end."""
     one_sided = []
     for picture in pictures(small.training_batch(1, 1, 48), 32):
         for dot in np.argwhere(picture == DOT):
@@ -81,13 +81,13 @@ def test_a_batch_does_not_depend_on_what_was_drawn_before_it_or_on_how_items_are
     fresh = create_task("pathfinder", evaluation_items=64)
     block = small.block
     last = small.training_batch(block // 4 - 1, 3, 4), small.training_batch(block // 4, 3, 4)
-    across = fresh.training_batch(1, 3, block - 2)  # begins two items before the border of a block
+    across = fresh.training_batch(1, 3, block - 2)  # starts two items before a block's end
     assert torch.equal(across.inputs[:6], torch.cat([last[0].inputs[2:], last[1].inputs]))
     assert not set(items([across])) & set(items(small.evaluation_batches(64)))
 
 
 def test_training_leaves_out_the_held_out_pictures(monkeypatch):
-    """A generator that draws the same few pictures over and over."""
+    """The generator is replaced by one that draws the same few pictures again and again."""
     task = create_task("pathfinder", size=16, distractors=0, evaluation_items=4)
     few, labels = task.draw(np.random.default_rng(0), 200)
     few, labels = few[:40], labels[:40]

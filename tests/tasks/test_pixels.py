@@ -1,4 +1,4 @@
-"""Images as sequences of pixels: the tokens are the image, bits are counted per token, the rule is a fitted histogram."""
+"""Images as sequences of pixels: the tokens are the image, scores are bits per token, the rule is a fitted histogram."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_model_that_finds_all_values_alike_spends_the_bits_of_the_alphabet(pal
 
 
 def test_the_rule_is_the_histogram_of_its_neighbourhood(digits):
-    """Counted by hand, pixel by pixel."""
+    """The histogram is counted pixel by pixel."""
 
     def shade(image, y, x):
         return -1 if y < 0 or x < 0 else int(image[y, x]) * 16 // 256

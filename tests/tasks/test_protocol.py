@@ -46,7 +46,7 @@ def batch_of(targets):
 
 @pytest.fixture
 def words():
-    """Logits of 7 classes, and targets of which the first item has one."""
+    """Logits of 7 classes, and targets, of which the first item has only one."""
     targets = torch.randint(7, (3, 5))
     targets[0, 1:] = IGNORED
     return torch.randn(3, 5, 7, dtype=torch.float64), batch_of(targets)

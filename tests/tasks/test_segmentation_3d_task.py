@@ -1,4 +1,4 @@
-"""Segmentation of volumes: windows, crops, drawn scenes, folders of NIfTI files and heads, and words for what is wrong."""
+"""Segmentation of volumes: windows, crops, synthetic scenes, folders of NIfTI files and heads, and error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def task(data, **options):
 
 
 def whole(task, tokens):
-    """Volumes of a training batch."""
+    """The volumes of a training batch."""
     return joined(tokens, task.grid, task.patch)[:, 0].numpy()
 
 
@@ -42,7 +42,7 @@ def test_windows_cover_an_axis_evenly_and_overlap():
 
 
 def test_a_volume_is_the_weighted_mean_of_its_windows():
-    """Voxel by voxel, of a model that sees all of its window; of one that sees voxels alone it is the model's output."""
+    """Computed voxel by voxel for a model that sees its whole window; for one that sees single voxels it is its output."""
     grid, window, patch = (3, 2, 4), (2, 2, 2), 2
     inputs = torch.randn(2, 24, 8, dtype=torch.float64)
 
@@ -88,7 +88,7 @@ def test_scenes_have_the_masks_they_were_drawn_with(data):
 
 
 class BySign(nn.Module):
-    """Class 1 where a voxel is above 0, by the inputs of a window of the task alone."""
+    """Predicts class 1 for voxels above 0, and accepts only inputs of the task's window."""
 
     def __init__(self, length):
         super().__init__()
@@ -100,7 +100,7 @@ class BySign(nn.Module):
 
 
 def test_whole_volumes_are_scored_once_each_whatever_their_sides(tmp_path):
-    """Of sides that are no multiples of a token; what fills them up counts nowhere."""
+    """Sides are not multiples of a token, and the padding counts nowhere."""
     one = task(scans(tmp_path, sides=[(8, 9, 11), (13, 8, 10), (12, 12, 9), (10, 10, 10)], count=12), held_out=0.5)
     batches = list(one.evaluation_batches(64))
     assert [batch.size for batch in batches] == [1] * 6
@@ -114,7 +114,7 @@ def test_whole_volumes_are_scored_once_each_whatever_their_sides(tmp_path):
 
 
 def test_crops_are_parts_of_volumes_and_every_third_is_around_a_class(tmp_path):
-    """In volumes with a single voxel of a class, which few crops would have by chance."""
+    """Volumes have a single voxel of the class, which few crops would contain by chance."""
     for i in range(4):
         voxels, mask = np.random.default_rng().normal(size=(40, 30, 50)), np.zeros((40, 30, 50), np.uint8)
         mask[tuple(np.random.default_rng().integers(0, mask.shape))] = 7
@@ -135,7 +135,7 @@ def test_crops_are_parts_of_volumes_and_every_third_is_around_a_class(tmp_path):
 
 
 def test_axes_are_turned_to_one_order_and_spacings_to_one(tmp_path):
-    """The same head stored in two ways is the same input."""
+    """A head stored in two ways gives the same input."""
     sides = (9, 12, 10)
     voxels, mask = np.random.default_rng(1).normal(size=sides), np.random.default_rng(2).integers(0, 3, sides)
     affine = np.diag([2.0, 3.0, 4.0, 1.0])
@@ -174,7 +174,7 @@ def test_a_folder_is_listed_and_split_by_volume(tmp_path):
 
 
 def broken(folder, name):
-    """A folder with something wrong in it."""
+    """Damage a folder in the way called `name`."""
     image, mask = folder / "images" / "1.nii.gz", folder / "masks" / "1.nii.gz"
     sides = (10, 10, 10)
     if name == "missing":
@@ -310,7 +310,7 @@ def test_options_that_mean_nothing_are_refused(tmp_path):
 
 
 def test_blocks_of_a_head_are_held_out_across_its_whole_width(monkeypatch):
-    """A head's halves are alike: no cut goes between them, and no block is near to another."""
+    """A head's halves look alike, so no cut separates them, and no two blocks are near each other."""
     sides = (16, 36, 44)
     places, classes = np.arange(np.prod(sides)).reshape(sides), np.ones(sides, np.int64)
     made = places, classes, ("background", "head"), "a head"

@@ -1,4 +1,4 @@
-"""Segmentation: scores and loss by their definitions, drawn scenes, folders of masks and heads, and words for what is wrong."""
+"""Segmentation: scores and loss by their definitions, synthetic scenes, folders of masks and heads, and error messages."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def save(path, pixels, mode=None):
 @pytest.mark.parametrize("measure", ["dice", "iou"])
 @pytest.mark.parametrize("background", [0, None])
 def test_overlap_is_the_mean_over_the_classes_of_truth_or_prediction(measure, background):
-    """Against sets of pixels, one by one, ignored pixels in neither."""
+    """Compared with explicit sets of pixels, which leave out ignored pixels."""
     predicted, targets = torch.randint(4, (20, 12)), torch.randint(4, (20, 12))
     targets[torch.rand(20, 12) < 0.3] = IGNORED
-    predicted[0], targets[0] = 0, 0  # nothing there and nothing found
+    predicted[0], targets[0] = 0, 0  # neither present nor predicted
     found = overlap_by_image(predicted, targets, 6, background, measure)
     for row, value in enumerate(found.tolist()):
         sets = [
@@ -98,7 +98,7 @@ def test_scenes_have_the_masks_they_were_drawn_with(data):
 
 
 def test_the_pixels_of_a_patch_lie_in_inputs_targets_and_baseline_alike(tmp_path):
-    """An image that is its own mask is its own mask again, patch by patch; the baseline is the commonest class of a place."""
+    """An image equal to its mask stays so patch by patch; the baseline is each place's most frequent class."""
     for i in range(8):
         mask = np.random.default_rng().integers(0, 3, (16, 16), np.uint8)
         mask[:, 0] = 2
@@ -140,7 +140,7 @@ def test_a_folder_is_listed_counted_and_split_by_image(tmp_path):
 def test_names_palettes_ignored_pixels_and_the_background_are_what_a_folder_says(tmp_path):
     folder = masked(tmp_path, values=(1, 4, 255), palette=True)
     one = task(folder)
-    assert one.reader.values == (1, 4) and one.reader.background is None  # 255 is ignored, and 0 is no class
+    assert one.reader.values == (1, 4) and one.reader.background is None  # 255 is ignored, 0 is not a class
     assert one.reader.colours == ((1, 101, 201), (4, 104, 204))
     assert "ignored: " in one.describe()
     assert (torch.cat([b.targets for b in one.evaluation_batches(4)]) == IGNORED).any()
@@ -150,7 +150,7 @@ def test_names_palettes_ignored_pixels_and_the_background_are_what_a_folder_says
     named = task(folder)
     assert named.reader.classes == ("left lung", "heart", "spleen") and named.num_classes == 3
     two = masked(tmp_path / "two", values=(0, 255))
-    assert task(two).reader.values == (0, 255)  # of two values none is ignored
+    assert task(two).reader.values == (0, 255)  # with two values none is ignored
 
 
 def test_the_largest_classes_alone(tmp_path):
@@ -173,7 +173,7 @@ def test_repeated_images_count_once(tmp_path):
 
 
 def broken(folder, name):
-    """A folder with something wrong in it."""
+    """Damage a folder in the way called `name`."""
     image, mask = folder / "images" / "1.png", folder / "masks" / "1.png"
     if name == "no masks":
         for path in (folder / "masks").iterdir():
@@ -286,7 +286,7 @@ def test_slabs_of_held_out_slices_touch_no_training_slice():
 
 @pytest.fixture
 def head(tmp_path):
-    """A made-up head in the files of Colin27: nested boxes of bright and dark, the inner one a region of two halves."""
+    """A synthetic head in Colin27's file format: nested bright and dark boxes, the inner one a region with two halves."""
     nibabel = pytest.importorskip("nibabel", reason="writes and reads volumes")
     labels = np.zeros((20, 24, 60), np.uint8)
     labels[4:10, 6:18, 4:56], labels[10:16, 6:18, 4:56] = 1, 2

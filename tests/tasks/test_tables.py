@@ -1,4 +1,4 @@
-"""Tables: every form reads the same, and what is wrong is named with its line."""
+"""Tables: every format reads the same, and errors name the line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text: splits, windows, tokenizers, and words for whatever is wrong with a user's files."""
+"""Text: splits, windows, tokenizers, and messages for whatever is wrong with a user's files."""
 
 from __future__ import annotations
 

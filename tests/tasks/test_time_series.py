@@ -1,4 +1,4 @@
-"""Series with classes: files of the archives, splits, missing values, and the nearest mean series."""
+"""Labelled series: files of the archives, splits, missing values, and the nearest-mean baseline."""
 
 from __future__ import annotations
 

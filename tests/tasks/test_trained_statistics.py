@@ -1,4 +1,4 @@
-"""New data are read with the statistics of the training, which are in the folder of the model."""
+"""New data are normalised with the training statistics, which are stored in the model's folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def trained(folder, name, **options):
 
 
 def of(name, folder):
-    """Data of a task, and other data with the same classes."""
+    """Options with a task's data, and the path of other data with the same classes."""
     if name == "images":
         for i in range(6):
             photo(folder / "b" / ("cat", "dog", "newt")[i % 3] / f"{i}.png", 90 + i)

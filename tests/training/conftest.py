@@ -15,11 +15,11 @@ def task(request):
 
 @pytest.fixture(params=[Repeat, LastToken, Reverse, Continue])
 def any_task(request):
-    """Those of models that read a memory, too."""
+    """Each task in turn, including those of models that read a memory."""
     return check_task(request.param())
 
 
 @pytest.fixture
 def build(task):
-    """Builds a small model for the task."""
+    """A function that builds a small model for the task."""
     return partial(build_model, task)

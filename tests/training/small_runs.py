@@ -1,4 +1,4 @@
-"""Four small tasks, a model for each, and runs that are interrupted and resumed."""
+"""Four small tasks, a model for each, and helpers for runs that are interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regard.training import train
 
 
 class Small(Task):
-    """Forty items to evaluate on."""
+    """A task with forty items to evaluate on."""
 
     def evaluation_batches(self, batch_size):
         whole = self.training_batch(0, 99, 40)
@@ -21,7 +21,7 @@ class Small(Task):
 
 
 class LastToken(Small):
-    """Which token came last? Padded; the answer is copied from the last valid place."""
+    """Which token came last? Inputs are padded; the answer is the token at the last valid place."""
 
     name, pattern, objective = "last token", Pattern.NONCAUSAL_SELF, "classification"
     length, vocab_size, num_classes = 6, 5, 5
@@ -35,7 +35,7 @@ class LastToken(Small):
 
 
 class Repeat(Small):
-    """The token of two places before, at each place."""
+    """Predict at each place the token from two places before."""
 
     name, pattern, objective = "repeat", Pattern.CAUSAL_SELF, "next-token"
     length, vocab_size = 8, 5
@@ -47,7 +47,7 @@ class Repeat(Small):
 
 
 class Reverse(Small):
-    """The tokens of the memory, last one first, and a 1; a 0 starts them."""
+    """Write the memory's tokens in reverse order, starting from a 0 and followed by a 1."""
 
     name, pattern, objective = "reverse", Pattern.CAUSAL_CROSS, "next-token"
     length, memory_length, vocab_size, memory_vocab_size = 6, 5, 8, 8
@@ -70,7 +70,7 @@ class Reverse(Small):
 
 
 class Continue(Small):
-    """The next points of a wave, whose past is sometimes short."""
+    """Forecast the next points of a wave, whose past is sometimes short."""
 
     name, pattern, objective = "continue", Pattern.NONCAUSAL_CROSS, "regression"
     length, memory_length, features, memory_features, num_targets = 4, 12, 1, 2, 1
@@ -91,7 +91,7 @@ class Continue(Small):
 
 
 def build_model(task):
-    """The same small model of a task each time, with dropout."""
+    """Build a small model with dropout for a task, the same each time."""
     torch.manual_seed(7)
     plan = ["linear"] if task.memory_length else ["softmax", "linear"]
     sizes = {"dim": 16, "num_heads": 2, "num_layers": len(plan), "dropout": 0.1}
@@ -103,14 +103,14 @@ def weights(model):
 
 
 def assert_same(first, second):
-    """Two models, or their weights, are the same to the last bit."""
+    """Assert that two models, or their weights, are the same to the last bit."""
     first, second = (x if isinstance(x, dict) else x.state_dict() for x in (first, second))
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def train_until(stop_after, model, task, config, path):
-    """A run that is interrupted after so many steps."""
+    """Run training that is interrupted after `stop_after` steps."""
 
     def interrupt(point):
         if point.step + 1 == stop_after:
@@ -121,13 +121,13 @@ def train_until(stop_after, model, task, config, path):
 
 
 def train_on(model, task, config, path):
-    """The history of a run from its checkpoint, and the steps that it takes."""
+    """Resume a run from its checkpoint; returns its history and the steps taken."""
     steps = []
     return train(model, task, config, on_step=lambda point: steps.append(point.step), checkpoint=path), steps
 
 
 def record_gradient_norms(monkeypatch):
-    """A list to which every step of an optimizer adds the norm of all gradients that it is given."""
+    """A list to which every optimizer step appends the norm of all gradients."""
     norms, step = [], torch.optim.AdamW.step
 
     def look(optimizer, *args):

@@ -1,4 +1,4 @@
-"""The running mean of the weights: what it is, and that a run that was stopped goes on with it."""
+"""The running mean of the weights: its definition, and its resumption after a run was stopped."""
 
 from __future__ import annotations
 

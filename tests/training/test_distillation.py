@@ -1,4 +1,4 @@
-"""Distillation: what is copied, what learns how fast, and what the loss is made of."""
+"""Distillation: copied weights, learning rates of the parts, and the parts of the loss."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_new_parameters_learn_faster():
 
 
 def begun(**options):
-    """A teacher, a student that has begun as it, and tokens."""
+    """A teacher, a student initialised from it, and tokens."""
     teacher, own = model(), student(**options)
     begin_as(own, teacher)
     return teacher, own, ids()
@@ -121,7 +121,7 @@ def test_padding_has_no_part_in_it():
 
 
 class TestTransformers:
-    """Students that are swapped models of transformers."""
+    """Students that are swapped transformers models."""
 
     @pytest.fixture(autouse=True)
     def library(self):

@@ -1,4 +1,4 @@
-"""Attention that is left out, as a lower bound."""
+"""Skipped attention, as a lower bound."""
 
 import pytest
 import torch

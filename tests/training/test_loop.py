@@ -30,7 +30,7 @@ CONFIG = TrainConfig(steps=12, batch_size=4, learning_rate=3e-3, checkpoint_ever
 
 @pytest.fixture
 def undisturbed(task, build):
-    """A model that was trained in one go."""
+    """A model trained without interruption."""
     model = build()
     train(model, task, CONFIG)
     return model
@@ -85,7 +85,7 @@ def test_a_run_interrupted_at_any_step_resumes_to_the_undisturbed_one(any_task, 
 
 def test_a_resumed_run_goes_on_with_the_routes_of_linear_layers_that_it_began_with(task, build, tmp_path, monkeypatch):
     product = (torch.get_num_threads(), 7, 11, 10, "rows", "rows", False)
-    for stop_after, known in ((3, {product: "torch"}), (4, {})):  # in two processes
+    for stop_after, known in ((3, {product: "torch"}), (4, {})):  # as in two processes
         monkeypatch.setattr(linear, "CHOICES", Choices(known=known))
         train_until(stop_after, build(), task, CONFIG, tmp_path / "run")
     assert linear.CHOICES.known[product] == "torch"

@@ -65,7 +65,7 @@ def test_what_the_backward_pass_needs_counts_until_it_has_run():
     def chain(depth):
         y = x
         for _ in range(depth):
-            y = y.exp()  # keeps its output
+            y = y.exp()  # saves its output
         y.sum().backward()
         x.grad = None
         return depth
@@ -76,7 +76,7 @@ def test_what_the_backward_pass_needs_counts_until_it_has_run():
 
 
 def test_freed_memory_is_kept_where_the_c_library_is_the_gnu_one():
-    """In a process of its own, since the setting is the whole process's."""
+    """Runs in its own process, since the setting affects the whole process."""
     code = (
         "import resource, torch\n"
         "from regard.training import keep_freed_memory\n"
@@ -90,4 +90,4 @@ def test_freed_memory_is_kept_where_the_c_library_is_the_gnu_one():
     kept, faults = done.stdout.split()
     assert kept == str(platform.libc_ver()[0] == "glibc")
     if kept == "True":
-        assert int(faults) < 1000  # five tensors of 4,096 pages
+        assert int(faults) < 1000  # for five tensors of 4,096 pages

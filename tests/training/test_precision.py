@@ -1,4 +1,4 @@
-"""Training in float16: small gradients survive, overflows are skipped and told, and resumed runs equal whole ones."""
+"""Training in float16: small gradients survive, overflows are skipped and reported, resumed runs equal whole ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST_SCALE = 2.0**16
 
 
 class WithGradients(torch.nn.Module):
-    """A model whose output's gradient is multiplied by a factor, at some steps or at all."""
+    """A model whose output gradient is multiplied by a factor, at some steps or at all steps."""
 
     def __init__(self, inner, factor, steps=None):
         super().__init__()
@@ -61,7 +61,7 @@ def test_a_run_interrupted_between_overflows_resumes_to_the_undisturbed_one(task
 
 
 def test_gradients_that_float16_alone_would_lose_reach_the_weights(task, build):
-    """They are of the size of 1e-9, below half of the smallest number of float16."""
+    """They are around 1e-9, less than half of the smallest float16 number."""
     norms = {}
     for precision in ("float32", "float16"):
         model = WithGradients(build(), 1e-6)
@@ -100,7 +100,7 @@ def model_of(name):
 
 @pytest.mark.parametrize("name", list_mechanisms())
 def test_losses_and_gradients_of_every_mechanism_are_those_of_float32(name):
-    """At a learning rate that hardly moves the weights, so that a skipped step changes nothing for the others."""
+    """The learning rate hardly moves the weights, so that a skipped step does not affect the others."""
     curves = {}
     for precision in ("float32", "float16"):
         torch.manual_seed(0)

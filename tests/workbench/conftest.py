@@ -1,4 +1,4 @@
-"""What tests of the workbench share: measurements of their own."""
+"""A fixture shared by the workbench's tests: a separate cache for measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixing matrices: what is drawn is what the mechanism does, and what is told of it is true."""
+"""Mixing matrices: the drawn matrix is what the mechanism computes, and the statements about it are true."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_outputs_are_the_matrix_times_the_values(name):
     found = mixing_of(name)
     subject = Subject(get_mechanism(name), Pattern.CAUSAL_SELF)
     inputs = _inputs(subject, 0)
-    if name == "gated_linear":  # with a decay of each value each feature has a matrix of its own
+    if name == "gated_linear":  # with a decay for each value feature, each feature has its own matrix
         close(subject.run(inputs).output[0, 0, :, 0], found.weights @ inputs["v"][0, 0, :, 0])
         return
     close(subject.run(inputs).output[0, 0], found.weights @ inputs["v"][0, 0])
@@ -74,7 +74,7 @@ def test_outputs_for_the_inputs_own_values_are_the_matrix_times_one_feature_of_t
     subject = Subject(get_mechanism(name), found.pattern, found.options)
     inputs, values = _inputs(subject, 0), _values(subject.card)
     one = inputs[values].flatten(0, -3)[0].clone()
-    one[:, 1:] = 0  # features may be mixed, or have matrices of their own
+    one[:, 1:] = 0  # features may be mixed, or have their own matrices
     close(_outputs(subject, inputs, values, one[None])[0, :, 0], found.weights @ one[:, 0], 1e-10)
 
 

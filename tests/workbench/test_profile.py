@@ -1,4 +1,4 @@
-"""Profiles of functions: how their growth with the length is fitted."""
+"""Profiles of functions: the fit of their growth with length."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ AS_CALLED = {
     "mlp_mixer": {"length": 32},
     "ninformer": {"length": 32},
 }
-"""Options under which a layer's inner width, or its length, is that of the call, as a function's is."""
+"""Options with which a layer's inner width or length equals that of the call, as for functions."""
 
 SMALL = ProfileSettings(("linear", "softmax"), lengths=(64, 128, 256), heads=2, head_dim=8, seconds=0.01)
 
@@ -84,7 +84,7 @@ def test_only_training_is_profiled_in_training_mode(layer, monkeypatch):
 
 
 def test_a_wrapper_is_profiled_with_what_it_wraps_or_not_at_all():
-    """Its function alone, gates of heads for example, does not attend, and would seem a hundred times faster."""
+    """A wrapper's function alone, such as the gates of heads, does not attend and would seem a hundred times faster."""
     short = dataclasses.replace(SMALL, mechanisms=("mixture_of_heads",), lengths=(16,), what=("forward",))
     with pytest.raises(Unsupported, match="try --layer"):
         profile(short)

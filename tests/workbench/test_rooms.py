@@ -1,4 +1,4 @@
-"""A task with an objective, a model and a runner of its own: compared, trained and loaded again with no change elsewhere."""
+"""A task with its own objective, model and runner is compared, trained and loaded again without changes elsewhere."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class OrdererConfig(EncoderConfig):
 
 
 class Orderer(Encoder):
-    """One number an item; items in the batch are to be ordered by it."""
+    """One number for each item, by which the items of a batch are to be ordered."""
 
 
 def ordering_loss(output, batch):
-    """Logistic loss of an item and the next, by which is larger."""
+    """Logistic loss on which of two consecutive items is larger."""
     mine, other = output[:, 0], output[:, 0].roll(1)
     sign = torch.sign(batch.targets - batch.targets.roll(1)).to(output.dtype)
     return torch.nn.functional.softplus(-sign * (mine - other)), torch.ones_like(mine)
 
 
 class Climber:
-    """Hill climbing: a random change of the weights stays where the batch's loss falls."""
+    """Hill climbing: a random change of the weights is kept unless the batch's loss rises."""
 
     evaluate = staticmethod(evaluate)
 
@@ -78,7 +78,7 @@ class Climber:
 
 
 class Ones(Task):
-    """Order rows by how many ones they have."""
+    """Order rows by their number of ones."""
 
     name, pattern, objective = "ones", Pattern.NONCAUSAL_SELF, "ordering"
     length, vocab_size, runner = 12, 2, Climber()
@@ -124,7 +124,7 @@ def settings(*names: str) -> CompareSettings:
 
 
 def test_mechanisms_are_compared_on_it(rooms, tmp_path, monkeypatch):
-    monkeypatch.setattr("regard.training.loop.train", None)  # nobody takes gradient steps
+    monkeypatch.setattr("regard.training.loop.train", None)  # no gradient steps are taken
     task = check_task(Ones())
     assert models_for(task) == ["Orderer"]
     outcome = compare([task], settings("softmax", "linear"), tmp_path)

@@ -12,7 +12,7 @@ from regard.workbench.verification.verify import PROGRAMS, PROPERTIES, Cell, Pla
 
 
 def verified(**chosen):
-    """Failures of the plugin called mine, which is forgotten again."""
+    """Failures of the plugin called mine, which is unregistered afterwards."""
     try:
         cells = verify(["mine"], **chosen)
     finally:

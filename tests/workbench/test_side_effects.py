@@ -1,4 +1,4 @@
-"""Side effects: repetition, facts that are lost among others, and answers that are made up."""
+"""Side effects: repetition, facts lost among others, and invented answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regard.workbench.sparse.readers import OfRegard
 
 
 class Scripted:
-    """A reader of letters whose replies are a function of the prompt."""
+    """A character-level reader whose replies are a function of the prompt."""
 
     name, longest, stops = "scripted", None, frozenset[int]()
 
@@ -43,12 +43,12 @@ class Scripted:
 
 
 def read(prompt: str) -> tuple[list[tuple[str, str]], str]:
-    """The facts of a prompt, and the key that is asked for."""
+    """The facts in a prompt, and the requested key."""
     return re.findall(r"The value for (\w+) is (\d+) \.", prompt), re.findall(r"value for (\w+) \?", prompt)[-1]
 
 
 def solving(facts_read: int):
-    """Knows the last so many facts of a context, and says 4321 where it does not know."""
+    """A reader that knows the last `facts_read` facts of a context, and answers 4321 otherwise."""
 
     def answer(prompt: str) -> str:
         facts, key = read(prompt)
@@ -122,7 +122,7 @@ def test_a_model_is_asked_as_it_is_now():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert probes.ask(reader, 0).repeated == pytest.approx(1 - 1 / 61)  # always the first token
+    assert probes.ask(reader, 0).repeated == pytest.approx(1 - 1 / 61)  # always token 0
 
 
 def test_lengths_that_hold_no_context_are_refused():

@@ -1,4 +1,4 @@
-"""Tests of the native kernels run where the library is built, in memory that is full of NaN."""
+"""Tests of the native kernels run only if the library is built, in memory filled with NaN."""
 
 import pytest
 import torch
@@ -18,9 +18,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """Results and workspaces are NaN until they are written; the number of threads is afterwards what it was."""
+    """Fill results and workspaces with NaN until they are written, and restore the number of threads afterwards."""
     before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     with library.poisoned_workspaces():
         yield
     torch.set_num_threads(threads)
@@ -29,13 +29,13 @@ def _poisoned():
 
 @pytest.fixture
 def _any_memory():
-    """For programs, and for comparisons of memory that nobody writes."""
+    """Allow arbitrary memory, for compiled programs and comparisons that include unwritten memory."""
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=SETS)
 def instruction_set(request):
-    """Each that works here, in the whole process."""
+    """Each instruction set of this machine in turn, set for the whole process."""
     with library.using_instruction_set(request.param):
         yield request.param
 

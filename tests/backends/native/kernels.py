@@ -1,4 +1,4 @@
-"""Native kernels as their tests see them: tensors by name in, results and gradients by name out, on both forms of an engine."""
+"""A uniform view of native kernels for tests: named tensors in, named results and gradients out, in both forms of an engine."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ SETS = library.instruction_sets() if library.why_missing() is None else []
 def differentiated(
     call: Callable[..., Tensors], inputs: Tensors, weights: Tensors, dtype: Any = None, by: tuple[str, ...] = ()
 ) -> Tensors:
-    """Results of a call and the gradients of their sum weighted by `weights`, all computed in `dtype` where it is given.
+    """Results of a call and the gradients of their sum weighted by `weights`, computed in `dtype` if it is given.
 
-    Gradients are those `by` some inputs, or all that are no integers.
+    Gradients are taken with respect to the inputs `by`, or to all floating-point inputs.
 
-    Weights that are missing are drawn, and left in `weights` for the next call.
+    Missing weights are drawn, and stored in `weights` for the next call.
     """
     leaves = dict(inputs)
     for name, x in inputs.items():
@@ -69,20 +69,20 @@ def differentiated(
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, what it should compute, and how exactly.
+    """A kernel, its expected results, and the required accuracy.
 
     Attributes:
-        call: results by name, of a form of the engine, tensors by name and options.
+        call: returns named results, given a form of the engine, named tensors and options.
         native: the form that runs the kernel.
-        plain: the form in torch, which is right in float64.
-        float32: largest error, of the largest number.
-        bfloat16: the same of what is rounded to bfloat16.
-        least: numbers, by name or for all (``*``), below which errors are not relative.
-        wide: results that are float32 whatever the inputs are.
-        sequences: inputs with an axis of tokens.
-        axis: which axis that is.
-        tile: tokens that are multiplied together, so that NaN may reach those before it.
-        alone: options with which the plain form multiplies no tokens together.
+        plain: the torch form, which is the reference in float64.
+        float32: largest error, relative to the largest value.
+        bfloat16: the same for results that are rounded to bfloat16.
+        least: values, by name or for all results (``*``), below which errors are absolute.
+        wide: results that are float32 whatever the inputs' dtype.
+        sequences: inputs with a token axis.
+        axis: the index of the token axis.
+        tile: number of tokens multiplied together, so that NaN may reach earlier tokens of the tile.
+        alone: options with which the plain form never multiplies tokens together.
     """
 
     call: Callable[..., Tensors]
@@ -101,18 +101,18 @@ class Kernel:
         return self.call(self.native, **inputs, **options)
 
     def gradients(self, inputs: Tensors, weights: Tensors | None = None, **options: Any) -> Tensors:
-        """Results and gradients of the kernel."""
+        """The kernel's results and gradients."""
         return differentiated(partial(self.call, self.native, **options), inputs, {} if weights is None else weights)
 
     def check(self, inputs: Tensors, only: tuple[str, ...] = (), **options: Any) -> None:
-        """Results and gradients, all or `only` some, are those of float64, in the right dtypes."""
+        """Assert that results and gradients, all or `only` some, are those of float64, in the right dtypes."""
         weights: Tensors = {}
         found = self.gradients(inputs, weights, **options)
         expected = differentiated(partial(self.call, self.plain, **options), inputs, weights, torch.float64)
         self.compare(inputs, found, expected, only)
 
     def check_every_set(self, inputs: Tensors, **options: Any) -> None:
-        """:meth:`check` with every instruction set that works here, against results in float64 that are computed once."""
+        """:meth:`check` with every instruction set of this machine, against float64 results that are computed once."""
         weights: Tensors = {}
         expected = None
         assert SETS
@@ -140,7 +140,7 @@ class Kernel:
             assert error <= most * size, f"{name}: {error:.1e} of {size:.1e}"
 
     def check_nan(self, inputs: Tensors, **options: Any) -> None:
-        """NaN at a token shows wherever it does by the definition, and in no other head and no tile before."""
+        """Assert that a token's NaN reaches everything that it does by the definition, and no other head or earlier tile."""
         token, clean = 70, self.run(inputs, **options)
         for name in self.sequences:
             if inputs.get(name) is None:
@@ -181,8 +181,8 @@ GATED = Kernel(
     _gated_recurrence, gated_recurrence.native_form, gated_recurrence.torch_form, wide=("last",),
     sequences=("q", "k", "v", "log_decay"), tile=16, alone={"chunk": 1},
 )  # fmt: skip
-# observed 1e-6, and 4e-6 for the gradient of a state that is nearly forgotten: what comes back to the first state is left
-# of gradients of size 1, which the rule may shrink to nothing; in bfloat16 3.6e-3
+# observed 1e-6, and 4e-6 for the gradient of a nearly forgotten state: it is what remains of gradients of size 1, which
+# the rule may shrink to almost nothing; in bfloat16 3.6e-3
 DELTA = replace(
     GATED, float32=5e-6, bfloat16=8e-3, least={"grad state": 1.0}, sequences=(*GATED.sequences, "beta"), tile=32
 )  # fmt: skip
@@ -193,7 +193,7 @@ def recurrent(
     n: int, batch: int = 2, heads: int = 4, width: int = 8, values: int = 6, decay: str = "vector",
     groups: int | None = None, delta: bool = False, dtype: torch.dtype = torch.float32,
 ) -> Tensors:  # fmt: skip
-    """Inputs of the recurrence: of the delta rule with unit keys, which its steps do not let grow."""
+    """Inputs of the recurrence; for the delta rule keys have unit length, so that its steps cannot grow."""
     q, k = torch.randn(2, batch, groups or heads, n, width) / width**0.25
     g = None
     if decay != "none":
@@ -205,7 +205,7 @@ def recurrent(
 
 
 def one_token(inputs: Tensors) -> Tensors:
-    """The first token of inputs of the recurrence, as its step takes it."""
+    """The first token of the recurrence's inputs, in the form that its step takes."""
     return {name: x if x is None or name == "state" else x[:, :, 0] for name, x in inputs.items()}
 
 
@@ -229,7 +229,7 @@ def linear(
     n: int, batch: int = 2, heads: int = 4, width: int = 8, values: int = 6, rule: linear_attention.Rule = ELU,
     groups: int | None = None, valid: list[int] | None = None,
 ) -> Tensors:  # fmt: skip
-    """The state is never negative, so that denominators do not vanish where `relu` kills features."""
+    """Inputs of linear attention; the state is never negative, so that denominators do not vanish with `relu` features."""
     q, k = torch.randn(2, batch, groups or heads, n, width)
     state = torch.rand(batch, heads, width, values + (rule.eps is not None))
     found = {"q": q, "k": k, "v": torch.randn(batch, heads, n, values), "state": state}
@@ -258,7 +258,7 @@ def selective(
     n: int, batch: int = 2, channels: int = 6, groups: int = 2, states: int = 5, dtype: torch.dtype = torch.float32,
     read: bool = True, surrounded: bool = True, lengths: list[int] | None = None,
 ) -> Tensors:  # fmt: skip
-    """`surrounded`: with skip, dt_bias, z and a state."""
+    """Inputs of the selective scan; `surrounded` adds skip, dt_bias, z and a state."""
     x, dt, z = (torch.randn(batch, n, channels).to(dtype) for _ in range(3))
     b, c = (torch.randn(batch, n, groups, states).to(dtype) for _ in range(2))
     found: Tensors = {"x": x, "dt": dt, "a": -8 * torch.rand(channels, states), "b": b, "c": c if read else None}
@@ -287,7 +287,7 @@ def scanned(
     n: int, batch: int = 2, heads: int = 4, queries: int = 3, values: int = 6, decay: bool = False, mix: bool = False,
     dtype: torch.dtype = torch.float32, seen: bool = True,
 ) -> Tensors:  # fmt: skip
-    """`seen`: there were tokens before."""
+    """Inputs of the softmax scan; `seen` adds a carry of earlier tokens."""
     s, v = 3 * torch.randn(batch, heads, n, queries), torch.randn(batch, heads, n, values).to(dtype)
     carry = softmax_scan.empty_carry(s, v)
     if seen:
@@ -324,7 +324,7 @@ def flows(n: int, batch: int = 2, heads: int = 4, width: int = 8, valid: list[in
     return found | ({} if valid is None else {"valid": torch.tensor(valid)})
 
 
-# What lies around the products of a layer.
+# The parts of a layer around its matrix products.
 
 
 def _convolution(form, x, weight, bias=None, cache=None, lengths=None, silu=True, causal=True) -> Tensors:
@@ -391,7 +391,7 @@ def _grouped_attention(form, q, k, v, ranks, landmark, own, causal=True, scale=0
     return {"o": form.run(q, k, v, problem)[0]}
 
 
-# gradients: of a difference of what was rounded to bfloat16; see test_attention for the definition
+# gradients come from a difference of numbers rounded to bfloat16; see test_attention for the definition
 ATTENTION = Kernel(
     _attention,
     attention.native_form,
@@ -403,7 +403,7 @@ ATTENTION = Kernel(
 )
 PAGED = Kernel(_paged, paged, None)
 QUEST = Kernel(_quest, quest_attention.native_form, quest_attention.torch_form, least={"*": 1.0})
-# gradients in bfloat16 are of a difference of what was rounded: 8.6e-3 in one of 31 draws, with every instruction set alike
+# bfloat16 gradients come from a difference of rounded numbers: 8.6e-3 in one of 31 draws, with every instruction set
 GROUPED = Kernel(
     _grouped_attention, grouped_attention.native_form, grouped_attention.torch_form, bfloat16=1.2e-2, least={"*": 1.0}
 )
@@ -457,7 +457,7 @@ def pixels_of(
     dtype: torch.dtype = torch.float32,
     **sizes: Any,
 ) -> Tensors:
-    """`running`: the mean of the values that a query sees, after five others; otherwise one mean for each head."""
+    """Inputs; `running` means average the values seen by a query after five earlier ones, otherwise each head has one mean."""
     m = n if m is None else m
     found = heads_of(n, m, dtype=dtype, **sizes)
     batch, heads = found["q"].shape[:2]
@@ -470,12 +470,12 @@ def pixels_of(
 
 
 def _seen(n: int, m: int) -> Tensor:
-    """Keys that n queries see, the last of m tokens."""
+    """Number of keys seen by each of n queries, which are the last of m tokens."""
     return (torch.arange(m - n, m)[None] + 1).clamp(min=0)
 
 
 def _shifts(batch: int, m: int) -> Tensor:
-    """In all rows but the first."""
+    """Jitter for all rows but the first."""
     shifts = 1.5 * torch.rand(batch, m, dtype=torch.float64) - 0.75
     return torch.where(torch.arange(batch)[:, None] > 0, shifts, 0)
 
@@ -490,7 +490,7 @@ AGGREGATED = Kernel(
     aggregated_attention.torch_form,
     float32=4e-6,
     bfloat16=8e-3,
-    # sums over all places, whose terms are about 10 and cancel
+    # sums over all places, with terms of about 10 that cancel
     least={"*": 1.0, "grad slope": 100.0, "grad moved": 50.0},
 )
 
@@ -499,7 +499,7 @@ def aggregated_of(
     grid: tuple[int, int], factor: int = 2, window: int = 3, *, batch: int = 2, heads: int = 3, width: int = 6,
     dtype: torch.dtype = torch.float32,
 ) -> Tensors:  # fmt: skip
-    """Queries, keys and values of a map and of pooled places, and what is learned."""
+    """Queries, keys and values of a map, keys and values of pooled places, and learned parameters."""
     (rows, columns), places = grid, window**2
     near, far = (batch, heads, rows * columns, width), (batch, heads, rows // factor * (columns // factor), width)
     shapes = {"q": near, "k": near, "v": near, "far_k": far, "far_v": far}
@@ -554,7 +554,7 @@ def heads_of(
 
 
 def last_of(n: int, m: int, counted: bool = False) -> Ranks:
-    """n queries that are the last of m tokens."""
+    """Ranks of n queries that are the last of m tokens."""
     return Ranks(
         torch.arange(m - n, m)[None], torch.arange(m)[None], *((m - n, m - n) if counted else (None, None)), counted
     )
@@ -574,7 +574,7 @@ def retrieved_of(
     dtype: torch.dtype = torch.float32,
     **sizes: Any,
 ) -> Tensors:
-    """Queries and a cache of two rows, the second with fewer tokens; with `choose` the blocks that are read, else the best."""
+    """Queries and a cache of two rows, the second with fewer tokens; `choose` fixes the blocks to read, else the best are."""
     found, size = heads_of(n, m, dtype=dtype, **sizes), block + 1
     found["q"] = found["q"].float()
     length = torch.tensor([m, max(0, m - 33)])
@@ -600,14 +600,14 @@ def pages_of(n: int) -> Tensors:
 
 
 def quest_of(counts: list[list[int]], *, slots: int = 64, page: int = 8, **sizes: Any) -> Tensors:
-    """A token, and keys in pages whose bounds are known."""
+    """A query token, and keys in pages with their bounds."""
     made = heads_of(1, slots, batch=len(counts), groups=len(counts[0]), **sizes)
     pages = made["k"].unflatten(2, (slots // page, page))
     return made | {"low": pages.amin(3), "high": pages.amax(3), "counts": torch.tensor(counts)}
 
 
 class Case(NamedTuple):
-    """A call: of a kernel, on tensors of so many tokens, with options that may depend on their number."""
+    """A kernel call: makes inputs for a number of tokens, and options that may depend on it."""
 
     kernel: Kernel
     sample: Callable[[int], Tensors]

@@ -1,4 +1,4 @@
-"""The native aggregated attention against the torch form in float64, and what it leaves to torch."""
+"""Native aggregated attention against the torch form in float64, and the cases that it leaves to torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_place_without_a_direction_has_scores_of_what_queries_are_moved_by_and
     found = AGGREGATED.gradients(x, weights := {}, grid=(4, 4))
     y = {name: t if name not in ("q", "k", "far_k") else t.clone() for name, t in x.items()}
     for name in ("q", "k", "far_k"):
-        y[name][:, :, 1] = 1e-30  # any direction of no length
+        y[name][:, :, 1] = 1e-30  # any direction, almost no length
     assert torch.isfinite(found["o"]).all()
     moved = AGGREGATED.gradients(y, weights, grid=(4, 4))
     AGGREGATED.close(moved["o"], found["o"].double(), "o")
@@ -51,7 +51,7 @@ def test_a_place_without_a_direction_has_scores_of_what_queries_are_moved_by_and
 
 def test_nan_of_a_place_reaches_the_places_around_it_alone():
     x = aggregated_of((10, 6), batch=1, heads=1)
-    x["v"][0, 0, 4 * 6 + 5] = torch.nan  # on the border of the map
+    x["v"][0, 0, 4 * 6 + 5] = torch.nan  # at the edge of the map
     hit = AGGREGATED.run(x, grid=(10, 6))["o"].isnan().any(-1).view(10, 6)
     expected = torch.zeros(10, 6, dtype=torch.bool)
     expected[3:6, 4:] = True

@@ -27,10 +27,10 @@ from regard.positions import create_positions
 
 from .kernels import GROUPED
 
-# of the largest output; observed 1.8e-6 (scores of some tens, as in torch's own kernel) and 3.7e-3
+# relative to the largest output; observed 1.8e-6 (for scores of some tens, as in torch's own kernel) and 3.7e-3
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
-# of the largest gradient of the tensor; in bfloat16 the output was rounded too, of which softmax's gradients are a
-# difference; observed 1.6e-6 and 1.1e-2
+# relative to the tensor's largest gradient; in bfloat16 softmax's gradients are a difference that involves the rounded
+# output; observed 1.6e-6 and 1.1e-2
 OF_GRADIENTS = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 ALL = Visibility()
 STRETCHES = [(-0.1, 1.0), (-0.03, 1.2), (0.0, 1.5), (-0.2, 2.0), (-0.02, 6.0)]
@@ -39,7 +39,7 @@ both_dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
 def gradients(problem: Problem, weights: list[Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Of the output and the log-sum-exp times `weights`: of the kernel, or in float64 of the form in torch."""
+    """Gradients of output and log-sum-exp times `weights`, by the kernel, or by the torch form if `dtype` is float64."""
     given, leaves = problem.leaves(dtype)
     out, _, lse = given.found("torch" if dtype is torch.float64 else "native")
     return differentiate([out, lse], weights, leaves)
@@ -56,7 +56,7 @@ def differentiate(results: list[Tensor | None], weights: list[Tensor], leaves: d
 
 
 def check(problem: Problem, with_gradients: bool = True) -> None:
-    """Output, log-sum-exp and gradients are those of the definition, and a query that sees nothing gives 0 and gets no gradient."""
+    """Check output, log-sum-exp and gradients against the definition; queries that see nothing give 0 and get no gradient."""
     given, leaves = problem.leaves()
     out, _, lse = given.found("native")
     exact, exact_leaves = problem.leaves(torch.float64)
@@ -68,9 +68,9 @@ def check(problem: Problem, with_gradients: bool = True) -> None:
     low, high = problem.stretch or (0.0, 1.0)
     if out.numel():
         size = expected.abs().max()
-        if problem.stretch is not None:  # clipping leaves little of numbers that rounded when there was more of them
+        if problem.stretch is not None:  # clipping shrinks numbers that were rounded when larger
             size = torch.maximum(size, (high - low) * replace(exact, v=exact.v.abs(), stretch=None).expected()[0].max())
-        if problem.rule == "relu":  # a weight near 0 is left of products that rounded when they were larger
+        if problem.rule == "relu":  # weights near 0 come from products that were rounded when larger
             terms = replace(exact, q=exact.q.abs(), k=exact.k.abs(), v=exact.v.abs()).expected()[0]
             size = torch.maximum(size, terms.abs().max())
         assert (out.double() - expected).abs().max() <= TOLERANCE[out.dtype] * size, problem
@@ -91,7 +91,7 @@ def check(problem: Problem, with_gradients: bool = True) -> None:
         whole = differentiate(list(whole_problem.expected()[::2]), weights, whole_leaves)
     for name, gradient in found.items():
         if gradient.numel():
-            # where a gradient vanishes (one key, or sums over keys) what it is made of does not
+            # where a gradient vanishes (one key, or sums over keys) its terms do not
             size = max(wanted[name].abs().max().item(), (high - low) * whole[name].abs().max().item(), high - low)
             if name == "bias":
                 size = max(size, wanted["pairs"].abs().sum_to_size(gradient.shape).max().item())
@@ -101,17 +101,17 @@ def check(problem: Problem, with_gradients: bool = True) -> None:
 
 
 def moderate(problem: Problem) -> Problem:
-    """With scores of a few units, whose weights float32 knows to a few of its last places."""
+    """The problem with scores of a few units, so that float32 weights are accurate to a few of the last digits."""
     return replace(problem, scale=1.5 * problem.q.shape[-1] ** -0.5)
 
 
 def unambiguous(problem: Problem) -> Problem:
-    """With other queries where rounding might decide which weights are clipped."""
+    """The problem with queries redrawn until rounding cannot decide which weights are clipped."""
     low, high = problem.stretch
     while problem.q.numel() and problem.k.numel():
         weights = replace(problem, stretch=None).leaves(torch.float64)[0].expected()[1].detach()
         stretched = (high - low) * weights + low
-        # weights of 0 have no gradient on either side, nor have the only ones of their queries
+        # weights of 0, and weights of a query's only key, have no gradient on either side
         near = low < 0 and (stretched.abs() < 1e-6).any(), high > 1 and ((stretched - 1).abs() < 1e-6).any()
         if not any(near):
             break
@@ -124,7 +124,7 @@ def test_every_mask_and_option_equals_the_definition(instruction_set, dtype):
     for seed in range(60):
         problem = random_problem(seed, dtype)
         check(problem, False)
-        if seed % 2 and problem.rule != "relu":  # whose gradients have steps
+        if seed % 2 and problem.rule != "relu":  # ReLU's gradient has steps
             check(moderate(problem))
 
 
@@ -141,7 +141,7 @@ def test_clipped_weights_equal_the_definition_under_every_mask_and_option(instru
         weights = weights[whole > 0]
         kinds = weights == 0, weights == 1, (weights > 0) & (weights < 1)
         clipped += torch.stack([kind.sum() for kind in kinds])
-    assert (clipped > 2_000).all()  # at 0, at 1 and between
+    assert (clipped > 2_000).all()  # 0, 1 and in between
 
 
 @pytest.mark.parametrize("rule", [*RULES, (0.0, 1.0), *STRETCHES], ids=str)
@@ -161,7 +161,7 @@ def test_every_length_and_width_equals_the_definition(instruction_set, rule):
 
 @both_dtypes
 def test_clipped_weights_are_exactly_zero_and_one(instruction_set, dtype):
-    """Values tell: those of keys that should weigh 0 are huge, and the output is that of the one key that weighs 1."""
+    """Keys that should weigh 0 have huge values, and the output must be the value of the one key that weighs 1."""
     problem = plain(64, 70, width=64, values=16, visibility=ALL, stretch=(-0.01, 1.01), scale=1.0, dtype=dtype)
     problem.q = 20 * torch.eye(64).to(dtype).expand(1, 2, -1, -1)
     problem.k = torch.eye(70, 64).to(dtype).expand(1, 2, -1, -1)
@@ -170,8 +170,8 @@ def test_clipped_weights_are_exactly_zero_and_one(instruction_set, dtype):
 
 
 def test_gradients_at_a_bound_of_the_clip_are_those_of_one_side():
-    # weights of 1 / 4: within the bounds, beyond the lower one and beyond the upper one, and at them, where rounding
-    # chooses the side for all of a query's weights
+    # weights of 1 / 4: within the bounds, beyond the lower one, beyond the upper one, and exactly at them, where rounding
+    # decides the side for all weights of a query
     given, weights = plain(1, 4, heads=1, visibility=ALL), [torch.randn(1, 1, 1, 16)]
     given.k[:] = given.k[:, :, :1]
 
@@ -188,14 +188,14 @@ def test_gradients_at_a_bound_of_the_clip_are_those_of_one_side():
 
 
 def test_a_weight_of_almost_one_has_almost_no_gradient(instruction_set):
-    # rounding decides whether its stretched weight exceeds 1, and must decide it the same way throughout
+    # rounding decides whether the stretched weight exceeds 1, and must decide the same way everywhere
     n = 64
     given = plain(n, width=n, heads=1, scale=1.0, stretch=(-0.1, 1.0), visibility=ALL)
     given.k[:] = torch.eye(n)
     given.q[:] = torch.eye(n) * torch.linspace(15, 25, n)[:, None]
     weights = [torch.randn(1, 1, n, n)]
     found, wanted = gradients(given, weights), gradients(given, weights, torch.float64)
-    # a weight has an error of 1e-6 here, half of a last place of its score
+    # a weight has an error of 1e-6 here: half a unit in the last place of its score
     made_of = 25 * 1.1 * (weights[0] @ given.v.mT).abs().max()
     for name in "qk":
         assert (found[name] - wanted[name]).abs().max() <= 3e-6 * made_of, name
@@ -205,10 +205,10 @@ def test_a_weight_of_almost_one_has_almost_no_gradient(instruction_set):
 
 
 def beyond_rounding(out: Tensor, expected: Tensor) -> float:
-    """The error of a bfloat16 output beyond half of a last place, of the largest output.
+    """The error of a bfloat16 output beyond half a unit in its last place, relative to the largest output.
 
-    Rounding the output takes up to 3.9e-3 of it alone. Softmax weights of at least 128 keys are rounded too where the
-    processor multiplies bfloat16: observed up to 2.4e-3, mostly in outputs that are not the largest.
+    Rounding the output alone costs up to 3.9e-3. Softmax weights of at least 128 keys are rounded too if the processor
+    multiplies bfloat16: observed up to 2.4e-3, mostly in outputs that are not the largest.
     """
     half = 2.0 ** (expected.abs().log2().floor() - 8)
     return float(((out.double() - expected).abs() - half).max() / expected.abs().max().clamp_min(1e-30))
@@ -224,7 +224,7 @@ def test_a_long_sequence_equals_the_definition_in_its_last_queries(instruction_s
     n, last = (10_000 if dtype is torch.float32 else 5000), 40
     problem = plain(n, heads=1, visibility=Visibility(causal=True, left=left), dtype=dtype)
     if dtype is torch.bfloat16:
-        problem.q, problem.v = 3 * problem.q, problem.v + 1  # some keys have most of the weight
+        problem.q, problem.v = 3 * problem.q, problem.v + 1  # some keys get most of the weight
     out, _, lse = problem.found("native")
     at = torch.arange(n)[None]
     end = replace(problem, q=problem.q[:, :, -last:], ranks=Ranks(at[:, -last:], at, n - last, n - last, True))
@@ -240,7 +240,7 @@ def test_a_long_sequence_equals_the_definition_in_its_last_queries(instruction_s
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [0.3, -0.3])
 def test_bfloat16_weights_of_any_rule_and_sign_equal_the_definition(instruction_set, rule, scale):
-    """Few keys and many, odd widths and numbers of keys, and weights that one key dominates."""
+    """Cases with few and many keys, odd widths and key counts, and weights dominated by one key."""
     for n, m, largest in ((1, 1, 1), (3, 2, 1), (50, 101, 1), (50, 131, 1), (49, 400, 1), (49, 400, 10)):
         options = {"rule": rule, "scale": scale, "shift": 0.0 if rule == "softmax" else -2.0}
         problem = plain(n, m, groups=1, width=17, values=33, visibility=ALL, dtype=torch.bfloat16, **options)
@@ -253,7 +253,7 @@ def test_bfloat16_weights_of_any_rule_and_sign_equal_the_definition(instruction_
 @both_dtypes
 @pytest.mark.parametrize("slope", [1e4, -1e4, 300.0, -300.0])
 def test_scores_that_grow_or_fall_by_thousands_equal_the_definition(instruction_set, slope, dtype):
-    """The reference of the powers moves in the middle of a step, and from step to step."""
+    """The reference value of the exponentials changes within a step and from step to step."""
     n = 200 if dtype is torch.float32 else 300
     for scale in (1.0, -1.0):
         problem = plain(n, width=8, visibility=ALL, scale=scale, dtype=dtype)
@@ -268,7 +268,7 @@ def test_scores_that_grow_or_fall_by_thousands_equal_the_definition(instruction_
 
 
 def test_gradients_are_right_for_scores_of_ten_thousand(instruction_set):
-    # scores are exact in float32: 0 or +-1e4, and the log-sum-exp of a single largest one too
+    # scores are exact in float32 (0 or +-1e4), and so is the log-sum-exp of a single largest score
     n = 80
     sign = torch.where(torch.rand(n) < 0.5, 1.0, -1.0)
     given = plain(n, width=128, scale=1.0)
@@ -283,7 +283,7 @@ def test_gradients_are_right_for_scores_of_ten_thousand(instruction_set):
 @pytest.mark.parametrize("engine", ["attention", "clipped", "biased", "grouped"])
 @pytest.mark.parametrize("size", [3e3, 1e4, 1e5])
 def test_weights_of_scores_of_any_size_are_no_more_than_one(instruction_set, engine, size):
-    """The gradient of a value is a sum of weights times gradients of outputs, however the scores were rounded."""
+    """A value's gradient is a sum of weights times output gradients, however scores are rounded, which bounds it."""
     problem, at = plain(70, scale=1.0), torch.arange(70)[None]
     where = Ranks(at, at, None, None, False)
     problem = replace(problem, q=size * problem.q, k=size * problem.k, ranks=where)
@@ -310,7 +310,7 @@ def test_sinks_of_any_size_leave_finite_gradients():
         torch.testing.assert_close(found["k"].double(), wanted["k"], atol=1e-5, rtol=1e-5)
 
 
-# What is hidden, what is NaN.
+# Hidden pairs and NaN.
 
 
 @both_dtypes
@@ -325,7 +325,7 @@ def test_nan_reaches_what_sees_it_and_nothing_else(instruction_set, rule, dtype)
         hit, near = torch.zeros(2, *found.shape, dtype=torch.bool)
         hit[0, 1, slice(70, 71) if name == "q" else slice(70, None), slice(3, 4) if name == "v" else slice(None)] = True
         assert found[hit].isnan().all()
-        # values of hidden keys are multiplied by 0 where they share a tile with visible ones, as in torch
+        # values of hidden keys are multiplied by 0 if they share a tile with visible ones, as in torch
         if name == "v":
             near[0, 1, 64 if instruction_set == "amx_bf16" else 66 : 70, 3] = True
         assert torch.equal(found[~hit & ~near], clean[~hit & ~near])
@@ -340,7 +340,7 @@ def test_nan_reaches_the_gradients_that_depend_on_it_and_no_others():
     assert not found["q"][0, 0, :70].isnan().any() and not found["q"][0, 0, 71:].isnan().any()
     assert not found["k"][0, 0, 128:].isnan().any()
     given = plain(140, heads=1)
-    given.v[0, 0, 100] = 3e38  # its product with a gradient overflows, also for queries that do not see it
+    given.v[0, 0, 100] = 3e38  # its product with a gradient overflows, even for queries that do not see it
     found = gradients(given, weights)["q"][0, 0]
     assert found[:100].isfinite().all() and not found[100:].isfinite().any()
     given = plain(9, sink=torch.tensor([math.nan, 0.0]))
@@ -363,7 +363,7 @@ def test_an_infinite_score_gives_nan_in_softmax_and_one_in_sigmoid():
 
 
 def test_hidden_tiles_are_not_touched():
-    """Work and memory traffic follow what is visible: keys and values elsewhere may hold anything."""
+    """Only visible tiles are computed and read: keys and values elsewhere may hold anything."""
     n = 1024
     window = plain(n, visibility=Visibility(causal=True, left=70))
     blocks = plain(n, visibility=ALL, blocks=BlockMask(torch.eye(16, dtype=torch.bool)[None, None], 64))
@@ -376,7 +376,7 @@ def test_hidden_tiles_are_not_touched():
         assert torch.equal(problem.found("native")[0][:, :, queries], clean[:, :, queries])
 
 
-# Memory, threads, the operator and what calls it.
+# Memory, threads, the operator and its callers.
 
 
 def test_the_heads_of_a_token_lie_side_by_side():

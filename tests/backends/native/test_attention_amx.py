@@ -1,4 +1,4 @@
-"""Attention on AMX tiles: what needs more keys than the tests of all instruction sets have, or concerns tiles alone."""
+"""Attention on AMX tiles: cases that need more keys than the tests of all instruction sets, or concern only tiles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .test_attention import beyond_rounding, in_float64
 NAME = "amx_bf16"
 pytestmark = pytest.mark.skipif(NAME not in SETS, reason="the processor has no AMX, or the system does not permit it")
 
-LONG = 700  # keys of several batches and a part of one
+LONG = 700  # several whole batches of keys and a part of one
 ALL = Visibility()
 narrow = partial(plain, batch=2, groups=1, width=40, values=48, scale=0.15, dtype=torch.bfloat16)
 
@@ -38,7 +38,7 @@ def check(problem: Problem) -> None:
     expected, _, expected_lse = in_float64(problem)
     some = expected_lse > -torch.inf
     assert (out[~some] == 0).all()
-    assert beyond_rounding(out, expected) <= 3e-3  # by weights rounded to bfloat16
+    assert beyond_rounding(out, expected) <= 3e-3  # weights are rounded to bfloat16
     assert torch.equal(lse == -torch.inf, ~some)
     torch.testing.assert_close(lse.double()[some], expected_lse[some], rtol=2e-5, atol=2e-5)
 
@@ -53,7 +53,7 @@ def test_many_keys_under_every_mask_equal_the_definition():
 
 @pytest.mark.parametrize("scale", [0.5, -3.0])
 def test_references_that_move_within_a_batch_and_between_batches(scale):
-    """Scores that grow by hundreds, at different keys for each query."""
+    """Scores grow by hundreds, at different keys for each query."""
     problem = narrow(90, LONG, visibility=ALL, scale=scale)
     problem.k *= torch.linspace(0, 3, LONG)[:, None].bfloat16()
     check(problem)
@@ -63,11 +63,11 @@ def test_references_that_move_within_a_batch_and_between_batches(scale):
 def test_any_width_of_values(values):
     for width in (1, 31, 32, 33, 65):
         problem = narrow(45, 300, visibility=ALL, width=width, values=values)
-        check(replace(problem, v=problem.v + 1))  # means that are not near 0
+        check(replace(problem, v=problem.v + 1))  # means are not near 0
 
 
 def test_torch_and_tiles_do_not_disturb_each_other():
-    """Torch's own bfloat16 products run on the same threads and tiles, in another configuration."""
+    """Torch's own bfloat16 products run on the same threads and tiles, with another tile configuration."""
     problem, a = narrow(130, groups=2, values=40), torch.randn(200, 200).bfloat16()
     ours, products, theirs = [], [], []
     for _ in range(3):
@@ -109,7 +109,7 @@ print(library.regard_instruction_sets().decode(), library.regard_instruction_set
 
 
 def test_where_the_system_refuses_tiles_there_is_no_such_set():
-    """Linux does not permit tiles to a process with a signal stack that cannot hold them."""
+    """Linux refuses tiles to a process whose signal stack is too small for them."""
     command = [sys.executable, "-c", SMALL_SIGNAL_STACK, library.load()._name]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert found == ["baseline,avx2,avx512,avx512_bf16", "avx512_bf16", "2"]

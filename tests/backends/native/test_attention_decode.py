@@ -24,7 +24,7 @@ both_dtypes = pytest.mark.parametrize("dtype", TOLERANCES)
 
 
 def decode(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The kernel on keys and values in one tensor, as the attention engine calls it."""
+    """Run the kernel on contiguous keys and values, as the attention engine calls it."""
     out = torch.empty(*problem.q.shape[:3], problem.v.shape[3], dtype=problem.q.dtype)
     lse = torch.empty(problem.q.shape[:3])
     packed = PackedProblem(
@@ -92,7 +92,7 @@ def test_nothing_to_do():
 
 def paged(dtype=torch.float32):
     q, k, v = torch.randn(2, 4, 2, 16), torch.randn(9, 2, 16, 16), torch.randn(9, 2, 16, 8)
-    pages = torch.tensor([[3, 0, 7, 5], [1, 8, -99, 10**12]])  # what a row does not use may be anything
+    pages = torch.tensor([[3, 0, 7, 5], [1, 8, -99, 10**12]])  # unused entries of a row may hold anything
     lengths, queries = torch.tensor([64, 20]), torch.tensor([[62, 63], [18, 19]])
     return *(x.to(dtype) for x in (q, k, v)), pages, lengths, queries, [1, -1, -1, 0, 0, 0], 0.25, 0.0, None
 
@@ -146,7 +146,7 @@ def test_the_engine_takes_it_for_few_queries_with_gradients(monkeypatch, n, m, k
         assert (found[name] - gradient).abs().max() <= 3e-6 * gradient.abs().max()
 
 
-# The short way of decoding, which does less and takes no time to say so.
+# The fast path of decoding, which supports fewer options and has little overhead.
 
 
 @both_dtypes
@@ -154,7 +154,7 @@ def test_the_engine_takes_it_for_few_queries_with_gradients(monkeypatch, n, m, k
     ("batch", "heads", "groups", "n", "m", "width"), [(1, 9, 3, 1, 531, 64), (3, 4, 4, 1, 1, 17), (2, 6, 2, 3, 97, 8)]
 )
 def test_the_short_way_of_decoding_is_the_definition(dtype, batch, heads, groups, n, m, width):
-    # keys and values are views of memory with room behind them, as a growing cache has
+    # keys and values are views of memory with room to grow, as in a cache
     options = {"heads": heads, "groups": groups, "visibility": Visibility(), "scale": 0.3, "dtype": dtype}
     problem = plain(n, m + 7, batch=batch, width=width, values=width + 1, **options)
     q = problem.q.transpose(1, 2).contiguous().transpose(1, 2)

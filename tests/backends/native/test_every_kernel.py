@@ -1,4 +1,4 @@
-"""What holds for every kernel and its operators, forward and backward."""
+"""Properties of every kernel and its operators, forward and backward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regard.contract import Unsupported
 
 from .kernels import CASES, Tensors, differentiated
 
-N = 300  # several states are kept for the backward pass
+N = 300  # enough to store several states for the backward pass
 WITHOUT_GRADIENT = (
     "attention to pages",
     "attention to chosen pages",
@@ -33,7 +33,7 @@ each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 class Calls(TorchDispatchMode):
-    """The calls of operators inside the block, by name."""
+    """Records the operators called inside the block, by name, with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Calls(TorchDispatchMode):
 
 
 def calls_of(name: str, n: int = N) -> Iterator[tuple[Any, list[Any], list[Tensor], Callable[..., list[Tensor]]]]:
-    """Each operator that a case calls, its arguments, its results, and itself with the argument at some place changed."""
+    """Yield each operator that a case calls, its arguments, its results, and a function that calls it with one changed."""
     case = CASES[name]
     with Calls() as calls, torch.set_grad_enabled(name in FUNCTIONS):
         differentiated(case.call(n), case.sample(n), {})
@@ -68,7 +68,7 @@ def equal(found: list[Tensor], expected: list[Tensor], what: str, tolerance: flo
         )
 
 
-# Operators called directly, as a graph or a debugger may: what does not fit is refused before a pointer is passed.
+# Operators called directly, as by a graph or a debugger: misfits are refused before any pointer is passed.
 
 BROADCAST = {
     "totals",
@@ -83,17 +83,17 @@ BROADCAST = {
     "log_decay",
     "g",
 }
-"""Inputs that rows, heads or features may share, with 1 instead of their number."""
+"""Inputs that rows, heads or features may share, with an axis of size 1."""
 
 ANY_NUMBER = {
     *(("attention", "blocks", axis) for axis in (2, 3)), ("attention", "distance", 1), ("selective_scan", "b", 2),
     ("pixel_attention", "estimate", 3), ("map_distance", "estimate", 3),
 }  # fmt: skip
-"""Axes whose size the operator takes as it is."""
+"""Axes that may have any size."""
 
 
 def misfits(name: str, argument: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensor with another number of axes, another size, another dtype."""
+    """Yield the tensor with another number of axes, another size or another dtype."""
     yield "one axis more", x[None]
     yield "no axis", x.new_zeros(())
     if x.ndim > 1:
@@ -112,12 +112,12 @@ def misfits(name: str, argument: str, x: Tensor) -> Iterator[tuple[str, Tensor]]
 
 
 def allowed(name: str, argument: str, change: str) -> bool:
-    """Whether the changed call is another good one."""
+    """Return whether the changed call is valid as well."""
     backward = name.endswith("_backward")
     if "axis" in change:
-        # which decides about sizes, that results then have to have; heads of queries may share one of keys
+        # forward arguments define sizes that the results then have; several query heads may share a key head
         return not backward or (name, argument) == ("map_distance_backward", "k")
-    # each tensor of these may be in bfloat16 by itself; the gradient of the output has the dtype of v
+    # each of these tensors may be bfloat16 on its own; the output's gradient has the dtype of v
     own = {"gated_recurrence": ("q", "k", "v", "log_decay"), "gated_recurrence_step": ("q", "k", "v", "g", "beta")}
     own |= {"rotary": "x", "linear_attention": "qkv", "softmax_scan": "" if backward else "v"}
     narrow = argument in own.get(name.removesuffix("_backward"), ()) and not (backward and argument == "v")
@@ -140,7 +140,7 @@ def test_tensors_that_do_not_fit_are_refused_one_by_one(name):
 
 
 def extremes(given: Any) -> Iterator[Any]:
-    """The integer, the list of integers or the tensor of integers with a number in it that is far too large or small."""
+    """Yield an integer argument (a number, a list or a tensor) with one value far too large or too small."""
     whole = isinstance(given, list) and bool(given) and all(type(x) is int for x in given)
     for number in (2**31, 2**32, 2**40, 2**62, -(2**31), -(2**40), -(2**62)):
         if isinstance(given, Tensor) and given.dtype == torch.int64:
@@ -154,7 +154,7 @@ def extremes(given: Any) -> Iterator[Any]:
 
 
 ANY_INTEGER = {"length", "lengths", "valid", "positions"}
-"""Tensors of integers that 64-bit numbers read as they are: more tokens than there are mean all."""
+"""Integer tensors that may hold any 64-bit number: more tokens than exist mean all of them."""
 
 
 @each_case
@@ -168,7 +168,7 @@ def test_integers_out_of_range_are_refused(name):
                     continue
                 paged = operator._opname == "attention_decode"
                 if paged and given.name == "pages":
-                    continue  # beyond the last key of a row, where it may be any number
+                    continue  # past a row's last key any number is allowed
                 if given.name not in ANY_INTEGER or paged:
                     pytest.fail(f"{operator} took {given.name} = {changed}")
 
@@ -206,25 +206,25 @@ def test_another_default_device_and_dtype_change_nothing(name):
 
 
 def spread(x: Tensor) -> Tensor:
-    """No two numbers side by side."""
+    """A view of x in which no two numbers are adjacent in memory."""
     room = torch.full((*x.shape, 3), torch.nan if x.is_floating_point() else 1).to(x.dtype)
     room[..., 1] = x
     return room[..., 1]
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Other numbers before and after each row."""
+    """A view of x with other numbers before and after each row."""
     beside = torch.full_like(x, torch.nan) if x.is_floating_point() else torch.ones_like(x)
     return torch.cat([beside, x, beside], -1)[..., x.shape[-1] : 2 * x.shape[-1]]
 
 
 def turned(first: int) -> Callable[[Tensor], Tensor]:
-    """Two neighbouring axes in the other order in memory."""
+    """Swap the memory order of two adjacent axes."""
     return lambda x: x.transpose(first, first + 1).contiguous().transpose(first, first + 1)
 
 
 def shared(x: Tensor) -> Tensor:
-    """One head for all."""
+    """Share one head among all."""
     return x.narrow(x.ndim - 3, 0, 1).expand(x.shape)
 
 
@@ -240,7 +240,7 @@ def test_memory_of_any_strides_is_read_and_nothing_beside_it(name, layout):
         for at, given in enumerate(operator._schema.arguments):
             if isinstance(arguments[at], Tensor) and arguments[at].ndim >= least:
                 changed = laid(arguments[at])
-                # sums of rows that lie otherwise may be rounded otherwise
+                # row sums may be rounded differently in another layout
                 equal(call(at, changed), call(at, changed.contiguous()), f"{operator}, {given.name}", 1e-6)
 
 
@@ -259,7 +259,7 @@ def test_threads_change_no_result_and_gradients_by_rounding_alone(name):
 @each_case
 @pytest.mark.usefixtures("_any_memory")
 def test_operators_are_well_formed(name):
-    """With gradients the whole of torch's check, which compiles; for what has none, what it says of schemas and shapes."""
+    """Operators with gradients pass torch's full check, which compiles; the others its schema and shape checks."""
     for operator, arguments, _, _ in calls_of(name, 20):
         if operator._opname.endswith("_backward") or name not in FUNCTIONS:
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -297,7 +297,7 @@ def test_second_derivatives_are_refused(name):
     total = sum(y.sum() for y in case.call(20)(**leaves).values() if y is not None and y.requires_grad)
     first = next(x for x in leaves.values() if x is not None and x.requires_grad)
     (gradient,) = torch.autograd.grad(total, first, create_graph=True)
-    if name in ("rotary", "step"):  # whose gradients are rotations, and torch's
+    if name in ("rotary", "step"):  # their gradients are a rotation and torch operators
         assert torch.isfinite(gradient).all()
         return
     with pytest.raises(Unsupported, match=r"second derivative|gradients of gradients"):

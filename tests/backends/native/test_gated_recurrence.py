@@ -23,7 +23,7 @@ SHAPES = [
     (1, 2, 0, 8, 8), (2, 3, 1, 8, 8), (1, 1, 61, 33, 65), (1, 1, 31, 7, 130), (1, 3, 48, 130, 9), (1, 1, 40, 256, 256),
     (0, 2, 5, 8, 8), *((1, 1, n, 24, values) for n, values in ((1, 40), (33, 64), (300, 100), (0, 40), (40, 8))),
 ]  # fmt: skip
-"""More heads than threads, and fewer, where value features are split."""
+"""Cases with more heads than threads, and with fewer, where value features are split."""
 
 each_decay = pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
 each_kernel = pytest.mark.parametrize("delta", [False, True])
@@ -39,7 +39,7 @@ def sample(shape: tuple[int, ...], decay: str = "vector", delta: bool = False, *
 
 
 def strong(gates: torch.Tensor | None) -> torch.Tensor | None:
-    """From no decay at all to forgetting everything."""
+    """Replace some gates by values from no decay at all to forgetting everything."""
     for share, value in ((0.3, 0.0), (0.08, -50.0), (0.04, -1e4), (0.04, -math.inf)):
         gates = None if gates is None else torch.where(torch.rand(gates.shape) < share, value, gates)
     return gates
@@ -48,7 +48,7 @@ def strong(gates: torch.Tensor | None) -> torch.Tensor | None:
 @each_kernel
 @each_decay
 def test_outputs_states_and_gradients_are_those_of_float64(decay, delta):
-    shapes = SHAPES if delta else [shape for shape in SHAPES if 1 not in shape[3:]]  # gradients that nearly cancel
+    shapes = SHAPES if delta else [shape for shape in SHAPES if 1 not in shape[3:]]  # their gradients nearly cancel
     for number, shape in enumerate(shapes):
         torch.set_num_threads(1 + number % 3)
         x = sample(shape, decay, delta)
@@ -92,10 +92,10 @@ def test_ten_thousand_tokens_of_weak_decay_lose_nothing(decay):
 
 
 def test_a_gate_that_is_always_the_same_does_not_drift():
-    # a decay rounded to float at every block would be wrong by hundreds of roundings in the same direction
+    # a decay rounded to float32 at every block would accumulate hundreds of roundings in the same direction
     candidates = -1e-4 * (1 + 0.1 * torch.rand(1000))
     exact = (16 * candidates.double()).exp()
-    gate = candidates[(exact.float() - exact).abs().argmax()]  # whose decay over 16 tokens rounds worst
+    gate = candidates[(exact.float() - exact).abs().argmax()]  # the worst rounding over 16 tokens
     x = sample((1, 1, 10_000, 8, 8))
     x |= {"k": torch.rand_like(x["k"]), "v": torch.rand_like(x["v"]), "log_decay": gate.expand(1, 1, 10_000, 8)}
     GATED.check(x, only=("o", "last"))
@@ -107,7 +107,7 @@ def test_a_gate_that_is_always_the_same_does_not_drift():
 @pytest.mark.parametrize("gate", [0.0, -1.0, -50.0, -1e4, -math.inf])
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_strong_gates_everywhere_and_somewhere(instruction_set, gate, decay, delta):
-    # of the delta rule a forgotten state has a gradient of next to nothing: errors are of the largest number, or of 1
+    # in the delta rule a forgotten state's gradient nearly vanishes: errors are relative to the largest number, or to 1
     kernel = replace(DELTA, least={"*": 1.0}) if delta else GATED
     for share in (0.2, 1.0):
         x = sample((1, 2, 90, 16, 16), decay, delta)
@@ -116,7 +116,7 @@ def test_strong_gates_everywhere_and_somewhere(instruction_set, gate, decay, del
         kernel.check(x)
         if gate == -math.inf:
             assert not kernel.gradients(x)["grad log_decay"][forgotten].any()
-    if gate < -1:  # nothing but a token's own write is left
+    if gate < -1:  # only a token's own write is left
         found = kernel.run(x)
         written = x["v"] if not delta else x["beta"][..., None] * x["v"]
         kernel.close(found["o"], ((x["q"] * x["k"]).sum(-1, keepdim=True) * written).double())
@@ -148,7 +148,7 @@ def test_states_larger_than_the_caches_take_a_step():
     q, k, v = torch.randn(3, 130, 8, 64)
     g, state = -torch.rand(130, 8, 64), torch.randn(130, 8, 64, 64)
     expected = plain.run_step(q, k, v, g, None, state)
-    for _ in range(3):  # the memory of a state that is gone serves the next
+    for _ in range(3):  # memory of a freed state is reused for the next
         found = step.run_step(q, k, v, g, None, state)
         for x, y in zip(found, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
@@ -159,7 +159,7 @@ def test_states_larger_than_the_caches_take_a_step():
     assert torch.equal(view, copy)
 
 
-# Beside the kernel.
+# Calls that the kernel does not take.
 
 
 @pytest.mark.parametrize(

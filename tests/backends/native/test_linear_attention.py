@@ -15,7 +15,7 @@ from regard.engines.linear_attention import native_form as native
 from .kernels import ELU, LINEAR, linear
 
 EPS = {"relu": 1e-3, "relu_squared": 1e-3}
-"""Of rectified features, whose denominators may all but vanish; 1e-6 of others."""
+"""eps for rectified features, whose denominators may nearly vanish; 1e-6 for the others."""
 RULES = [Rule(name, 1.3, None) for name in FEATURE_MAPS] + [Rule(n, 0.7, EPS.get(n, 1e-6)) for n in NONNEGATIVE]
 RULES.append(Rule("relu", 1.0, 1e-6, 1e-3))
 SHAPES = [
@@ -26,7 +26,7 @@ SHAPES = [
     (31, 1, 1, 7, 130),
     (48, 2, 2, 130, 9),
 ]
-"""Fewer heads than threads, where value features are split, and more."""
+"""Cases with fewer heads than threads, where value features are split, and with more."""
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -74,7 +74,7 @@ def test_bfloat16_in_and_out_with_float32_between(instruction_set):
     [
         {"k": torch.randn(1, 2, 10, 8).half()},
         {"v": torch.randn(1, 2, 10, 0)},
-        {"state": torch.randn(1, 2, 8, 4)},  # without the normaliser
+        {"state": torch.randn(1, 2, 8, 4)},  # lacks the normaliser
         {"valid": torch.tensor([3, 4])},
         {"rule": Rule("tanh", 1.0, 1e-6)},
     ],

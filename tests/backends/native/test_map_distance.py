@@ -1,4 +1,4 @@
-"""The native distance of estimated maps against the torch form in float64, and what it leaves to torch."""
+"""The native distance of estimated maps against the torch form in float64, and the cases that it leaves to torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_distances_and_gradients_equal_float64(instruction_set, dtype, sizes, ta
 
 @pytest.mark.parametrize("target", [True, False])
 def test_scores_that_grow_along_the_keys_are_those_of_float64(target):
-    """Sums that were relative to a smaller maximum shrink."""
+    """When the maximum grows, sums relative to the smaller one must shrink."""
     x = maps_of(90, heads=2, groups=2, target=target)
     x["k"] = x["k"] + torch.linspace(-2, 2, 90)[:, None] * x["q"].mean(2, keepdim=True)
     x["k"][:, :, 70:] *= 4 if target else 90  # to nothing

@@ -1,4 +1,4 @@
-"""The native softmax in two levels against the torch form in float64, and what it leaves to torch."""
+"""Native two-level softmax against the torch form in float64, and the cases that it leaves to torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Native attention to retrieved blocks against the torch form in float64, its step, and what it leaves to torch."""
+"""Native attention to retrieved blocks and its step against the torch form in float64, and the cases left to torch."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def test_queries_in_parts_and_shared_choices_are_the_same(monkeypatch):
 
 
 def test_empty_blocks_and_dropped_ones_are_not_read():
-    """Landmarks that close nothing lie before a block, and of its first row the cache has lost the oldest tokens."""
+    """Landmarks that close empty blocks precede a block, and the cache has dropped the first row's oldest tokens."""
     x = retrieved_of(30, choose=True)
-    x["landmark"][0, 10] = x["landmark"][0, 11] = True  # where the second block begins
-    x["cached"] = torch.tensor([96, 71])  # of the first block its last token alone
+    x["landmark"][0, 10] = x["landmark"][0, 11] = True  # the start of the second block
+    x["cached"] = torch.tensor([96, 71])  # only the last token of the first block
     spoiled = in_float64(x)
     for name in "kv":
         spoiled[name][0, :, :8] = torch.nan
@@ -104,7 +104,7 @@ def test_memory_is_that_of_the_choices_and_not_of_the_cache():
         library.workspace_peak(reset=True)
         RETRIEVED.run(x)
         peaks.append(library.workspace_peak())
-    assert peaks[1] - peaks[0] < 0.05 * (20000 - 2000) * 2 * 2 * 14 * 4  # of the keys and values between them
+    assert peaks[1] - peaks[0] < 0.05 * (20000 - 2000) * 2 * 2 * 14 * 4  # bytes of the additional keys and values
 
 
 def test_what_it_lacks_is_left_to_torch():
@@ -119,7 +119,7 @@ def test_what_it_lacks_is_left_to_torch():
 
 
 def streams(n: int, block: int) -> tuple[Tensor, Tensor]:
-    """Roles of two rows whose first blocks lack other numbers of tokens, and their lengths."""
+    """Roles and lengths of two rows whose first blocks lack different numbers of tokens."""
     places = torch.arange(n) + torch.tensor([0, 2])[:, None]
     return (places % (block + 1) == block).long() * int(Role.LANDMARK), torch.tensor([n, n - 5])
 
@@ -129,15 +129,15 @@ def streams(n: int, block: int) -> tuple[Tensor, Tensor]:
     ("options", "dtype"),
     [
         ({}, torch.float32),
-        ({"cache_blocks": 4}, torch.float32),  # in which blocks may be shorter
-        ({"selection": "max_over_heads"}, torch.float32),  # which has no short way
+        ({"cache_blocks": 4}, torch.float32),  # blocks may be shorter here
+        ({"selection": "max_over_heads"}, torch.float32),  # has no fast path
         ({"selection": "max_over_tokens", "offload": "disk"}, torch.float32),
-        ({"top_k": 20}, torch.bfloat16),  # more than there are: rounded scores choose other blocks
+        ({"top_k": 20}, torch.bfloat16),  # more than exist, as rounded scores would change the choice
     ],
     ids=["best blocks", "bounded", "heads together", "on disk", "all blocks"],
 )
 def test_a_step_is_that_of_float64(monkeypatch, positions, options, dtype):
-    """From states of unequal rows, over landmarks, by the short way."""
+    """The states have unequal rows, steps pass landmarks, and the fast path is taken."""
     options = {"block": 3, "top_k": 2, **options}
     layer = create_layer("landmark", 32, 4, num_kv_heads=2, positions=positions, **options).eval().to(dtype)
     exact = create_layer("landmark", 32, 4, num_kv_heads=2, positions=positions, **options).eval().double()

@@ -1,4 +1,4 @@
-"""The native attention to chosen pixels against the torch form in float64, and what it leaves to torch."""
+"""Native attention to chosen pixels against the torch form in float64, and the cases that it leaves to torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_each_option_has_the_gradients_of_float64(options):
 @pytest.mark.parametrize("grouping", ["row", "query"])
 @pytest.mark.parametrize("estimate", ["normal", "equal", "coarse", "impossible"])
 def test_the_same_pixels_are_kept_as_in_float64(grouping, estimate):
-    """The first of equal ones too, and of those that cannot be."""
+    """Among equal pixels the first ones are kept, also when most are impossible."""
     x = pixels_of(70, heads=3, groups=1, pixels=37)
     if estimate == "equal":
         x["estimate"].zero_()

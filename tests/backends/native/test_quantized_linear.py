@@ -1,4 +1,4 @@
-"""Products with weights in 8 and 4 bits, on every instruction set and number of threads, and what the operator refuses."""
+"""Products with 8-bit and 4-bit weights on every instruction set and thread count, and the operator's refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regard.engines.quantized_linear.problem import Problem
 
 
 def problem(bits: int, rows: int, n: int, k: int, group: int = 32, *, offset: bool = False) -> Problem:
-    """Random, with a bias."""
+    """A random problem with a bias."""
     x, bias = torch.randn(rows, k), torch.randn(n)
     if bits == 8:
         codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
@@ -24,7 +24,7 @@ def problem(bits: int, rows: int, n: int, k: int, group: int = 32, *, offset: bo
 
 
 def error(found: Tensor, p: Problem) -> float:
-    """Of the largest sum of sizes, as numbers that cancel do not count."""
+    """Error relative to the largest sum of magnitudes, so that cancellation does not count."""
     weight = dequantize(p.codes, p.scale, p.offset, torch.float64)[:, : p.x.shape[-1]]
     assert p.bias is not None
     expected = p.x.double() @ weight.T + p.bias.double()
@@ -51,7 +51,7 @@ def test_the_short_way_gives_what_the_operator_gives():
         fields = given.x, given.codes, given.scale, given.offset, given.bias
         found = native_form.plain(*fields)
         assert found is not None and torch.equal(found, native_form.quantized_linear(given))
-        with torch.autograd.profiler.profile():  # somebody watches
+        with torch.autograd.profiler.profile():  # an observer is active
             assert native_form.plain(*fields) is None
             assert torch.equal(quantized_linear(*fields), found)
 

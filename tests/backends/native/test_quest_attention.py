@@ -1,4 +1,4 @@
-"""Attention to chosen pages on every instruction set: the choice and the output are those of float64."""
+"""Attention to chosen pages on every instruction set: pages and outputs are those of float64."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def test_nan_in_a_page_that_is_read_propagates_and_elsewhere_does_not_matter():
     given["q"][0, 0] = torch.nan
     assert QUEST.run(given)["o"][0, 0].isnan().all()
     given = quest_of([[60]], heads=2)
-    given["k"][0, 0, 9] = given["low"][0, 0, 1] = given["high"][0, 0, 1] = torch.nan  # its bounds are above all others
+    given["k"][0, 0, 9] = given["low"][0, 0, 1] = given["high"][0, 0, 1] = torch.nan  # its bounds exceed all others
     assert QUEST.run(given)["o"].isnan().all()
 
 
 def test_the_short_way_gives_what_the_operator_gives():
     given = quest_of([[64, 30]], heads=4)
-    by_token = torch.randn(1, 1, 4, 8).transpose(1, 2)  # as a layer projects it
+    by_token = torch.randn(1, 1, 4, 8).transpose(1, 2)  # the layout of a layer's projections
     for q in (given["q"], by_token):
         problem = Problem(*(given | {"q": q}).values(), 8, 3, True, 0.3)
         with torch.no_grad():
             found = native_form.plain(problem)
         assert found is not None and torch.equal(found, native_form.run(problem))
-    with torch.autograd.profiler.profile():  # somebody watches
+    with torch.autograd.profiler.profile():  # an observer is active
         assert native_form.plain(problem) is None
         options = {"page": 8, "chosen": 3, "scale": 0.3}
         assert torch.equal(quest_attention(*(given | {"q": q}).values(), **options), found)

@@ -1,4 +1,4 @@
-"""Memory of large results, which is used again when nobody looks at it any more."""
+"""Memory of large results is reused once nothing refers to it any more."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_memory_is_used_again_only_after_the_last_view_of_it():
 
 def test_a_block_serves_one_thread_at_a_time(monkeypatch):
     class Slow(list):
-        """Leaves time for other threads between a look at a block and its removal."""
+        """Gives other threads time between the check of a block and its removal."""
 
         def __iter__(self):
             for block in super().__iter__():
@@ -42,7 +42,7 @@ def test_a_block_serves_one_thread_at_a_time(monkeypatch):
             return block
 
     monkeypatch.setattr(recycled, "_kept", Slow())
-    recycled.empty(SHAPE)  # is left behind
+    recycled.empty(SHAPE)  # returns to the pool at once
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(recycled.empty, [SHAPE] * 2)
     assert first.data_ptr() != second.data_ptr()

@@ -1,4 +1,4 @@
-"""Branches of pre-norm blocks in one native call: those of the modules, where they are plain, and nowhere else."""
+"""Pre-norm branches in one native call: results equal the modules', and only plain modules are fused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH = 37
 
 @pytest.fixture
 def called(monkeypatch):
-    """The kernels that were called."""
+    """The names of the kernels that were called."""
     names, call = [], library.call
 
     def counting(arguments):
@@ -123,7 +123,7 @@ def _replaced_forward(x, norm, network):
 
 
 class _Adapted(Linear):
-    """As low-rank adapters do: another class in the place of a layer."""
+    """A different class in place of a layer, as low-rank adapters do."""
 
 
 def _adapted(x, norm, network):

@@ -1,4 +1,4 @@
-"""Calls of tensors alone take a shorter way to the kernels: the results are those of the general way."""
+"""Calls with only tensors take a fast path to the kernels, with the same results as the general path."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FUNCTIONS = {
 
 @pytest.fixture
 def taken(monkeypatch):
-    """How often each engine's shorter way was the way."""
+    """How often each engine's fast path was taken."""
     counts = {}
     ways = [(form, "plain") for form in (attention, linear_attention, recurrence)]
     for form, way in [*ways, (step, "plain"), (rotation, "plain")]:
@@ -49,14 +49,14 @@ def test_results_are_those_of_float64(taken, name, dtype):
     function, options = FUNCTIONS[name]
     for n, m in SIZES if options.get("pattern") != "noncausal-self" else [(n, n) for n, _ in SIZES]:
         inputs = qkv(n, m, heads=4, groups=2 if "softmax" in name else None, dim=8, value_dim=5, dtype=dtype)
-        inputs["q"] = inputs["q"].transpose(1, 2).contiguous().transpose(1, 2)  # any strides but that of features
+        inputs["q"] = inputs["q"].transpose(1, 2).contiguous().transpose(1, 2)  # any strides but for features
         expected = function(**{x: t.double() for x, t in inputs.items()}, **options)
         close(function(**inputs, **options).double(), expected, 4e-6 if dtype == torch.float32 else 1e-2)
     general = function(**inputs, **options, mask=Mask(lengths=torch.full((2,), n)))
     close(function(**inputs, **options), general, 0.0 if "softmax" in name else 1e-6)
     assert sum(taken.values()) >= len(SIZES) - 2 * (
         "linear" in name
-    )  # uneven recurrences lay their queries beside keys
+    )  # recurrences with n != m align their queries with the keys first
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_call_is_checked_whatever_calls_of_its_shape_came_before():
 
 
 def recurrent(n, *, heads=4, groups=4, gates=8, beta=False, state=False, dtype=torch.float32):
-    """Tensors of a gated recurrence by the names of its arguments."""
+    """Arguments of a gated recurrence by name."""
     inputs = qkv(n, heads=groups, dim=8, dtype=dtype)
     inputs["v"] = torch.randn(2, n, heads, 5, dtype=dtype).transpose(1, 2)
     inputs["log_decay"] = -torch.rand(2, heads, n, gates, dtype=dtype) if gates else None
@@ -123,7 +123,7 @@ def test_recurrences_and_their_steps_are_those_of_float64(taken, name, state, dt
         inputs = recurrent(n, state=state, dtype=dtype, **RECURRENCES[name])
         inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1)
         if inputs["beta"] is not None:
-            inputs["beta"] = inputs["beta"].float()  # as its kernel has gates and rates
+            inputs["beta"] = inputs["beta"].float()  # its kernel takes rates and gates in float32
             inputs["log_decay"] = None if inputs["log_decay"] is None else inputs["log_decay"].float()
         for inclusive in (True, False):
             found = gated_recurrence(**inputs, inclusive=inclusive)

@@ -36,7 +36,7 @@ def test_a_long_sequence_keeps_its_precision():
 def test_bfloat16_values_are_scanned_in_float32(mix):
     x = scanned(200, 2, 3, 3, 40, mix=mix, dtype=torch.bfloat16)
     SCAN.check(x, only=("o", "m", "u", "w"))
-    replace(SCAN, float32=1e-2).check(x)  # gradients of scores are made of the rounded output
+    replace(SCAN, float32=1e-2).check(x)  # score gradients use the rounded output
 
 
 @pytest.mark.parametrize(

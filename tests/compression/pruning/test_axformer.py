@@ -1,4 +1,4 @@
-"""AxFormer's search: its rules, its order, what it finds, and that the model it leaves is the one that was judged."""
+"""AxFormer's search: its rules, its order, its result, and that the final model is the one that was judged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from regard.tasks.protocol import Batch
 
 
 def items(count: int = 12, batches: int = 2) -> list[Batch]:
-    """Of two sizes, so that a mean of means is another number than the mean."""
+    """Batches of two sizes, so that a mean of means differs from the mean."""
     ids, classes = torch.randint(30, (count, 11)), torch.randint(3, (count,))
     border = count - 2 if batches > 1 else count
     return [Batch(ids[:border], classes[:border]), *([Batch(ids[border:], classes[border:])] * (batches > 1))]
@@ -68,7 +68,7 @@ def test_a_padded_batch_of_transformers_is_masked_in_hard_layers():
 
 
 class Rules(axformer._Search):
-    """With losses that are given instead of measured."""
+    """A search whose losses are given instead of measured."""
 
 
 def told(step: AxFormer, base: list[float], best: float) -> Any:
@@ -92,7 +92,7 @@ def test_a_change_needs_a_lower_loss_and_a_majority_that_is_not_harmed():
 
 
 def test_what_a_slack_allows_does_not_add_up():
-    """The bound follows the lowest loss, not the last one."""
+    """The bound is relative to the lowest loss, not to the last one."""
     rules = told(AxFormer(focus="size", slack=0.1), [1.0], best=1.0)
     losses = iter([1.08, 1.15, 0.8, 0.87, 0.89])
     rules.cuts, rules.most, rules.on_trial, rules.remember = [Cut()], 5, lambda *_: None, lambda trial: None

@@ -1,4 +1,4 @@
-"""What is taken out of a model for good: the same outputs as the model that is masked, saved, loaded and undone."""
+"""Parts removed from a model for good: outputs equal those of the masked model; saving, loading and undoing work."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def vit(**options: Any) -> Any:
 
 
 def _spread(model: Any) -> Any:
-    """In float64, with biases and norms that are not 0 and 1."""
+    """Convert to float64, with biases and norms that are not 0 and 1."""
     for parameter in model.double().parameters():
         with torch.no_grad():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -91,7 +91,7 @@ CUTS = [
 
 
 def cuts_for(host: Any) -> list[Cut]:
-    """Random ones among them: another order each time."""
+    """A cut for each layer, in random order."""
     order = torch.randperm(4).tolist()
     every = [CUTS[i] for i in order]
     return [

@@ -1,4 +1,4 @@
-"""Layers that are dropped in training, and gates that are learned."""
+"""Layers dropped in training, and learned gates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe ``structured``: which parts go, in formats that others read, and how items are judged."""
+"""The recipe ``structured``: which parts are removed, formats that other libraries read, and losses of items."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_parts_that_add_nothing_go_first():
 
 
 def test_numbers_that_are_small_by_themselves_may_matter_by_their_inputs():
-    """Scores by magnitude see the weights alone."""
+    """Scores by magnitude consider only the weights."""
     model, ids = language_model(), batch()
     block = model.blocks[0]
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_losses_of_items_are_those_of_torch():
 
 
 def test_one_number_for_an_item_is_judged_by_its_square_error():
-    """Regression has no cross entropy of its one logit, whatever the labels' dtype."""
+    """A single logit means regression, so cross entropy does not apply, whatever the labels' dtype."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = transformers.BertConfig(vocab_size=VOCABULARY, num_labels=1, **sizes)

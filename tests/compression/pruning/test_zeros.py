@@ -1,4 +1,4 @@
-"""Weights that are made 0: which ones, what the others make up for, and that zeros stay zeros."""
+"""Weights set to 0: which ones, compensation by the others, and that zeros stay zeros."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MASKS = ("magnitude", "wanda", "sparsegpt")
 
 
 def problem(rows: int = 24, columns: int = 32, tokens: int = 200) -> tuple[Tensor, Tensor]:
-    """A weight, and inputs of some directions, so that columns can stand in for one another."""
+    """A weight and correlated inputs, so that columns can compensate for one another."""
     mixing = torch.randn(columns, columns, dtype=torch.float64) / columns**0.5
     scales = torch.logspace(-0.5, 0.5, columns, dtype=torch.float64)[torch.randperm(columns)]
     return torch.randn(rows, columns, dtype=torch.float64), torch.randn(
@@ -67,7 +67,7 @@ def test_inputs_of_equal_size_that_do_not_go_together_make_all_three_one():
 
 
 def test_sparsegpt_takes_the_optimal_step_for_the_one_weight_that_goes():
-    """Of one row and its last weight only itself is left to change; of an earlier one those behind it make up for it."""
+    """When a row loses its last weight nothing else can change; when it loses an earlier one, later weights compensate."""
     weight, x = problem(rows=1, columns=8)
     second = x.T @ x
     factor = second + 0.01 * second.diagonal().mean() * torch.eye(8, dtype=torch.float64)

@@ -22,7 +22,7 @@ TINY: dict[str, Any] = {
 }
 AGENTS = ("agent", {"num_agents": 4, "agent_bias": "all"})
 MIXED = ["softmax", AGENTS, AGENTS, *["softmax"] * 3]
-"""Agents in the second stage, stripes in the first and third, the whole map in the last."""
+"""Agents in the second stage, stripes in the first and third, attention to the whole map in the last."""
 
 
 def tiny(**changed: Any) -> CSWin:
@@ -40,7 +40,7 @@ def test_outputs_of_the_official_code() -> None:
 
 
 def test_half_of_the_heads_read_columns_and_half_of_them_rows() -> None:
-    """Stripes of two rows and of three columns, on a map of 4 x 6; convolutions end at their borders."""
+    """Stripes are two rows or three columns of a 4 x 6 map; convolutions end at the stripes' borders."""
     grid, width = (4, 6), 8
     layer = shaken(StripeAttention(width, 4, (2, 3)))
     x = torch.randn(2, 24, width, dtype=torch.float64)
@@ -62,13 +62,13 @@ def test_half_of_the_heads_read_columns_and_half_of_them_rows() -> None:
 
 
 def test_a_map_is_read_row_by_row() -> None:
-    """Turned over, with kernels and tables turned over and the halves of stripes changed, it gives the same."""
+    """With the image, kernels and tables transposed and the stripes' halves swapped, the output is the same."""
     plan = [AGENTS, "softmax", "softmax"]
     options = {"widths": (8, 16, 16), "depths": (1, 1, 1), "heads": (2, 2, 2), "stripes": (1, 2), "plan": plan}
     model, turned = tiny(**options, image_size=(32, 48)), tiny(**options, image_size=(48, 32))
     own, state = shaken(model).state_dict(), {}
     for name, value in own.items():
-        if "_bias." in name:  # four agents, of a square of bins
+        if "_bias." in name:  # four agents from 2 x 2 bins
             value = value[:, [0, 2, 1, 3]]
         if value.ndim == 4:
             value = value.mT
@@ -76,7 +76,7 @@ def test_a_map_is_read_row_by_row() -> None:
             if name.endswith(line):
                 name = name.removesuffix(line) + other
                 break
-        if name.startswith("stages.1.blocks.0.attention."):  # its stripes
+        if name.startswith("stages.1.blocks.0.attention."):  # the block with stripes
             if ".convolutions." in name:
                 number = int(name.split(".")[6])
                 name = name.replace(f"convolutions.{number}", f"convolutions.{1 - number}")

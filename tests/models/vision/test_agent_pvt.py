@@ -29,7 +29,7 @@ AGENTS = {
     "reductions": (2, 1, 2, 1),
     "class_token": False,
 }
-"""Agent attention with a reduction and without, and softmax with one."""
+"""Agent attention with and without a reduction, and softmax with one."""
 
 
 def tiny(**changed: object) -> PVT:
@@ -38,7 +38,7 @@ def tiny(**changed: object) -> PVT:
 
 @pytest.mark.parametrize(("name", "options"), [("pvt", {}), ("agent_pvt", AGENTS)])
 def test_outputs_of_the_official_code(name: str, options: dict[str, object]) -> None:
-    """Values of a reduced map are interpolated before their convolution; a class token in the last stage of PVT."""
+    """Values of a reduced map are interpolated before their convolution; PVT has a class token in its last stage."""
     recording = load(f"vision_{name}")
     model = tiny(**options)
     model.load_released(recorded_state(f"vision_{name}"))
@@ -49,7 +49,7 @@ def test_outputs_of_the_official_code(name: str, options: dict[str, object]) -> 
 
 @pytest.mark.parametrize("line", ["rows", "columns"])
 def test_agent_biases_of_a_row_are_those_of_a_whole_row_of_the_reduced_map(line: str) -> None:
-    """Agent a gathers from row (or column) a of the reduced map, and both rows of queries over it read it alone."""
+    """Agent a gathers from row (or column) a of the reduced map, and the two rows of queries above it read only that agent."""
     grid, reduced = ((6, 4), (3, 2)) if line == "rows" else ((4, 6), (2, 3))
     config = PVTConfig(**{**TINY, **AGENTS, "image_size": (96, 64) if line == "rows" else (64, 96)})
     block = Block(config, 0, 0.0).double()
@@ -80,12 +80,12 @@ def test_another_image_size_is_what_resized_tables_give(options: dict[str, objec
 
 
 def test_an_image_is_read_row_by_row() -> None:
-    """Turned over, with every kernel and table turned over too, it gives the same: rows and columns are never mixed up."""
+    """With image, kernels and tables transposed, the output is the same: rows and columns are never mixed up."""
     options = {**AGENTS, "image_size": (64, 128)}
     model, turned = tiny(**options), tiny(**{**options, "image_size": (128, 64)})
     state = {}
     for name, value in model.state_dict().items():
-        if "_bias." in name:  # agents are those of a square of bins, row by row
+        if "_bias." in name:  # agents come from a square of bins, row by row
             side = math.isqrt(value.shape[1])
             value = value.unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2)
         if value.ndim == 4:

@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {
 }
 AGENTS = ("agent", {"num_agents": 4, "agent_bias": "all"})
 MIXED = [AGENTS, AGENTS, AGENTS, *["softmax"] * 4]
-"""Agents in the first stage and in the first block of the second, windows in the others."""
+"""Agents in the first stage and in the second stage's first block, windows in the other blocks."""
 
 
 def tiny(**changed: Any) -> Swin:
@@ -50,7 +50,7 @@ def test_outputs_of_timms_swin_on_images_that_are_not_square() -> None:
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_attention_in_windows_is_attention_of_the_map_that_sees_its_own_window_alone(shifted: bool) -> None:
-    """Windows lie from half a window on where they are shifted; at both borders of the map they are cut."""
+    """Shifted windows begin half a window later; they are cut at both borders of the map."""
     grid, sides = (6, 9), (2, 3)
     block = shaken(tiny(plan="softmax").stages[0].blocks[0])
     block.windows = shaken(Windows(2, sides, shifted))
@@ -75,17 +75,17 @@ def test_windows_come_back_as_the_map() -> None:
 
 
 def test_a_map_is_read_row_by_row() -> None:
-    """Turned over, with kernels, tables and merging turned over too, it gives the same."""
+    """With image, kernels, tables and merging transposed, the output is the same."""
     agents = [AGENTS, AGENTS, "softmax", "softmax"]
     options = {"depths": (2, 2), "widths": (8, 16), "heads": (2, 2), "plan": agents, "window": 2}
     model, turned = tiny(**options, image_size=(16, 24)), tiny(**options, image_size=(24, 16))
     state = {}
     for name, value in model.state_dict().items():
-        if "_bias." in name:  # four agents, of a square of bins
+        if "_bias." in name:  # four agents from 2 x 2 bins
             value = value[:, [0, 2, 1, 3]]
         if value.ndim == 4 or name.endswith(".table"):
             value = value.mT
-        elif ".embedding." in name and value.shape[-1] == 32:  # of four neighbours
+        elif ".embedding." in name and value.shape[-1] == 32:  # merges four neighbours
             value = value.unflatten(-1, (2, 2, 8)).transpose(-2, -3).flatten(-3)
         for line, other in ((".rows", ".columns"), (".columns", ".rows")):
             if name.endswith(line):

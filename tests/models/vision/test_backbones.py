@@ -1,4 +1,4 @@
-"""What every backbone does, over all published names: classifiers, maps, channels, sizes, dtypes."""
+"""Properties of every backbone, over all published names: classifiers, maps, channels, sizes, dtypes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SMALLEST = [next(iter(family.sizes)) for family in FAMILIES]
 SMALL_SEGMENTERS = ["segformer_nano", "segmamba_nano", "umamba_enc_nano", "vm_unet_nano"]
 each_family = pytest.mark.parametrize("name", SMALLEST)
 WIDE = 32
-"""Side of images that the smallest sizes take, where they are made for them."""
+"""Image side at which the smallest sizes are tested."""
 
 
 @functools.cache
 def small(name: str) -> torch.nn.Module:
-    """The smallest size of a family."""
+    """A family's smallest size, for images with sides of `WIDE` pixels."""
     return create_backbone(name, num_classes=5, image_size=WIDE).eval()
 
 
@@ -89,7 +89,7 @@ def test_gradients_reach_every_parameter_in_bfloat16_autocast_and_again_where_bl
     again.set_grad_checkpointing()
     images = torch.randn(2, model.config.channels, WIDE, WIDE)
     for each in (model, again):
-        torch.manual_seed(0)  # of what drop_path leaves out
+        torch.manual_seed(0)  # for the draws of drop_path
         with torch.autocast("cpu", torch.bfloat16):
             loss = each(images).float().square().sum()
         loss.backward()
@@ -149,14 +149,14 @@ SHALLOW: list[tuple[str, dict[str, object]]] = [
     ("vit_nano", {"num_layers": 1}),
     ("pyramid_tnt_nano", {"depths": (1, 1)}),
 ]
-"""A layer of each kind: what a compiler has to do grows with the layers."""
+"""Models with one layer of each kind, since compilation takes longer with more layers."""
 
 
 @pytest.mark.parametrize(
     ("name", "options"), [(name, {}) for name in SMALLEST] if os.environ.get("REGARD_TEST_ALL") else SHALLOW
 )
 def test_a_compiled_backbone_is_the_eager_one(name: str, options: dict[str, object]) -> None:
-    torch.compiler.reset()  # the method that all share would be compiled too often
+    torch.compiler.reset()  # the shared method would be recompiled too often
     model = create_backbone(name, num_classes=5, image_size=WIDE, **options).eval()
     images = torch.randn(2, model.config.channels, WIDE, WIDE)
     compiled = torch.compile(model, backend=GRAPH)
@@ -174,7 +174,7 @@ MILLIONS = {
     "agent_pvt_s": 20.6,
     "agent_pvt_m": 35.9,
     "agent_pvt_l": 48.7,
-    "agent_swin_t": 28.903,  # of the official code, as the five after it; its README has millions
+    "agent_swin_t": 28.903,  # this and the next five are the official code's counts; its README gives only millions
     "agent_swin_s": 49.667,
     "agent_swin_b": 88.095,
     "agent_cswin_t": 20.459,
@@ -216,7 +216,7 @@ EXACT |= {
 }
 EXACT |= {"moh_transnext_s_80": 49_910_548, "moh_transnext_s_75": 49_910_548}
 EXACT |= {"moh_transnext_b_75": 90_020_632, "moh_transnext_b_50": 90_023_512}
-PUBLISHED = [  # and by how much a count may differ
+PUBLISHED = [  # name, options, parameters, tolerance
     *((name, {}, 1e6 * millions, 5e-3 * 1e6 * millions) for name, millions in MILLIONS.items()),
     ("agent_deit_s", {"image_size": 448}, 23.1e6, 5e-3 * 23.1e6),
     *((f"mixer_{size}", {"num_classes": 0}, 1e6 * millions, 0.5e6) for size, millions in WITHOUT_HEAD.items()),
@@ -247,12 +247,12 @@ GIGA = {
     "transnext_s": 10.3,
     "transnext_b": 18.4,
 }
-"""Published multiply-adds of an image of 224 x 224 pixels, rounded to tenths."""
+"""Published giga multiply-adds for an image of 224 x 224 pixels, rounded to tenths."""
 
 
 @pytest.mark.parametrize("name", GIGA if os.environ.get("REGARD_TEST_ALL") else ["agent_swin_t"])
 def test_an_image_takes_as_many_multiply_adds_as_are_published(name: str) -> None:
-    """Of products and convolutions."""
+    """Counts those of matrix products and convolutions."""
     with torch.device("meta"), torch.no_grad(), backends.only("torch"):
         model = create_backbone(name).eval()
         with flop_counter() as counter:
@@ -284,7 +284,7 @@ def test_a_size_that_is_refused_is_refused_with_the_nearest_that_is_taken(name: 
 
 
 def wrong_values(value: object) -> list[object]:
-    """What an option of this value may not be, or may: of another type, without one, too small, too long, too short."""
+    """Values that an option may or may not accept: other types, a tuple with an item less or more, values out of range."""
     if isinstance(value, tuple):
         return [value[:-1], (*value, *value[:1]), (), (*value[:-1], 0), (*value[:-1], "a"), "a", 2.5]
     return ["a", -1, 0, 1.5, 2.0, (1, 2)]
@@ -292,7 +292,7 @@ def wrong_values(value: object) -> list[object]:
 
 @pytest.mark.parametrize("name", [*SMALLEST, *SMALL_SEGMENTERS])
 def test_options_of_any_value_are_taken_or_refused_and_nothing_else(name: str) -> None:
-    """Unsupported is the only exception that may come out."""
+    """The only exception that may be raised is Unsupported."""
     read = read_segmenter if name in SMALL_SEGMENTERS else read_backbone
     made = read(name)[1]
     for field in dataclasses.fields(made):

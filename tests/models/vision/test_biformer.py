@@ -1,4 +1,4 @@
-"""BiFormer: the released models, stage by stage, and what their sizes say."""
+"""BiFormer: the released models stage by stage, and the options of the published sizes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SWIN = {"layout": "swin", "expansion": 4}
 
 @pytest.mark.parametrize(("name", "options"), [("biformer", {}), ("biformer_stl", SWIN)])
 def test_the_authors_model_has_the_same_outputs_with_the_same_weights(name, options):
-    """Maps of every stage, logits in evaluation, and those with the statistics of the batch."""
+    """Maps of every stage, logits in evaluation mode, and logits with batch statistics."""
     recording = load(f"vision_{name}")
     model = BiFormer(BiFormerConfig(**TINY, **options)).double()
     model.load_released(recorded_state(f"vision_{name}"))
@@ -39,7 +39,7 @@ def test_the_authors_model_has_the_same_outputs_with_the_same_weights(name, opti
 
 
 def test_the_last_stage_reads_every_token_with_eight_heads_and_other_stages_route():
-    """Where it is a head's width that divides scores, and the local convolution is of the layer's input."""
+    """In the last stage scores are scaled by the head's width, and the local convolution reads the layer's input."""
     with torch.device("meta"):
         *routed, last = (stage.blocks[0].attention for stage in create_backbone("biformer_t").stages)
     assert [(x.config.windows, x.config.top, x.num_heads, x.config.scale_by) for x in routed] == [

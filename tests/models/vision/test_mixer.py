@@ -1,4 +1,4 @@
-"""MLP-Mixer, NiNformer and Activator: parity with the official code, sizes, what shuffled patches do, and other sizes."""
+"""MLP-Mixer, NiNformer and Activator: parity with the official code, parameter counts, shuffled patches, other sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tiny(name: str, **options):
 
 
 def drawn(name: str, **options):
-    """In evaluation, in float64, with no parameter at its initial value."""
+    """A model in evaluation mode and float64, with no parameter at its initial value."""
     return shaken(tiny(name, **options)).eval()
 
 
@@ -66,7 +66,7 @@ def shuffled(pictures: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_the_order_of_patches_is_seen_only_where_tokens_mix(name, unit, mixes):
-    """So which of two marked patches comes first is a coin toss for the published Activator, whatever it learns."""
+    """The published Activator can therefore never tell which of two marked patches comes first."""
     model, pictures = drawn(name, unit=unit), images()
     found = model(shuffled(pictures, torch.randperm(16))) - model(pictures)
     assert (found.abs().max() > 1e-4) if mixes else (found.abs().max() < 1e-12)
@@ -79,14 +79,14 @@ def test_an_activator_with_a_convolution_starts_as_the_published_one():
     )
     repaired.load_state_dict(published.state_dict(), strict=False)
     repaired.eval()
-    for side in (16, 20):  # images of other sizes than the config's, too
+    for side in (16, 20):  # also a size other than the config's
         pictures = images(side)
         close(repaired(pictures), published(pictures))
 
 
 @pytest.mark.parametrize("name", ["mixer_s16", "ninformer_net"])
 def test_weights_of_another_image_size_write_the_same_picture_larger(name):
-    """Of one colour the image has equal tokens, so that a block's output differs between places by what they are alone."""
+    """A single-colour image has equal tokens, so a block's output differs only by place."""
     small, large = drawn(name, depth=1), drawn(name, depth=1, image_size=32)
     state = small.state_dict()
     for key in state:
@@ -110,7 +110,7 @@ def test_weights_of_another_image_size_write_the_same_picture_larger(name):
     [("ninformer_net", "unit.project."), ("activator_net", "unit.weights.down"), ("mixer_s16", "tokens.")],
 )
 def test_dropout_comes_after_the_last_map_too(name, silenced):
-    """So that half of what the feed-forward network adds is exactly zero, once the other branch gives nothing."""
+    """With the other branch silenced, half of what the feed-forward network adds is therefore exactly zero."""
     block = drawn(name, branch_dropout=0.5, width=64).blocks[0].train()
     for key, parameter in block.named_parameters():
         if key.startswith(silenced):

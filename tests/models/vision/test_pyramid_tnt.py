@@ -75,7 +75,7 @@ def test_tables_of_another_size_are_interpolated() -> None:
     state = old.state_dict()
     with torch.no_grad():
         old.stages[0].pair_scores.copy_(torch.randn(1, 2, 64, 4) + torch.randn(2, 1, 1))
-        old.stages[1].pair_scores[0, 0] = torch.arange(4.0).view(1, 4)  # by the key alone: 2 x 2, then 3 x 2 of them
+        old.stages[1].pair_scores[0, 0] = torch.arange(4.0).view(1, 4)  # by key only: 2 x 2, later 3 x 2
         old.outer_positions.fill_(0.5)
     new.load_released(state)
     close(new.outer_positions, torch.full_like(new.outer_positions, 0.5))

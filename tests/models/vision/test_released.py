@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: wrapped, prefixed, of another network, or no checkpoints at all."""
+"""Checkpoints as found in practice: wrapped, prefixed, of another network, or not checkpoints at all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 def test_weights_are_found_in_a_checkpoint_and_under_the_names_of_a_wrapper(make):
     trained = make()
     state = trained.state_dict()
-    if isinstance(trained, DynamicTransformer):  # whose released names are the official ones
+    if isinstance(trained, DynamicTransformer):  # released with the official names
         state = {**trained.model.state_dict(), **official(trained)}
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]}
     for checkpoint in (

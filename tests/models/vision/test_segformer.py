@@ -1,4 +1,4 @@
-"""SegFormer and its mix transformer: the sizes of the paper, and the outputs of transformers' model on the same weights."""
+"""SegFormer and its mix transformer: the paper's sizes, and the outputs of transformers' model with the same weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTHS, DEPTHS = (8, 12, 16, 20), (1, 2, 1, 1)
 
 @pytest.fixture(scope="module")
 def theirs() -> torch.nn.Module:
-    """A small SegFormer of transformers, whose norms have the official code's epsilon."""
+    """A small transformers SegFormer whose norms have the official code's epsilon."""
     config = transformers.SegformerConfig(
         hidden_sizes=list(WIDTHS),
         depths=list(DEPTHS),
@@ -37,7 +37,7 @@ def theirs() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def released(theirs: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Its weights as they lie in a file."""
+    """Its weights as saved in a file."""
     folder = tmp_path_factory.mktemp("segformer")
     theirs.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
@@ -51,7 +51,7 @@ def test_outputs_of_transformers_on_shared_weights(theirs: torch.nn.Module, rele
     model = create_segmenter("segformer_b0", num_classes=5, decoder_width=12, **options()).double().eval()
     model.load_released(released)
     again = create_segmenter("segformer_b0", num_classes=5, decoder_width=12, **options()).double()
-    again.load_released(theirs.state_dict())  # the names of a model are not those of its file
+    again.load_released(theirs.state_dict())  # names in a model differ from those in its file
     for name, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
@@ -79,7 +79,7 @@ def test_maps_of_the_encoder_are_those_of_transformers_and_load_by_the_official_
 
 
 def _official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under the names of the official code, which has keys and values in one projection."""
+    """The weights under the official code's names; it has keys and values in one projection."""
     found: dict[str, torch.Tensor] = {}
     parts = {"attention.query": "attn.q", "attention.output": "attn.proj", "reduction_norm": "attn.norm"}
     parts |= {"reduction": "attn.sr", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2", "mlp.depthwise": "mlp.dwconv.dwconv"}

@@ -1,4 +1,4 @@
-"""SegMamba: its gated spatial convolution, its orientations, and the weights of the official repository by name."""
+"""SegMamba: its gated spatial convolution, its orientations, and the names of the official repository's weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SMALL = {"widths": (6, 8), "depths": (2, 1), "bottom": 10, "channels": 2, "num_c
 
 
 def official(widths: tuple[int, ...], depths: tuple[int, ...], bottom: int, channels: int, classes: int) -> dict:
-    """Names and shapes of the tensors in the official code, as they are read off it."""
+    """Names and shapes of the official code's tensors, copied from the code."""
     found: dict[str, tuple[int, ...]] = {}
 
     def convolution(name: str, into: int, out: int, side: int, *, bias: bool = True) -> None:
@@ -88,10 +88,10 @@ def test_the_gated_spatial_convolution_is_its_equation() -> None:
 
 
 def test_the_third_orientation_goes_across_the_slices_of_the_map() -> None:
-    """Of that path alone, a place sees those before it in the order (place in its slice, slice)."""
+    """Through that path alone, a place sees those before it in the order (place within the slice, slice)."""
     layer = shaken(TriMamba(4, {"scan": "slices", "combine": "sum", "axes": 3}))
     with torch.no_grad():
-        for path in (0, 1):  # nothing is read of the others' scans, nor skipped past them
+        for path in (0, 1):  # the other scans and their skip connections contribute nothing
             layer.mamba.x_proj[path].weight.zero_()
             layer.mamba.D[path] = 0
     x = torch.randn(1, 4, 3, 2, 2, dtype=torch.float64, requires_grad=True)

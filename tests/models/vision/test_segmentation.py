@@ -1,4 +1,4 @@
-"""Networks for segmentation: parity with the official codes, sizes, the plain U-Net inside of U-Mamba, and the loss."""
+"""Segmentation networks: parity with the official code, sizes, the plain U-Net inside U-Mamba, and the loss."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def recorded(name: str) -> Segmenter:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_outputs_of_the_official_code(name: str) -> None:
-    """Of all levels where there is deep supervision; strides that differ between the axes; tokens that are channels."""
+    """Covers all levels of deep supervision, strides that differ between axes, and channels as tokens."""
     recording, model = load(name), recorded(name)
     images = recording["images"].double()
     with torch.no_grad():
@@ -83,9 +83,9 @@ def test_a_network_has_as_many_parameters_as_its_code(name: str, classes: int, c
 
 @pytest.mark.parametrize("name", SEGMENTERS)
 def test_logits_have_the_size_of_the_images_and_every_weight_a_gradient(name: str) -> None:
-    """Tiny networks of every kind, in two axes under autocast, which Mamba leaves out.
+    """Tiny networks of every kind, two-dimensional ones under autocast, from which Mamba exempts itself.
 
-    In three axes torch 2.13 now and then has gradients of bfloat16 convolutions over a few voxels that are not finite.
+    In three axes, torch 2.13 occasionally gives non-finite gradients for bfloat16 convolutions over a few voxels.
     """
     options: dict[str, Any] = {"widths": (8, 16), "num_classes": 3, "channels": 1}
     if name.startswith("segmamba"):
@@ -102,7 +102,7 @@ def test_logits_have_the_size_of_the_images_and_every_weight_a_gradient(name: st
     if name.startswith("segformer"):
         options |= {"depths": (1, 1), "heads": (1, 2), "expansions": (2, 2), "reductions": (2, 1), "decoder_width": 8}
     model = create_segmenter(name, **options)
-    images = torch.randn(2, 1, *size)  # grey ones also where there are three channels
+    images = torch.randn(2, 1, *size)  # grey images also for three channels
     with torch.autocast("cpu", torch.bfloat16, enabled=len(size) == 2):
         assert model.eval()(images).shape == (2, 3, *size)
         model.train()
@@ -123,7 +123,7 @@ def test_without_mamba_what_is_left_is_the_plain_residual_network() -> None:
 
 
 def test_tokens_are_channels_where_there_are_no_more_places() -> None:
-    """And then a channel's output depends on those before it alone."""
+    """In that case a channel's output depends only on the channels up to it."""
     for places, of_channels in ((7, False), (6, True), (4, True)):
         layer = shaken(MambaLayer(6, places, {"d_state": 2}))
         assert layer.of_channels == of_channels
@@ -168,7 +168,7 @@ def test_the_dice_loss_is_0_of_a_right_answer_and_finite_of_empty_masks() -> Non
     ("size", "stages"), [((512, 512), 7), ((64, 64), 5), ((64, 40), 4), ((36, 36), 3), ((6, 6), 2), ((7, 8), 2)]
 )
 def test_stages_are_planned_for_the_size_of_the_images(size: tuple[int, int], stages: int) -> None:
-    """Sides are halved while they are even and 4 remain; whoever names the widths has these."""
+    """Sides are halved as long as they are even and at least 4 remain; explicit widths are kept."""
     segmenter, config = read_segmenter("unet_2d", fit=size)
     assert config.widths == (32, 64, 128, 256, 512, 512, 512)[:stages]
     assert read_segmenter("unet_2d", fit=size, widths=[8, 16, 32])[1].widths == (8, 16, 32)

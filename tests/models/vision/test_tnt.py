@@ -1,4 +1,4 @@
-"""Transformer in Transformer: parity with the official code and timm, and who sees what of words and sentences."""
+"""Transformer in Transformer: parity with the official code and timm, and the information flow of words and sentences."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_images(**options: Any) -> Tensor:
 
 
 def inner_words(model: TNT, images: Tensor) -> list[Tensor]:
-    """Words (B, n, m, c) at the beginning and after each block."""
+    """The words (B, n, m, c) before the first block and after each block."""
     seen = [model.embed(images)[0]]
     hooks = [block.register_forward_hook(lambda module, given, found: seen.append(found[0])) for block in model.blocks]
     model(images)
@@ -118,7 +118,7 @@ def test_vanilla_blocks_have_no_words() -> None:
 def test_words_depend_on_the_pixels_of_their_patch_alone() -> None:
     model, images = small(), random_images()
     changed = images.clone()
-    changed[:, :, 8:, 8:16] += torch.randn(2, 3, 8, 8)  # patch 4 of 2 x 3
+    changed[:, :, 8:, 8:16] += torch.randn(2, 3, 8, 8)  # patch 4 of the 2 x 3 patches
     for before, after in zip(inner_words(model, images), inner_words(model, changed), strict=True):
         moved = (before != after).any(-1).any(-1).any(0)
         assert moved.tolist() == [False] * 4 + [True, False]
@@ -134,7 +134,7 @@ def test_patches_permuted_with_their_positions_give_sentences_permuted() -> None
         model.outer_positions[:, 1:] = model.outer_positions[:, 1:][:, order].clone()
     close(model.forward_features(shuffled)[:, 1:], features[:, 1:][:, order])
     close(model(shuffled), logits)
-    assert (model(images) - logits).abs().max() > 1e-3  # positions alone do matter
+    assert (model(images) - logits).abs().max() > 1e-3  # positions do matter
 
 
 def test_words_reach_every_sentence_but_not_the_class_token_and_change_nothing_in_place() -> None:
@@ -143,7 +143,7 @@ def test_words_reach_every_sentence_but_not_the_class_token_and_change_nothing_i
     kept, seen = sentences.clone(), []
     block = model.blocks[0]
     block.outer.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    block(words, sentences, None)[1].sum().backward()  # through the slice
+    block(words, sentences, None)[1].sum().backward()  # goes through the slice
     assert torch.equal(sentences, kept)
     assert torch.equal(seen[0][:, 0], kept[:, 0])
     added = block.fusion(block.inner(words), (2, 6))
@@ -207,7 +207,7 @@ def test_tables_of_another_size_are_interpolated_and_the_class_token_s_row_is_ke
     table = new.outer_positions.detach()
     assert torch.equal(table[:, 0], state["outer_positions"][:, 0])
     plane = table[0, 1:, 0].view(8, 3)
-    # inside, a plane stays a plane; columns that shrink are averaged first
+    # in the interior a plane stays a plane; shrinking columns are averaged first
     close(plane[3:5, 1], torch.tensor([16.25, 16.75], dtype=torch.float64), 1e-6)
     for name in ("inner_positions", "words.weight"):
         assert torch.equal(new.state_dict()[name], state[name])
@@ -237,7 +237,7 @@ def test_what_is_dropped_is_dropped_in_training_alone(family: str, option: str) 
     blocks = blocks[-1:] if option == "drop_path" else blocks
     for block in blocks:
         torch.nn.init.zeros_(block.mlp.down.weight)
-        torch.nn.init.zeros_(block.mlp.down.bias)  # what is left is the attention's branch
+        torch.nn.init.zeros_(block.mlp.down.bias)  # leaves only the attention branch
         tokens = torch.randn(40, 16, block.mlp.up.in_features, dtype=torch.float64)
         context = Context(grid=(4, 4))
         assert torch.equal(block.eval()(tokens, context), block(tokens, context))

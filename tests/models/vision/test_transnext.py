@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {
     "image_size": 64,
 }
 ROUTED: dict[str, Any] = {"shared_heads": (2, 1, 2, 0), "active_heads": (0, 2, 1, 3)}
-"""All shared, one shared, a router of each kind, and none shared."""
+"""Stages with all heads shared, one shared, a router of each kind, and none shared."""
 
 
 def tiny(**changed: Any) -> TransNeXt:
@@ -33,7 +33,7 @@ def tiny(**changed: Any) -> TransNeXt:
 
 @pytest.mark.parametrize(("name", "options"), [("transnext", {"trained_size": 96}), ("moh_transnext", ROUTED)])
 def test_outputs_of_the_official_code(name: str, options: dict[str, Any]) -> None:
-    """Maps and logits; of routed heads also the balance loss."""
+    """Compare maps and logits, and the load-balance loss of routed heads."""
     recording = load(f"vision_{name}")
     model = tiny(**options)
     model.load_released(recorded_state(f"vision_{name}"))
@@ -49,7 +49,7 @@ def test_outputs_of_the_official_code(name: str, options: dict[str, Any]) -> Non
 
 
 def aggregated(options: dict[str, Any], grid: tuple[int, int], stage: int = 2) -> tuple[AggregatedAttention, Tensor]:
-    """A layer away from its first weights, and tokens for it."""
+    """A layer with weights away from their initial values, and tokens for it."""
     size = (grid[0] * 16, grid[1] * 16)
     layer = TransNeXt(TransNeXtConfig(**{**TINY, "image_size": size, **options})).stages[stage].blocks[0].attention
     assert isinstance(layer, AggregatedAttention)
@@ -57,7 +57,7 @@ def aggregated(options: dict[str, Any], grid: tuple[int, int], stage: int = 2) -
 
 
 def test_aggregated_attention_is_one_softmax_over_a_window_and_the_pooled_map_of_each_place() -> None:
-    """Place by place on a map of 4 x 6, with windows of 5 x 5 that its borders cut."""
+    """Computed place by place on a 4 x 6 map, with 5 x 5 windows that are cut at its borders."""
     grid, pooled = (4, 6), (2, 3)
     layer, x = aggregated({"window": 5}, grid)
     heads = [m(x).unflatten(-1, (4, 6)) for m in (layer.query, layer.key, layer.value)]
@@ -101,7 +101,7 @@ def test_pooled_places_that_lie_alike_have_the_same_bias_and_those_turned_over_a
 
 
 def test_a_map_is_read_row_by_row() -> None:
-    """Turned over, with kernels and windows turned over too, it gives the same."""
+    """With image, kernels and windows transposed, the output is the same."""
     model, turned = tiny(image_size=(64, 96)), tiny(image_size=(96, 64))
     state = {}
     for name, value in shaken(model).state_dict().items():
@@ -128,7 +128,7 @@ def test_equal_routers_with_every_head_active_leave_transnext() -> None:
     result = routed.eval().forward_with_losses(x)
     close(result.output, plain(x))
     total, count = result.losses["load_balance"]
-    close(total, torch.tensor(1.0 + 2 * 2 + 4 + 2, dtype=torch.float64))  # k of each layer
+    close(total, torch.tensor(1.0 + 2 * 2 + 4 + 2, dtype=torch.float64))  # the sum of k over layers
     assert count == 5
 
 
@@ -153,7 +153,7 @@ def test_temperatures_and_reductions_begin_as_in_the_official_code() -> None:
     with torch.no_grad():
         fresh = TransNeXt(TransNeXtConfig(**{**TINY, "widths": (96, 16, 24, 32)})).stages[0].blocks[0].attention
     deviation = fresh.reduction.weight.std() * math.sqrt(96 / 2)
-    assert 0.95 < deviation < 1.05  # of 96 x 96 draws
+    assert 0.95 < deviation < 1.05  # from 96 x 96 draws
 
 
 def test_what_cannot_be_done_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The Visual Attention Network: parity with the official code, published sizes, and what its block must not lose."""
+"""The Visual Attention Network: parity with the official code, published sizes, and details of its block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Vision Transformer and Agent-DeiT: parity with timm and the official code, and what any mechanism in a layer is told."""
+"""The Vision Transformer and Agent-DeiT: parity with timm and the official code, and the context passed to mechanisms."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def images(height: int = 32, width: int = 32) -> Tensor:
 
 
 def test_agent_deit_gives_the_outputs_of_the_official_code() -> None:
-    """Two layers of agent attention with all biases, a class token and bins that do not divide the grid; then softmax."""
+    """Two layers of agent attention with all biases, a class token and bins that do not divide the grid, then softmax."""
     recording = load("vision_agent_deit")
     model = tiny(plan=[AGENTS, AGENTS, "softmax"])
     model.load_released(recorded_state("vision_agent_deit"))
@@ -64,7 +64,7 @@ def test_vit_and_deit_give_the_outputs_of_timm(distilled: bool) -> None:
 
 
 def rows_alone(mixer: nn.Module, line: str) -> None:
-    """Agent a gathers from the values of row (or column) a alone, and the places of that row read it alone."""
+    """Make agent a gather only values of row (or column) a, and the places of that row read only agent a."""
     with torch.no_grad():
         for linear in (mixer.query, mixer.key):
             linear.weight.zero_()
@@ -153,7 +153,7 @@ def test_tables_are_resized_when_weights_come_from_another_image_size() -> None:
 
 
 def test_mixture_of_heads_with_even_routers_and_all_heads_active_is_attention() -> None:
-    """Its loss, k when balanced, comes beside the logits."""
+    """Its loss, k when balanced, is returned along with the logits."""
     plan = [("mixture_of_heads", {"shared_heads": 1, "active_heads": 3, "mechanism_options": {"bias": True}})] * 2
     sizes = {"num_heads": 4, "num_layers": 2}
     plain, routed = tiny(**sizes), tiny(plan=plan, **sizes)

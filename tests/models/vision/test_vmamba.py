@@ -19,7 +19,7 @@ RECORDED = {
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_outputs_of_the_official_code(name: str) -> None:
-    """On 40 x 72 pixels, whose maps are neither square nor even."""
+    """The images have 40 x 72 pixels, whose maps are neither square nor even."""
     recording = load(name)
     model = VMamba(RECORDED[name]).double().eval()
     model.load_released(recorded_state(name))

@@ -1,4 +1,4 @@
-"""Advice: the order respects needs, memory and results, says why, and what it says to paste runs."""
+"""Advice: the ranking respects needs, memory and results and gives reasons, and its code to paste runs."""
 
 import io
 import json
@@ -40,7 +40,7 @@ NAMES = tuple(TIMES)
 
 
 def fake(what, length, names):
-    """Quadratic and linear costs with a crossing; memory that is largest for mamba2."""
+    """Samples with quadratic and linear times that cross; memory is largest for mamba2."""
     factor = {"forward": 1, "training": 3, "decode": 0.1}[what]
     return {
         name: Sample(factor * TIMES[name](length), (4000 if name == "mamba2" else 1000) * length, 10 * length, "native")
@@ -53,7 +53,7 @@ def ask(lengths=(4096,), measure=fake, mechanisms=NAMES, **options):
 
 
 def listening(asked):
-    """Notes what is measured, as (what, length, name)."""
+    """A measure that records what it is asked for, as (what, length, name)."""
 
     def measure(what, length, names):
         asked.extend((what, length, name) for name in names)
@@ -103,7 +103,7 @@ def test_a_memory_cap_rules_out_and_says_what_it_would_take():
     tight = ask(memory=100)
     assert tight.pick is None and tight.text.startswith("No mechanism qualifies")
     assert any("of memory: local" in change for change in tight.changes)
-    # of serving, the state counts too
+    # in serving, the state counts too
     assert "softmax" in order(ask(use="serve", memory=1011 * 4096))
     assert ask(use="serve", memory=1009 * 4096).pick is None
 
@@ -112,7 +112,7 @@ def test_the_length_from_which_another_wins_is_named():
     change = next(c for c in ask(64).changes if c.startswith("The length"))
     assert "softmax up to " in change and ", then local" in change
     crossing = int(change.split("softmax up to ")[1].split(",")[0])
-    # softmax is preferred while it is not surely slower; lengths are tried on a grid of quarter octaves
+    # softmax is preferred unless it is surely slower; lengths are tried on a grid of quarter octaves
     assert TIMES["softmax"](crossing * 2**0.25) > TIMES["local"](crossing * 2**0.25)
     assert TIMES["softmax"](crossing) <= 1.2 * TIMES["local"](crossing)
     assert any(c.startswith("Not the length: softmax") for c in ask(64, mechanisms=("softmax", "sigmoid")).changes)
@@ -130,14 +130,14 @@ def test_every_figure_says_whether_it_was_measured_and_how_well_it_is_known():
 
 
 def test_what_decides_is_measured_at_the_length_and_use_asked_for(monkeypatch):
-    """A card that promises linear growth, and short lengths that keep the promise, deceive nobody."""
+    """A card that promises linear growth does not mislead, even if short lengths confirm it."""
     monkeypatch.setitem(TIMES, "linear", lambda n: 1e-6 * n * max(1, n / 2048) ** 2)
     asked = []
     found = ask(6000, listening(asked), use="train")
     assert found.pick == "local"
     assert {("training", 6000, "linear"), ("training", 6000, "local")} <= set(asked)
     assert "not measured" not in found.text
-    assert ("training", 6000, "mamba2") not in asked  # surely slower, as shorter lengths told
+    assert ("training", 6000, "mamba2") not in asked  # surely slower, by the shorter lengths
     assert not any(what != "training" and length == 6000 for what, length, _ in asked)
 
 
@@ -224,7 +224,7 @@ def test_what_does_not_decode_is_not_advised_for_serving(monkeypatch):
 
 
 def results(folder, **tasks):
-    """An output folder of a comparison with, of each task, (mechanism, mean, solved, whether it is surely behind)."""
+    """A comparison's output folder, with rows (mechanism, mean, solved, surely behind) for each task."""
     names = ("mechanism", "mean", "solved", "separable_from_best")
     entries = {task: [dict(zip(names, row, strict=True)) for row in rows] for task, rows in tasks.items()}
     summary = {task: [{**entry, "standard_error": 0.01} for entry in found] for task, found in entries.items()}
@@ -241,7 +241,7 @@ def test_results_put_what_is_behind_out_and_what_is_unknown_last(tmp_path):
     quality = {c.mechanism: c.quality for c in found.candidates}
     assert quality["linear"] == "text 1.6 ± 0.01" and quality["mamba2"] == "not measured"
     assert any(change.startswith("Without your results: local") for change in found.changes)
-    assert "not measured" not in found.text  # at that length, though what results do not know may be faster
+    assert "not measured" not in found.text  # although mechanisms missing from the results may be faster
     assert "quality was not measured" not in " ".join(found.changes)
 
 
@@ -323,7 +323,7 @@ def test_what_is_to_be_pasted_runs(pattern, use):
     settings = LayerSettings(pattern, **SMALL) if use == "train" else LayerSettings(pattern, 32, 2, 8, 2, "float64")
     names = mixing(pattern)
     if use != "serve" and not os.environ.get("REGARD_TEST_ALL"):
-        names = names[use == "infer" :: 2]  # by turns to train and to infer with
+        names = names[use == "infer" :: 2]  # half of them train, half infer
     for name in names:
         if use == "serve" and not LayerWork(get_mechanism(name), settings).decodes:
             continue
@@ -384,7 +384,7 @@ def test_the_check_measures_goes_on_and_forgets_when_asked(monkeypatch):
     calls = watched(monkeypatch, module, "profile", lambda settings: settings)
     first = check(settings, lengths=(40, 80))
     assert len(first) == 2 and {e.count for e in first} == {4} and len(calls) == 4  # two passes
-    assert first[1].median < 0.2  # memory does not depend on the load of the machine
+    assert first[1].median < 0.2  # memory does not depend on load
     assert len(check(settings, lengths=(40, 80))) == 2 and len(calls) == 4
     check(settings, lengths=(40, 80), fresh=True)
     assert len(calls) == 8
@@ -396,7 +396,7 @@ def test_a_disturbance_in_one_pass_of_the_check_is_no_error_of_a_prediction(monk
     settings = AdviseSettings(mechanisms=("linear",), **SMALL, what=("forward",), seconds=0.2)
 
     def disturbed(settings, what, length, names, *, section, **_):
-        hit = section == module.PASSES[length == 80]  # another pass for each length
+        hit = section == module.PASSES[length == 80]  # a different pass for each length
         return {name: Sample(TIMES["linear"](length) * (50 if hit else 1), 1000) for name in names}
 
     monkeypatch.setattr(module, "profiled", disturbed)

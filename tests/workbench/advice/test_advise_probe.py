@@ -1,4 +1,4 @@
-"""Measurements of layers: kept, read again, bounded in time, whatever state the file is in."""
+"""Measurements of layers: stored, read again and bounded in time, whatever the state of the file."""
 
 import json
 import math
@@ -21,7 +21,7 @@ NAMES = ["linear", "softmax"]
 
 
 class Fake:
-    """Measures nothing; remembers what it was asked."""
+    """Measures nothing, but records what it was asked for."""
 
     def __init__(self, seconds=lambda what, name, n: 1e-6 * n):
         self.seconds, self.asked = seconds, []
@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written_only_forgets(tmp_path, monkeypatch):
 def test_what_would_take_too_long_is_left_out_and_said():
     fake = Fake(lambda what, name, n: 1e-8 * n * n if name == "softmax" else 1e-6 * n)
     found = forward(fake, (16, 64, 8192))
-    assert found.left == [("forward", "softmax", 8192)]  # 6 calls of 0.67 s, more than a twentieth of the minute
+    assert found.left == [("forward", "softmax", 8192)]  # 6 calls of 0.67 s: over a twentieth of a minute
     assert ("forward", 8192, "linear") in fake.asked
     assert found.curve("forward", "softmax", "seconds")(8192) == pytest.approx(1e-8 * 8192**2, rel=0.01)
 
@@ -157,7 +157,7 @@ def test_what_would_not_fit_in_the_machine_s_memory_is_left_out(monkeypatch):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Makes measurements that take so many seconds, by a clock of their own."""
+    """Makes measurements that take a given number of seconds by a fake clock."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -190,7 +190,7 @@ def test_only_what_decides_is_measured_in_any_case_when_there_is_no_time(slow):
 
 
 def test_what_another_kind_of_work_took_tells_what_there_is_time_for():
-    """No training of a layer starts whose forward call alone is beyond the time."""
+    """Training is not measured for a layer whose forward call alone exceeds the time."""
     fake = Fake(lambda what, name, n: 1.0 if name == "softmax" else 1e-6)
     found = measured(fake, (16, 32), ("forward", "training"))
     assert [(what, n) for what, name, n in found.left if name == "softmax"] == [("training", 16), ("training", 32)]
@@ -211,7 +211,7 @@ def test_how_long_it_may_take_is_said_before_it_starts_and_nothing_when_all_is_k
 
 
 class Disturbed(Fake):
-    """Takes `factor` times as long, or spreads as much, at the first of some measurements; `beats` are the pulses."""
+    """Takes `factor` times as long, with a spread, at the first of the measurements `where`; `beats` gives the pulses."""
 
     def __init__(self, where, spread=0.0, beats=lambda count: 1e-3, factor=10):
         super().__init__(lambda what, name, n: (3e-6 if what == "training" else 1e-6) * n)
@@ -233,7 +233,7 @@ class Disturbed(Fake):
     [(("forward", 256, "linear"), 0.0), (("training", 64, "linear"), 0.0), (("forward", 256, "linear"), 0.5)],
 )
 def test_a_measurement_that_is_impossible_beside_others_or_spreads_is_made_again(at, spread):
-    """A forward call that takes longer than a training step, or a short input longer than a long one."""
+    """A forward call slower than a training step, or a short input slower than a long one, is impossible."""
     fake = Disturbed([at], spread)
     found = measured(fake, (16, 64, 256), ("forward", "training"))
     what, length, name = at
@@ -242,7 +242,7 @@ def test_a_measurement_that_is_impossible_beside_others_or_spreads_is_made_again
 
 
 def test_a_measurement_far_above_those_beside_it_is_made_again():
-    """Less than the longer one, so that it is not impossible."""
+    """It is below the time of the longer length, so it is not impossible."""
     fake = Disturbed([at := ("forward", 64, "linear")], factor=1.6)
     found = forward(fake, (16, 64, 256, 1024))
     assert found.samples["forward"]["linear"][64].seconds == pytest.approx(64e-6)
@@ -252,7 +252,7 @@ def test_a_measurement_far_above_those_beside_it_is_made_again():
 
 
 def test_what_stays_impossible_is_believed():
-    """Some mechanisms do less in training."""
+    """Some mechanisms do less work in training."""
     fake = Fake(lambda what, name, n: (1e-7 if what == "training" else 1e-6) * n)
     found = measured(fake, what=("forward", "training"))
     assert found.samples["forward"]["linear"][64].seconds == pytest.approx(64e-6)
@@ -269,12 +269,12 @@ def test_what_a_busy_machine_made_is_used_but_not_kept():
 def test_samples_that_a_busy_machine_kept_are_forgotten_once_a_calm_one_is_known():
     measured(Disturbed([], beats=lambda count: 2e-3))
     forward(calm := Disturbed([]), (16, 32))
-    assert {n for _, n, _ in calm.asked} == {32}  # nothing told yet
+    assert {n for _, n, _ in calm.asked} == {32}  # the machine's speed is still unknown
     assert measured(again := Disturbed([])).recalled == 0 and len(again.asked) == 8
 
 
 def test_the_fastest_are_compared_on_an_equally_fast_machine():
-    """What was known from a calmer time would win against what is measured now."""
+    """A measurement from a calmer time would otherwise win against those made now."""
     forward(Disturbed([]), (16, 32), ["linear"], asked=(100,))
     forward(fake := Disturbed([], beats=lambda count: 1.2e-3), (16, 32), asked=(100,))
     assert fake.asked.count(("forward", 100, "linear")) == 1 and fake.asked.count(("forward", 100, "softmax")) == 2
@@ -296,7 +296,7 @@ def test_who_surely_takes_longer_or_does_not_fit_is_no_contender():
 
 
 def test_short_calls_rule_nothing_out_at_long_lengths():
-    """One whose calls of 16 and 64 tokens take equally long may yet grow as the other does."""
+    """A mechanism that takes equally long for 16 and 64 tokens may still grow like the other one."""
     names = ["linear", "local"]
     fake = Fake(lambda what, name, n: 1e-3 if name == "linear" else 6e-6 * n)
     found = forward(fake, (16, 64), names)
@@ -305,7 +305,7 @@ def test_short_calls_rule_nothing_out_at_long_lengths():
 
 
 def test_a_search_for_the_fastest_ends_with_one_that_was_measured():
-    """Whoever is slower than expected makes room for others, and they are measured too."""
+    """If a contender is slower than expected, others become contenders and are measured too."""
     slow = {"linear"}
     fake = Fake(lambda what, name, n: (9e-6 if n > 256 and name in slow else 1e-6 if name in slow else 4e-6) * n)
     found = forward(fake, (16, 64, 256), asked=(300,))

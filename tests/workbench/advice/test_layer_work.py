@@ -1,4 +1,4 @@
-"""Layers as they are timed: built as a model builds them, decoding as decoding does."""
+"""Layers as they are timed: built as in a model, and decoding as in real use."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a mechanism has of what may be needed: from cards and measurements, not from opinions."""
+"""The needs that a mechanism meets, by cards and measurements rather than opinions."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def mixing(pattern):
 
 @pytest.mark.parametrize("pattern", Pattern)
 def test_only_softmax_is_softmax(pattern):
-    """On as many tokens as none takes whole: BigBird does up to 703."""
+    """The length is beyond those where others attend to everything, as BigBird does up to 703 tokens."""
     names = [n for n in mixing(pattern) if find("exact", n, pattern, 720).holds]
     assert names == ["softmax"]
 
@@ -36,7 +36,7 @@ def test_a_window_as_wide_as_the_sequence_is_exact_and_a_narrower_one_is_not():
         ("softmax", CAUSAL, 120),
         ("softmax", Pattern.NONCAUSAL_CROSS, 120),
         ("mamba", CAUSAL, 120),
-        ("landmark", CAUSAL, 120),  # whose inserted tokens do not count
+        ("landmark", CAUSAL, 120),  # its inserted tokens do not count
     ],
 )
 def test_reach_is_the_width_of_a_window_or_all(name, pattern, seen):
@@ -54,7 +54,7 @@ def test_keeping_all_needs_reach_and_a_state_that_grows(pattern):
 
 
 def test_recall_is_what_a_comparison_finds_with_the_same_short_convolution(monkeypatch):
-    """The table is that of a comparison; what no model was trained for is judged as keeping all."""
+    """The table comes from a comparison; cases without a trained model are judged like the need keep-all."""
     table = {"gated_linear": {"without": 0.25, "with": 1.0}, "softmax": {"without": 0.98}, "local": {"with": 1.0}}
     monkeypatch.setattr(needs, "RECALL", table)
     for convolution, able in ((None, False), (0, False), (4, True)):
@@ -89,8 +89,8 @@ def test_who_solved_recall_in_the_published_comparison_is_called_able():
 def test_looking_up_needs_weights_that_both_tokens_decide():
     for pattern in Pattern:
         assert looks_up("softmax", pattern)
-        assert not looks_up("positional_attention", pattern)  # places decide
-        assert not looks_up("synthesizer", pattern)  # places and the reader
+        assert not looks_up("positional_attention", pattern)  # positions decide
+        assert not looks_up("synthesizer", pattern)  # positions and the query decide
     assert all(looks_up(n, CAUSAL) for n in ("linear", "gated_linear", "delta_rule", "mamba2", "reformer", "combiner"))
     assert not looks_up("fnet", Pattern.NONCAUSAL_SELF)
 

@@ -1,4 +1,4 @@
-"""Costs at any length, from a few measurements."""
+"""Predictions of costs at any length from a few measurements."""
 
 import math
 
@@ -67,6 +67,6 @@ def test_least_squares_never_takes_a_negative_weight_and_finds_the_best_without(
         found = nonnegative_least_squares(features, target)
         assert found.min() >= 0
         error = np.square(features @ found - target).sum()
-        for _ in range(200):  # no other point is better
+        for _ in range(200):  # no random other point is better
             other = np.maximum(0, found + rng.normal(size=3) * rng.choice([0.01, 0.1, 1.0]))
             assert np.square(features @ other - target).sum() >= error - 1e-9

@@ -1,4 +1,4 @@
-"""Training runs made elsewhere are those that the comparison asks for, all of them and no others."""
+"""Remote training runs are exactly those that the comparison asks for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = CompareSettings(
     ("softmax", "linear"), Budget.parse("20 steps"), seeds=3, dim=16, layers=1, heads=2, batch_tokens=256, lengths=(16,)
 )
 BEST = {"softmax": 3e-3, "linear": 1.0}
-"""Of one the rate lies within those that are tried first, of the other beyond all that are tried."""
+"""Best learning rates: one within the rates tried first, the other beyond all that are tried."""
 
 
 def recall():
@@ -66,7 +66,7 @@ def test_the_runs_are_those_that_a_comparison_asks_for(tmp_path, monkeypatch):
                 alone, asked = sorted(asked), []
     assert sorted(asked) == sorted(sweep.cells) == alone, "each once, and none that is not asked for"
     assert found[0] == found[1] and len({rate for name, rate, _ in alone if name == "linear"}) == 6
-    assert trainer.progress.done == before == 2 * len(alone)  # not counted again
+    assert trainer.progress.done == before == 2 * len(alone)  # not counted twice
     assert any("of 6 runs came back" in one.doing for one in seen)
 
 

@@ -89,7 +89,7 @@ def test_a_comparison_ends_with_summary_recommendation_and_report(tmp_path):
     model = from_pretrained(outcome.models["recall"])
     assert count_parameters(model) == entry["parameters"]
     kept = open_trained(outcome.models["recall"])
-    assert len(kept.score().items) == 24  # those that chose no learning rate
+    assert len(kept.score().items) == 24  # those not used to choose a learning rate
     assert kept.record["score"] == pytest.approx(kept.score().score)
     assert {len(row["items"]) for row in rows(outcome)} == {24}
     with Store(outcome.store) as store:
@@ -147,7 +147,7 @@ def test_mechanisms_that_no_time_was_left_for_share_a_sentence(tmp_path, monkeyp
 
 
 def test_what_no_time_was_left_for_is_made_where_others_took_less_than_was_kept_for_them(tmp_path, monkeypatch):
-    """Time is kept for further frames until these are done."""
+    """Time is reserved for further frames until those are done."""
     monkeypatch.setattr(Trainer, "_affords", lambda trainer, *_: not trainer.reserved)
     chosen = settings(mechanisms=("softmax", "linear"), rates=(1e-6, 1e-5), seeds=2)
     outcome = compare([recall()], chosen, tmp_path)
@@ -194,7 +194,7 @@ def test_a_busy_moment_tells_nothing_of_the_pace_a_minute_later(tmp_path, monkey
 
 
 def test_runs_get_more_steps_where_others_of_their_mechanism_solve_the_task(tmp_path, monkeypatch):
-    """softmax solves it with one seed of three, linear with none."""
+    """Here softmax solves the task with one seed of three, linear with none."""
     measure = Trainer._measure
 
     def lucky(self, work, name, rate, seed):
@@ -224,7 +224,7 @@ def test_another_lowest_seed_repeats_the_comparison_by_other_draws(tmp_path):
 
 
 def test_a_slower_machine_gets_fewer_steps(tmp_path, monkeypatch):
-    """Every step takes longer than in the calibration: what is left is planned again, and said."""
+    """If steps take longer than in the calibration, the remaining work is planned again, which is reported."""
     monkeypatch.setattr("regard.workbench.comparison.planning.FEWEST_STEPS", 1)
     monkeypatch.setattr("regard.workbench.comparison.trainer.FEWEST_STEPS", 1)
     slow = Trainer._measure
@@ -364,7 +364,7 @@ TYPES |= {"null": type(None)}
 
 
 def differences(value, schema, path="."):
-    """Where a value is not what a schema says, of the words that the published schema uses; unknown names too."""
+    """Differences between a value and a schema, for the keywords that the published schema uses, and unknown names."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(isinstance(value, TYPES[kind]) for kind in kinds):
@@ -391,7 +391,7 @@ def quality(folder):
 
 @pytest.fixture
 def one_thread():
-    """As the environment of the other process says: sums are split over threads."""
+    """Use one thread here and in the other process, since sums depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -423,7 +423,7 @@ def test_lengths_that_are_too_long_for_the_memory_are_left_out_and_said(tmp_path
 
 
 class Costly(torch.nn.Module):
-    """Fails at more than `most` tokens."""
+    """A model that fails for more than `most` tokens."""
 
     def __init__(self, most, error):
         super().__init__()
@@ -473,7 +473,7 @@ def test_an_error_that_is_not_about_memory_is_not_hidden():
 
 def test_a_moment_in_which_the_machine_is_busy_does_not_count_in_the_calibration(monkeypatch):
     work = Work(recall(), settings(mechanisms=("softmax", "linear")))
-    times = iter([(9.0, 0.1), (0.2, 5.0), (0.2, 0.3), (0.1, 0.2)])  # softmax, linear, linear, softmax
+    times = iter([(9.0, 0.1), (0.2, 5.0), (0.2, 0.3), (0.1, 0.2)])  # order: softmax, linear, linear, softmax
     monkeypatch.setattr(Work, "_timed", lambda self, config, seconds: next(times))
     work.calibrate(1.0)
     assert work.step_seconds == {"softmax": 0.1, "linear": 0.2}

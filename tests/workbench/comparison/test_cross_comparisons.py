@@ -24,7 +24,7 @@ MECHANISMS = ("softmax", "linear")
 
 
 class Recite(Task):
-    """The tokens of the memory, in order."""
+    """Repeat the memory's tokens in order."""
 
     name, pattern, objective = "recite", Pattern.CAUSAL_CROSS, "next-token"
     length, memory_length, vocab_size, memory_vocab_size = 4, 4, 6, 5
@@ -47,7 +47,7 @@ class Recite(Task):
 
 
 class Carry(Task):
-    """The last level of the past, at each point of the horizon, in thousands."""
+    """Carry the last level of the past, in the thousands, to each point of the horizon."""
 
     name, pattern, objective = "carry", Pattern.NONCAUSAL_CROSS, "regression"
     length, memory_length, features, memory_features, num_targets = 3, 6, 1, 2, 1
@@ -136,7 +136,7 @@ def carry_with_a_rule(items):
 
 @pytest.mark.parametrize(("error", "standing"), [(1e-3, "behind"), (1e6, "ahead")])
 def test_a_rule_is_compared_on_the_items_that_are_the_result(tmp_path, error, standing):
-    """Its errors on the four items that choose the rate do not count."""
+    """The rule's errors on the four items that choose the learning rate do not count."""
     task = carry_with_a_rule(np.array([[3 * 12345.0, 3.0]] * 4 + [[3 * error, 3.0]] * 12))
     outcome = compare([task], settings(rates=(1e-3, 1e-2)), tmp_path)
     assert outcome.baselines == {"carry": {"name": "a rule", "score": pytest.approx(error), "higher_is_better": False}}

@@ -1,4 +1,4 @@
-"""Backbones whose widths are scaled to an equal quantity: how near they come, and that it is told."""
+"""Backbones whose widths are scaled to equal size: how near they come, and that this is reported."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_machine_that_becomes_slower_and_slower_does_not_mislead(task, monkeyp
         for variant in with_options(asked, found).variants.values()
     )
     assert abs(second / first - 1) < 0.1
-    assert found[SMALL[1]]["off"] == pytest.approx(second / (1.03 * first) - 1)  # as measured beside it, just before
+    assert found[SMALL[1]]["off"] == pytest.approx(second / (1.03 * first) - 1)  # as measured together just before
 
 
 def test_a_time_that_was_near_by_chance_is_measured_again(task, monkeypatch):

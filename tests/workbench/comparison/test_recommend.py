@@ -11,7 +11,7 @@ LEVEL = dict.fromkeys(TIMES, 1.0)
 
 
 def case(scores, inference=TIMES, solved=None, seeds=3, noise=0.001):
-    """One task: mean scores, inference times, whether each mechanism solves it."""
+    """One task's summary and comparison, from mean scores, inference times and the mechanisms that solve it."""
     rng = np.random.default_rng(0)
 
     def items(mean):
@@ -31,7 +31,7 @@ def case(scores, inference=TIMES, solved=None, seeds=3, noise=0.001):
 
 
 def advise(beside=None, named=(), edges=None, published=None, seeds=1, **tasks):
-    """What is recommended after these tasks; accuracy is the metric of recall, bits of the others."""
+    """The recommendation after these tasks; the metric of recall is accuracy, that of the others bits."""
     return recommend(
         {name: summary for name, (summary, _) in tasks.items()},
         {name: comparison for name, (_, comparison) in tasks.items()},
@@ -59,11 +59,11 @@ def test_cost_does_not_buy_a_separable_loss_of_quality():
 
 
 def test_the_cost_that_is_given_is_said_to_be_the_winners():
-    """Also where another has the best score, and is the one that the sentence began with."""
+    """This holds even if another mechanism has the best score and begins the sentence."""
     found = advise(text=case({"slow": 1.0, "fast": 1.02, "toy": 9.0}, noise=0.08))
     assert found.winner == "fast"
     assert "slow reaches" in found.reason and "; fast needs 1 ms" in found.reason
-    # and what cannot be separated is said with what would
+    # mechanisms that cannot be separated are named, with what would help
     assert any("Cannot separate" in note and "--seeds" in note and "--budget" in note for note in found.notes)
 
 
@@ -85,12 +85,12 @@ def test_what_is_not_shown_to_beat_the_rule_is_not_taken_where_others_are():
         entry["beside_baseline"] = "behind"
     assert "on text a rule without training is better" in advise(text=(summary, comparison)).text
     for entry in summary:
-        entry["solved"] = True  # whatever too few items say of the rule
+        entry["solved"] = True  # whatever a few items say about the rule
     assert "without training" not in advise(text=(summary, comparison)).text
 
 
 def test_scores_that_are_exactly_the_same_are_called_so():
-    """As where every model says the most frequent class."""
+    """This happens if every model predicts the most frequent class."""
     found = advise(text=case(LEVEL, noise=0.0))
     assert found.notes == ["On text all of slow, fast and toy score exactly the same."]
 
@@ -106,7 +106,7 @@ def test_a_single_seed_ranks_nothing():
 
 
 def test_who_is_ahead_of_the_winner_on_another_task_is_said():
-    """Tasks decide one after the other; a mechanism that left on the first may lead on the second."""
+    """Tasks decide one after the other; a mechanism dropped after the first may lead on the second."""
     one, other = case({"slow": 1.0, "fast": 2.0, "toy": 2.0}), case({"slow": 2.0, "fast": 1.0, "toy": 3.0})
     assert advise(one=one, other=other).notes == [
         "On other slow is surely behind fast, which left for what is said above."
@@ -117,7 +117,7 @@ def test_who_is_ahead_of_the_winner_on_another_task_is_said():
 
 
 def test_where_all_solve_a_task_a_sure_difference_is_not_called_noise():
-    """0.997 of recall is surely below 0.9999, and both solve it: neither decides, and neither sentence says otherwise."""
+    """A recall of 0.997 is surely below 0.9999, but both solve it, so scores do not decide, and no sentence says so."""
     scores = {"slow": 0.9999, "fast": 0.997}
     recall = case(scores, solved=set(scores), noise=1e-5)
     assert recall[1].difference("slow", "fast").separable
@@ -144,14 +144,14 @@ def test_mechanisms_without_a_score_are_left_out():
 
 
 def alike(names=("slow", "fast"), beside=None, means=None, published=None, **costs):
-    """Mechanisms of about the same cost, of which seeds tell no difference; their means are equal where not given."""
+    """The recommendation for mechanisms of similar cost that seeds cannot separate; means are equal unless given."""
     times = {**dict.fromkeys(names, 1.0), "fast": 0.95, **costs}
     scores = {name: (means or {}).get(name, 1.0) for name in names}
     return advise(beside, names, published=published, text=case(scores, times, noise=0.1 if means else 0.0))
 
 
 def elsewhere(**solved):
-    """Who, having solved recall, solves it in another frame too."""
+    """Results of mechanisms that solved recall: whether they also solve it in another frame."""
     told = {"frame": "own", "first_solved": True}
     return {"recall": [{"mechanism": name, "solved": won, **told} for name, won in solved.items()]}
 
@@ -193,7 +193,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_sentence_contradicts_another(name):
-    """A winner that is alone ahead is nowhere said to be inseparable, and one that is not is nowhere said to be alone."""
+    """A sole winner is never called inseparable from others, and a winner that is not alone is never called sole."""
     found = CASES[name]()
     alone = "surely behind it" in found.text or "only mechanism" in found.text
     tied = any("Cannot separate" in note or "exactly the same" in note for note in found.notes)
@@ -209,7 +209,7 @@ def test_no_sentence_contradicts_another(name):
 
 
 def test_costs_that_differ_as_timings_do_decide_nothing():
-    """Which of two runs was a few percent faster must not turn the answer; a real difference does."""
+    """A few percent between two timings must not change the answer; a real difference does."""
     for fast in (0.95, 1.0, 1.05):
         found = alike(fast=fast)
         assert found.winner == "slow" and "named first" in found.text and found.alike == ["slow", "fast"]
@@ -236,7 +236,7 @@ def test_what_one_run_cannot_tell_the_published_ranking_does_so_that_another_run
         found = alike(means={better: 0.97}, published=known)
         assert found.winner == "slow" and "in the ranking that regard publishes, though not surely" in found.text
     assert alike(("fast", "softmax"), published=known).winner == "softmax"
-    for unknown in ({"text": {"slow": 1.0}}, {"recall": known["text"]}):  # not all of them, not this task
+    for unknown in ({"text": {"slow": 1.0}}, {"recall": known["text"]}):  # not all mechanisms; not this task
         assert alike(means={"fast": 0.97}, published=unknown).winner == "fast"
     assert advise(text=case({"slow": 9.0, "fast": 1.0}), published=known).winner == "fast", "it cannot outweigh the run"
     assert published_means("own") == {}
@@ -249,13 +249,13 @@ def test_of_two_alike_the_one_is_taken_that_needs_its_frame_less():
     found = alike(both, elsewhere(softmax=False, fast=True))
     assert found.winner == "fast" and "unlike softmax it also solves recall in the frame own" in found.text
     for beside in (elsewhere(softmax=True, fast=True), elsewhere(softmax=False, fast=False), elsewhere(softmax=False)):
-        assert alike(both, beside).winner == "softmax"  # of the last, nothing is known of the other
+        assert alike(both, beside).winner == "softmax"  # in the last case fast is unknown
     assert alike(both, elsewhere(softmax=False, fast=True), softmax=0.5).winner == "softmax"
 
 
 def test_of_two_alike_frames_that_one_alone_was_trained_in_decide_nothing_nor_is_said_to_be_solved_what_is_not():
     both, bare = ("softmax", "fast"), {"frame": "bare", "first_solved": True, "solved": False}
-    late = elsewhere(softmax=False)  # no time was left for the other
+    late = elsewhere(softmax=False)  # no time was left for fast
     late["recall"] += [{"mechanism": name, **bare} for name in both]
     found = alike(both, late)
     assert found.winner == "softmax" and "it also solves" not in found.text

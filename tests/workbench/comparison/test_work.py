@@ -45,7 +45,7 @@ def test_what_no_other_size_would_help_is_not_told_as_a_question_of_sizes():
 def test_lengths_whose_squares_a_backbone_cannot_take_are_known_before_its_cost_is_measured():
     names = ("van_nano:widths=[8,8,8]", "agent_pvt_nano:widths=[8,8,8]")
     one = Work(create_task("images", size=16, patch=4), CompareSettings(names, Budget.parse("20 steps")))
-    assert one.takes(1024) and not one.takes(2048)  # of 128 x 128 pixels, and of 180 x 180
+    assert one.takes(1024) and not one.takes(2048)  # 128 x 128 and 180 x 180 pixels
 
 
 def test_a_budget_that_would_do_leaves_out_what_matching_took_which_the_store_keeps():

@@ -1,4 +1,4 @@
-"""Modules as people write them, right and wrong, for `regard detect-patterns`."""
+"""Modules as people might write them, right and wrong, for `regard detect-patterns`."""
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,21 @@ class Right(nn.Module):
 
 
 class FutureMean(Right):
-    """A ten-thousandth of the mean over all queries."""
+    """Adds a ten-thousandth of the mean over all queries."""
 
     def forward(self, query, key=None, value=None):
         return super().forward(query, key, value)[0] + 1e-4 * query.mean(1, keepdim=True)
 
 
 class KnowsLength(nn.Module):
-    """Sums of the past, divided by how many tokens there are in all."""
+    """Sums of the past, divided by the total number of tokens."""
 
     def forward(self, x):
         return x.cumsum(1) / x.shape[1]
 
 
 class FutureGradient(nn.Module):
-    """The value of a later token does not enter; its gradient does."""
+    """Outputs do not depend on later tokens, but gradients do."""
 
     def forward(self, x):
         later = x.flip(1).cumsum(1).flip(1)
@@ -51,7 +51,7 @@ class OneAhead(nn.Module):
 
 
 class PaddingSeen(nn.Module):
-    """The mean over all keys, padding too."""
+    """Adds the mean over all keys, including padding."""
 
     def forward(self, x, key_padding_mask=None):
         return x + x.mean(1, keepdim=True)
@@ -76,7 +76,7 @@ class IgnoresMemory(nn.Module):
 
 
 class SinglePrecision(nn.Module):
-    """Takes float32 alone."""
+    """Accepts only float32."""
 
     def forward(self, x):
         weights = torch.ones(x.shape[1], x.shape[1], dtype=torch.float32).tril()
@@ -129,7 +129,7 @@ class HandsOn(Right):
 
 
 class TokensFirst(nn.Module):
-    """Right for (N, B, C): called with (B, N, C), the rows of a batch are its tokens, and the first row sees itself alone."""
+    """Right for (N, B, C); called with (B, N, C), it takes batch rows for tokens, and the first row sees only itself."""
 
     def forward(self, x):
         return x.cumsum(0)

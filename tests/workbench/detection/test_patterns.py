@@ -1,4 +1,4 @@
-"""The detector of patterns: the catalogue is what its cards say, planted leaks are found, and the unfit are refused."""
+"""The pattern detector: the catalogue is as its cards say, planted leaks are found, and unfit modules are refused."""
 
 import json
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_a_module_that_cannot_be_probed_is_refused_in_a_sentence(name: str, why:
 
 
 def test_a_leak_of_a_mechanism_is_found_against_its_card() -> None:
-    """The detector does not believe cards: a causal softmax that adds the mean of all tokens is caught."""
+    """The detector does not trust cards: a causal softmax that adds the mean of all tokens is caught."""
     honest = suspect("softmax", {})
 
     class Leaky:
@@ -133,7 +133,7 @@ def test_a_leak_of_a_mechanism_is_found_against_its_card() -> None:
 
 
 def test_verdicts_are_those_of_cabs_own_rule_where_it_says_no() -> None:
-    """CAB says yes where f(X)[i] = f(X[:i + 1])[i] for i from n / 2 on, to 1e-4 in all: what it refuses is refused here."""
+    """CAB accepts f(X)[i] = f(X[:i + 1])[i] for i from n / 2 on, to a total of 1e-4; what it rejects is rejected here."""
     torch.manual_seed(0)
 
     def cab(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""`regard compress` of encoders and classifiers of transformers and of models of timm, and what their libraries make of it."""
+"""`regard compress` on transformers encoders and classifiers and on timm models, and loading the results there."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _short(monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Folders with an encoder of each kind, a wider classifier, a model of timm, and data for them."""
+    """Folders with an encoder of each kind, a wider classifier, a timm model, and data for them."""
     place = tmp_path_factory.mktemp("place")
     kinds = {"masked": "BertForMaskedLM", "bare": "BertModel", "classes": "BertForSequenceClassification"}
     for name, kind in kinds.items():

@@ -1,4 +1,4 @@
-"""`regard compress`: recipes measured on a model, one model out, and what a user does with it."""
+"""`regard compress`: recipes measured on a model, the one model that results, and its use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _short(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A language model of regard in its folder, and its text."""
+    """A regard language model in its folder, and its text."""
     place = tmp_path_factory.mktemp("trained")
     (place / "text.txt").write_text(TEXT)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory):
-    """A causal language model of transformers in its folder, and a text."""
+    """A causal transformers language model in its folder, and a text."""
     transformers = pytest.importorskip("transformers")
     place = tmp_path_factory.mktemp("causal")
     save_byte_tokenizer(place / "model")
@@ -124,7 +124,7 @@ def test_the_fastest_is_recommended_of_those_that_lose_little(rows, chosen, word
 
 
 def test_times_in_the_table_are_those_of_the_ratios_and_no_loss_is_below_zero_by_rounding():
-    slowed = Row("a", 10.0, -1e-6, 250, {"decode": 3.0}, {"decode": 2.0}, 1.0, {}, 3)  # where the original took 6
+    slowed = Row("a", 10.0, -1e-6, 250, {"decode": 3.0}, {"decode": 2.0}, 1.0, {}, 3)  # the original took 6
     found = Study("x", "perplexity", False, 3, 3, row("original", 10.0, 1000, 1.0), [slowed], {}, None, 1)
     assert cells(found, slowed)[2:] == ["0.00%", "250 B, 4.00x", "500 µs, 2.00x"]
 
@@ -142,7 +142,7 @@ def test_what_is_lost_is_counted_in_the_direction_of_the_metric():
 
 
 def test_a_model_of_regard_train_is_compressed_and_used_on_the_command_line(capsys, trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # or names are folded where times have many digits
+    monkeypatch.setenv("COLUMNS", "200")  # otherwise names wrap if times have many digits
     model, _ = trained
     found = answer(capsys, "compress --recipe gptq:group=64 --calibration 4", model, "--output", tmp_path / "small")
     assert found["recipe"] == "gptq:group=64" and found["bytes_after"] < found["bytes_before"] / 2

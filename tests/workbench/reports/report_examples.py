@@ -1,4 +1,4 @@
-"""Plausible rows of a comparison, for the tests of the report: `write_report("OUT.html", Measured(**example()))` shows them."""
+"""Plausible rows of a comparison, for tests of the report: `write_report("OUT.html", Measured(**example()))` shows them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOTES = [
 
 
 def example(tasks: int = 3, mechanisms: int = 6, seeds: int = 3, entropy: int | None = None) -> dict:
-    """The parts of a `Measured` for a comparison of this size."""
+    """The fields of a `Measured` for a comparison of this size."""
     random = np.random.default_rng(entropy)
     names = MECHANISMS[:mechanisms]
     chosen_tasks = list(TASKS)[:tasks]

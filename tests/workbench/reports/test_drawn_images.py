@@ -1,4 +1,4 @@
-"""Pictures that models complete: the upper half is the image's own, and the page shows them."""
+"""Images completed by models: the upper half is the original, and the page shows them."""
 
 from __future__ import annotations
 

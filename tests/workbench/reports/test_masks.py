@@ -1,4 +1,4 @@
-"""Masks as pictures: what a report shows of a task that segments, and what a trained model draws."""
+"""Masks as images: those in the report of a segmentation task, and those drawn by a trained model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Image = pytest.importorskip("PIL.Image")
 
 
 class Knows(nn.Module):
-    """The masks of a task's held-out images, by their inputs; all the same class for others."""
+    """A model that knows the masks of a task's held-out images by their inputs, and gives class 0 for other inputs."""
 
     def __init__(self, task: Any) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_large_pictures_are_made_smaller() -> None:
 
 
 def test_masks_have_the_size_of_the_picture_and_the_values_of_the_classes(tmp_path: Path) -> None:
-    """Of a picture as large as the model reads it is the mask itself; of a larger one the interpolated logits."""
+    """For an image of the model's input size the result is the mask itself; for larger ones logits are interpolated."""
     task = create_task("segmentation", size=32, evaluation_items=4)
     batch = next(iter(task.evaluation_batches(1)))
     Image.fromarray(task.reader.pixels(batch.inputs)[0]).save(tmp_path / "a.png")

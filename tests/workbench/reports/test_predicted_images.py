@@ -1,4 +1,4 @@
-"""Pictures in the report: what models said of single images, and that the page shows it."""
+"""Images in the report: predictions of models for single images, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_picture_is_a_png_of_its_pixels_and_a_large_one_is_made_smaller(shape)
 
 
 class Guess(nn.Module):
-    """Says the right class of all images but one in four, which it takes for the next class, surer and surer."""
+    """Predicts the right class for three images in four and the next class for the fourth, with growing confidence."""
 
     def __init__(self, task):
         super().__init__()

@@ -31,7 +31,7 @@ NO_RECOMMENDATION = {"text": "", "reason": "", "winner": None, "notes": []}
 
 
 class Page(HTMLParser):
-    """Elements of a page as (tag, attributes, tags around), its text, and whether its tags are balanced."""
+    """A parsed page: elements as (tag, attributes, enclosing tags), text, and whether tags are balanced."""
 
     def __init__(self, page):
         super().__init__()
@@ -56,11 +56,11 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
     def all(self, tag):
-        """The attributes of every element of this tag."""
+        """The attributes of every element with this tag."""
         return [attributes for name, attributes, _ in self.elements if name == tag]
 
     def count(self, name):
-        """Elements of a class, the markers of the legend and of tables apart."""
+        """Number of elements with the class `name`."""
         return sum(name in (attributes.get("class") or "").split() for _, attributes, _ in self.elements)
 
 
@@ -75,7 +75,7 @@ def whole(rows):
 
 
 def shown(page):
-    """The page as it is at first, without the pictures that are chosen."""
+    """The page as first shown, without charts that appear on selection."""
     return re.sub(r'<div class="choice" hidden>.*?</div>', "", page, flags=re.DOTALL)
 
 
@@ -208,7 +208,7 @@ def test_names_are_escaped(rows):
 
 
 def spoil(value, bad):
-    """A copy with about a third of all floats replaced."""
+    """Return a copy in which about a third of all floats are replaced."""
     if isinstance(value, dict):
         return {key: spoil(item, bad) for key, item in value.items()}
     if isinstance(value, list):
@@ -290,7 +290,7 @@ def test_a_sentence_begins_with_a_capital_and_a_mechanism_as_it_is_spelled(rows,
 
 def test_rate_at_the_edge_of_its_grid_is_warned_of(rows):
     def told(chosen):
-        """What is said of the rates when this one was chosen, by task and mechanism."""
+        """The text about learning rates if `chosen` gives the chosen rate for each task and mechanism."""
         edge = copy.deepcopy(rows)
         for row in edge["quality"]:
             row["lr"] = chosen(row["task"], row["mechanism"])

@@ -1,4 +1,4 @@
-"""Architecture search (arXiv 2207.13955): the supernet, the ranker, the searchers, the budget, and the whole on a small task."""
+"""Architecture search (arXiv 2207.13955): supernet, ranker, searchers, budget, and a whole search on a small task."""
 
 import json
 import random
@@ -56,7 +56,7 @@ def task(request):
 
 
 def random_losses(one, networks, kinds=("dim", "depth", "mechanism", "heads", "feed_forward"), seed=0):
-    """A sum of draws, one for each choice of each gene of some kinds."""
+    """Losses that are sums of random values, one for each choice of each gene of the given kinds."""
     rng = np.random.default_rng(seed)
     worth = {gene.name: rng.standard_normal(len(gene.choices)) * (gene.kind in kinds) for gene in one.genes}
     return [
@@ -87,7 +87,7 @@ def test_genes_to_network_to_genes_is_the_identity_and_every_network_is_counted_
 
 
 def test_an_encoder_decoder_has_genes_for_each_attention_of_each_layer(pairs):
-    """Of six layers on each side as in the paper: 18 attentions have a mechanism and heads, 12 layers a feed-forward width."""
+    """With six layers on each side as in the paper, 18 attentions have a mechanism and heads, 12 layers a network width."""
     one = space(task=pairs, depths=(1, 6))
     kinds = [gene.kind for gene in one.genes]
     assert [kinds.count(kind) for kind in ("mechanism", "heads", "feed_forward", "dim", "depth")] == [18, 18, 12, 1, 2]
@@ -109,7 +109,7 @@ def test_the_reach_of_a_mechanism_is_the_length_of_the_task():
 
 
 def cases(one):
-    """Every choice of every gene, the other genes drawn."""
+    """Yield genes with every choice of every gene, the other genes being random."""
     rng = random.Random(3)
     for at, gene in enumerate(one.genes):
         for number in range(len(gene.choices)):
@@ -155,7 +155,7 @@ def test_a_matrix_of_several_projections_is_not_cut_and_mechanisms_may_have_proj
                 assert part.shape == supernet.tensors[key].shape, key
     blocks = [key for key in supernet.tensors if key.startswith("blocks/0/mixer/query")]
     assert blocks == ["blocks/0/mixer/query/weight"]
-    assert len([key for key in whole.tensors if key.startswith("blocks/0/mixer/query")]) == 2  # mamba2 has none
+    assert len([key for key in whole.tensors if key.startswith("blocks/0/mixer/query")]) == 2  # mamba2 has no queries
 
 
 def test_a_step_trains_the_largest_the_smallest_and_drawn_networks_by_the_mean_of_their_losses():
@@ -205,7 +205,7 @@ def test_flops_hold_the_projections_and_agree_with_hooks():
     run_model(model, batch, Context())
     for hook in hooks:
         hook.remove()
-    attention = 2 * 4 * RECALL.length**2 * 16  # two layers, two products of 2 N^2 C
+    attention = 2 * 4 * RECALL.length**2 * 16  # two layers with two products of 2 N^2 C
     assert count_flops(model, RECALL) == pytest.approx(sum(counted) + attention, rel=0.01)
 
 
@@ -312,11 +312,11 @@ def test_a_searcher_finds_the_optimum_of_the_ranker_within_the_budget(name):
     allowed = [genes for genes in every if fits(genes)]
     scores = ranker.score(allowed)
     count = 150 if name == "evolution" else 40 if name == "optuna" else 1000
-    start = [table.cheapest(one), one.uniform("linear")]  # the second is beyond the budget
+    start = [table.cheapest(one), one.uniform("linear")]  # the second exceeds the budget
     found = SEARCHERS[name](one, ranker.score, fits, count, 0, start)
     assert found.scored == len(found.best) <= count
     assert all(fits(genes) for genes, _ in found.best)
-    if name == "evolution":  # the others are given too few to be sure
+    if name == "evolution":  # the others have too few tries to be sure
         assert found.best[0][1] == pytest.approx(scores.max(), abs=1e-9)
     again = SEARCHERS[name](one, ranker.score, fits, count, 0, start)
     assert again.best == found.best
@@ -444,7 +444,7 @@ def test_a_mechanism_whose_smallest_network_is_too_large_is_left_out(tmp_path):
 
 
 def test_finalists_that_take_too_long_whole_are_dropped(tmp_path, monkeypatch):
-    """Whatever their layers promised: a share is of the reference's time in the same turns."""
+    """Whole networks are timed, whatever their layers promised; a share is relative to the reference in the same rounds."""
     one = space()
     settings = SearchSettings(NetworkBudget.parse("60% time"))
     search = Search(RECALL, one.choices, settings, tmp_path)

@@ -1,4 +1,4 @@
-"""`regard sparse`: analyses, the model made by hand, and the command."""
+"""`regard sparse`: analyses, the hand-made model, and the command."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_made_by_hand_a_wide_sparse_layer_beats_a_narrow_dense_one_where_context
     dense, sparse = retrieval(4096, 16, 1, 40, seed=1), retrieval(4096, 64, 16, 40, seed=1)
     assert cost(4096, 64, 16) < cost(4096, 16, 1)
     assert sum(dense) / 40 < 0.6 < 0.9 < sum(sparse) / 40
-    # with nothing in common in a page its bounds say little
+    # if a page's keys have nothing in common, its bounds say little
     assert sum(retrieval(4096, 64, 16, 40, seed=1, topics=False)) / 40 < 0.6
     found = isoflops((256,), 3, widths=(16, 32), ratios=(1, 4))
     assert [(p.size, p.ratio) for p in found[256]] == [(16, 1), (16, 4), (32, 1), (32, 4)]
@@ -85,7 +85,7 @@ def test_made_by_hand_a_wide_sparse_layer_beats_a_narrow_dense_one_where_context
 
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory):
-    """A causal language model of transformers in its folder, untrained but for a text that it knows by heart."""
+    """A causal transformers language model in its folder, trained only to know one text by heart."""
     transformers = pytest.importorskip("transformers")
     place = tmp_path_factory.mktemp("causal")
     tokenizer = save_byte_tokenizer(place / "model")
@@ -125,7 +125,7 @@ def test_a_folder_is_asked_judged_and_reported_and_goes_on_where_it_was_stopped(
     monkeypatch.setattr(study_module, "_asked", watched)
     assert run(capsys, line, *more)[0] == 130
     found = answer(capsys, line, *more)
-    # a sample of niah does not fit into 128 bytes: that is told, and the rest is asked once
+    # a niah sample does not fit into 128 bytes: this is reported, and the rest is asked once
     assert len(asked) == 1 + 4 * 7
     cells = {(c["method"], c["ratio"]): c for c in found["cells"]}
     assert len(cells) == 7 and all(c["samples"] == 4 for c in cells.values())
@@ -170,7 +170,7 @@ def test_side_effects_are_asked_where_they_are_wanted_stored_and_told(causal, tm
     found = answer(capsys, line, *more)["side_effects"]
     assert found["length"] == 400 and list(found["rows"]) == ["dense", "quest 4x"]
     dense = found["rows"]["dense"]
-    # it knows a line of 14 different 4-grams, and goes on with it
+    # it knows a line with 14 different 4-grams, and repeats it
     assert dense["text_repeated"] == pytest.approx(1 - 14 / 61) and dense["repeated"] == pytest.approx(
         1 - 14 / 61, abs=0.1
     )
@@ -223,7 +223,7 @@ def test_decoders_of_words_are_trained_go_on_and_are_asked(tmp_path, monkeypatch
     model = tiny.train("S", tmp_path / "stopped", 6, on_step=lambda step, loss: losses.append(loss))
     whole = []
     other = tiny.train("S", tmp_path / "whole", 6, on_step=lambda step, loss: whole.append(loss))
-    # what was done after the last checkpoint is done again
+    # steps after the last checkpoint are repeated
     assert losses == pytest.approx([*whole[:4], *whole[2:]])
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.allclose(a, b)

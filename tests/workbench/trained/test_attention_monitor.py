@@ -1,4 +1,4 @@
-"""The monitor of attention: its numbers, and runs that are watched."""
+"""The attention monitor: its numbers, and monitored runs."""
 
 import json
 from types import SimpleNamespace
@@ -43,10 +43,10 @@ def test_a_head_that_looks_for_one_token_is_known_by_it(recall):
         model.embedding.weight.zero_()
         model.embedding.weight[:, 0] = 1
         model.embedding.weight[:, 1] = -1
-        model.embedding.weight[token, 1] = 1  # what tells it from the others
+        model.embedding.weight[token, 1] = 1  # distinguishes it from the others
         for weight in (block.mixer.query.weight, block.mixer.key.weight):
             weight.zero_()
-        for row, sign in ((0, 3), (8, -3)):  # the first head looks for it, the second for the others
+        for row, sign in ((0, 3), (8, -3)):  # head 1 looks for it, head 2 for the others
             block.mixer.query.weight[row, 0], block.mixer.key.weight[row, 1] = sign, 1
     monitor.look(model, 0)
     first, second = monitor.heads()

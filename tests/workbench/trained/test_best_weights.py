@@ -1,4 +1,4 @@
-"""The best weights of a run and the last ones; a run on images that is killed goes on to the same of both."""
+"""The best and the last weights of a run; a killed run on images continues to the same weights of both kinds."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def train(data, folder, kill=None):
 
 @pytest.fixture
 def shades(tmp_path):
-    """Noisy images, of which the class is the side that is brighter."""
+    """Noisy images whose class is the brighter side."""
     generator = np.random.default_rng(3)
     for i in range(48):
         image = generator.normal(110, 60, (20, 24, 3))

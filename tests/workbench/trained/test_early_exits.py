@@ -1,4 +1,4 @@
-"""Exits on the command line: trained, frozen, told beside all layers, and decoded by."""
+"""Exits on the command line: trained, frozen, reported next to all layers, and used in decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a class rests on: occlusion finds the place that a model reads, rollout is the product of the weights."""
+"""Explanations of a class: occlusion finds the place that a model reads, rollout is the product of the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {"image_size": 32, "patch": 8, "dim": 12, "num_layers": 
 
 
 class ReadsOnePlace(nn.Module):
-    """Class 1 as far as the first number of one patch says so."""
+    """Scores class 1 by the first number of one patch."""
 
     def forward(self, inputs: Tensor, *, context: Context) -> Result:
         logit = inputs[:, 9, 0]
@@ -33,7 +33,7 @@ def test_occlusion_is_nothing_but_around_the_place_that_is_read() -> None:
     expected = torch.zeros(24).index_fill(0, torch.tensor(9), float(lost)).view(4, 6)
     close(found, expected, 1e-6)
     wide = occlusion(ReadsOnePlace(), inputs, (4, 6), 1, window=3)
-    assert wide[1, 3] > wide.max() - 1e-6 and (wide > 1e-6).sum() == 4 * 5  # rows 0 to 3, columns 1 to 5
+    assert wide[1, 3] > wide.max() - 1e-6 and (wide > 1e-6).sum() == 4 * 5  # 4 rows, columns 1 to 5
     assert (occlusion(ReadsOnePlace(), inputs, (4, 6), 0, window=1) <= 0).all()
 
 
@@ -71,7 +71,7 @@ def test_regions_are_read_as_often_as_they_are_chosen() -> None:
     options: dict[str, Any] = {"widths": (16, 16), "depths": (1, 1), "top": (3, 0), "windows": 2, "head_dim": 8}
     model = ImageModel(ImageModelConfig("biformer_nano", 3, (4, 6), 8, options=options)).eval()
     found = regions(model, torch.randn(24, 192), (4, 6))
-    assert found is not None and found.shape == (8, 12)  # the map of the first stage; the second reads everything
+    assert found is not None and found.shape == (8, 12)  # the first stage's map; the second reads everything
     blocks = found.unflatten(0, (2, 4)).unflatten(2, (2, 6))
     assert (blocks == blocks[:, :1, :, :1]).all()
     share = blocks[:, 0, :, 0]
@@ -89,7 +89,7 @@ def test_maps_of_agents_are_their_weights_of_the_places() -> None:
     assert explain(model, inputs, (4, 6), 0)[0] == "agents"
     with torch.no_grad():
         before = model(inputs[None], context=Context(grid=(4, 6))).output
-    assert torch.equal(before, model(inputs[None], context=Context(grid=(4, 6))).output)  # nothing stays in the layers
+    assert torch.equal(before, model(inputs[None], context=Context(grid=(4, 6))).output)  # no hooks remain
 
 
 def test_the_drawing_is_the_picture_and_the_map_beside_it() -> None:
@@ -103,4 +103,4 @@ def test_the_drawing_is_the_picture_and_the_map_beside_it() -> None:
     several = draw(image.new("RGB", (40, 30), "white"), torch.rand(5, 4, 4), side=260, smooth=False)
     assert several.size == (347 + 8 + 3 * 175 - 4, 260)
     many = draw(image.new("RGB", (4000, 3000), "white"), torch.rand(49, 4, 4), side=96)
-    assert many.size == (128 + 8 + 7 * 47 - 4, 7 * 36 - 4)  # a large photograph gives no larger drawing
+    assert many.size == (128 + 8 + 7 * 47 - 4, 7 * 36 - 4)  # drawings do not grow with the photo

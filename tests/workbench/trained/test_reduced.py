@@ -1,4 +1,4 @@
-"""A trained model on fewer tokens, from the command line: scored, timed and drawn beside itself on all of them."""
+"""A trained model on fewer tokens, from the command line: scored, timed and drawn against itself on all tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS = {"dim": 12, "num_layers": 2, "num_heads": 2}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as `regard train` leaves it, of a model that tells nothing apart, and its pictures in it."""
+    """A folder as left by `regard train`, with an untrained model and its images."""
     draws = np.random.default_rng(0)
     for name in ("dark", "light"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -90,10 +90,10 @@ def test_merged_patches_have_one_colour_and_dropped_ones_are_dark() -> None:
     drawn = np.asarray(draw_tokens(image.fromarray(pixels), places, side=32))
     left, right = drawn[:, :32], drawn[:, 40:]
     assert (left == pixels).all()
-    assert (right[4, [4, 28]] == 120).all()  # the mean of both upper patches
+    assert (right[4, [4, 28]] == 120).all()  # the mean of the two upper patches
     assert (right[28, 4] == 8).all() and (right[28, 28] == 200).all()
     assert (right[16, 4] == 255).all() and (right[28, 16] == 255).all()  # lines between tokens
-    assert (right[4, 16] == 120).all()  # and none inside of one
+    assert (right[4, 16] == 120).all()  # and none inside a token
 
 
 @pytest.mark.parametrize(

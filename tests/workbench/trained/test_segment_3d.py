@@ -1,4 +1,4 @@
-"""Networks that segment volumes: training, whole volumes and masks as NIfTI from the command line, and comparisons."""
+"""Volume segmentation: training, whole volumes and NIfTI masks from the command line, and comparisons."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from regard.workbench.reports import mask_pictures
 
 nibabel = pytest.importorskip("nibabel", reason="writes and reads volumes")
 AFFINE = np.array([[0, 2.0, 0, 30], [0, 0, 3, -8], [-2, 0, 0, 5], [0, 0, 0, 1]])
-"""Of a scanner whose axes are neither in the order nor in the direction that models read."""
+"""The affine of a scanner whose axes have neither the order nor the direction that models read."""
 
 
 def scans(folder: Path, count: int = 6, seed: int = 0) -> Path:
-    """Volumes with a bright ball, which is class 7."""
+    """Save volumes with a bright ball, which is class 7."""
     for i in range(count):
         draws = np.random.default_rng(seed + i)
         sides = tuple(draws.integers(10, 14, 3))
@@ -85,7 +85,7 @@ def test_train_evaluate_and_predict_volumes(tmp_path: Path, capsys: pytest.Captu
 
 
 class Knows(nn.Module):
-    """The classes of a task's held-out volumes, whose windows it knows by their voxels."""
+    """A model that knows the classes of a task's held-out volumes by the voxels of their windows."""
 
     def __init__(self, task: Any) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Knows(nn.Module):
         self.calls += 1
         known = torch.cat([batch.inputs[0] for batch in self.task.evaluation_batches(1)])
         classes = torch.cat([batch.targets[0] for batch in self.task.evaluation_batches(1)])
-        nearest = (inputs[:, :, None] == known).all(-1).float().argmax(-1)  # of each token the same one
+        nearest = (inputs[:, :, None] == known).all(-1).float().argmax(-1)  # finds the identical token
         return Result(5.0 * nn.functional.one_hot(classes[nearest], self.task.num_classes).float().flatten(2))
 
 
@@ -105,7 +105,7 @@ def test_a_report_shows_a_slice_of_whole_volumes() -> None:
     model = Knows(task)
     pictures, found = mask_pictures.shown(task), mask_pictures.predicted(model, task)
     assert pictures is not None and found is not None
-    assert model.calls == 4 * 2  # of 12 voxels along each axis there are eight windows
+    assert model.calls == 4 * 2  # 12 voxels along each axis make eight windows
     assert found["scores"] == [1.0] * 4 and found["masks"] == pictures["truths"]
     assert len(set(pictures["images"])) == 4 and pictures["classes"][0][0] == "background"
 

@@ -1,4 +1,4 @@
-"""One model, trained into a folder: the run goes on where it was stopped, and the folder is all that is needed afterwards."""
+"""One model, trained into a folder: a stopped run continues, and afterwards the folder is all that is needed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Random cases: a fixed sample for every mechanism, and what the search does with a mechanism that is wrong."""
+"""Random cases: a fixed sample for every mechanism, and the search on a mechanism that is wrong."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def test_a_sample_of_cases_holds(name, backend):
 
 @pytest.fixture
 def from_seven_on(monkeypatch):
-    """Softmax that is wrong from seven tokens on, in the catalogue as ``wrong``."""
+    """Softmax attention that is wrong from seven tokens on, in the catalogue as ``wrong``."""
     softmax = get_mechanism("softmax")
 
     def parallel(call, *tensors, **more):
@@ -100,7 +100,7 @@ def test_a_waiver_of_one_backend_leaves_the_others_to_be_tried():
 
 
 def test_gradients_that_cancel_are_not_measured_by_what_is_left_of_them():
-    """One number over its own norm: its gradient is 0 but for the norm's eps."""
+    """A single number divided by its own norm has a gradient of 0 up to the norm's eps."""
     options = {"block": 4, "activation": "relu"}
     case = Case("diagonal", "noncausal-self", options, "relu", lengths=(1,), value_width=1, backend="native")
     assert run_case(case) < 1e-5

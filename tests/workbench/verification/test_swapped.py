@@ -13,11 +13,11 @@ from regard.workbench.verification.swap_hosts import HOSTS, hosts
 from regard.workbench.verification.swapped import check_swap, swap_cells, swap_variants
 
 ALL = bool(os.environ.get("REGARD_TEST_ALL"))
-"""Every mechanism and set of options in every model, as `make test-all` has them: ten minutes."""
+"""Whether to try every mechanism and set of options in every model, as `make test-all` does; takes ten minutes."""
 
 
 def tried():
-    """Two models for each mechanism by turns, with its options in one and a set of other options in the other."""
+    """Yield two models for each mechanism, different ones for different mechanisms, with varying sets of options."""
     models = list(hosts())
     for turn, name in enumerate(list_mechanisms()):
         options = ("", *swap_variants(name))
@@ -30,7 +30,7 @@ def tried():
 CELLS = list(dict.fromkeys(tried()))
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers' and timm's, of small configs
+@pytest.mark.filterwarnings("ignore")  # from transformers and timm, about small configs
 @pytest.mark.parametrize(("model", "name", "variant"), CELLS, ids=[" ".join(cell) for cell in CELLS])
 def test_a_swapped_model_computes_what_own_layers_do_or_is_refused(model, name, variant):
     cell = check_swap(model, name, variant)
