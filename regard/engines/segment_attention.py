@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from regard.backends.operators import runs_plainly
 from regard.contract import Call, Pattern, Result, state_field
 from regard.core.angles import angles
+from regard.core.padding import pad_tokens
 from regard.core.precision import wide, wide_dtype
 from regard.core.visibility import CountedRanks, Ranks
 from regard.engines.attention import Visibility, attention
@@ -233,7 +234,7 @@ class _Sequence:
         batch, heads, n, _ = q.shape
         size = min(n, reach.segment)
         count = -(-n // size)
-        queries = F.pad(q, (0, 0, 0, count * size - n)).unflatten(2, (count, size))
+        queries = pad_tokens(q, 0, count * size - n).unflatten(2, (count, size))
         slots, hidden = self._segments(count, size), ~self._existing(count, size)
         total = slots.k.shape[3]
         table = None if self.distances is None else self.distances.table(total - 1, 0 if causal else 1 - size)
@@ -260,7 +261,7 @@ class _Sequence:
         """The slots of each segment, (b, g, count, slots, d)."""
         reach = self.reach
         n = self.read.k.shape[2] - (0 if self.start is None else reach.cached)
-        padded = self.read.map(lambda x: F.pad(x, (0, 0, reach.memory + n - x.shape[2], count * size - n)))
+        padded = self.read.map(lambda x: pad_tokens(x, reach.memory + n - x.shape[2], count * size - n))
         parts = []
         if self.queue is not None:
             step = reach.segment // reach.ratio
@@ -270,7 +271,7 @@ class _Sequence:
         else:
             if reach.memory:
                 parts.append(padded.map(lambda x: windows(x, reach.memory, size, count)))
-            parts.append(self.new.map(lambda x: F.pad(x, (0, 0, 0, count * size - n)).unflatten(2, (count, size))))
+            parts.append(self.new.map(lambda x: pad_tokens(x, 0, count * size - n).unflatten(2, (count, size))))
         return reduce(lambda before, part: before.followed_by(part, 3), parts)
 
     def _existing(self, count: int, size: int) -> Bool[Tensor, "b count slots"]:

@@ -49,7 +49,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -73,6 +72,7 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.padding import pad_tokens
 from regard.core.precision import wide
 from regard.core.visibility import block_numbers
 from regard.engines.attention import Ranks, Visibility, attention
@@ -354,13 +354,13 @@ class CompressiveLayer(SegmentLayer):
             old = heads[name].detach()
             if state is not None:
                 old = torch.cat([getattr(state.mechanism, name)[:, :, reach.cached - memory :].detach(), old], 2)
-            old = F.pad(old, (0, 0, memory + n - old.shape[2], count * size - n))
+            old = pad_tokens(old, memory + n - old.shape[2], count * size - n)
             new = groups[f"{name}_compressed"]
-            new = F.pad(new, (0, 0, missing, max(0, count * size // ratio - (new.shape[2] - first))))
+            new = pad_tokens(new, missing, max(0, count * size // ratio - (new.shape[2] - first)))
             pairs.append((windows(old, size, size, count), windows(new, size // ratio, size // ratio, count)))
         start = q.new_zeros(q.shape[0], dtype=torch.long) if state is None else state.length
         begin = start[:, None] + torch.arange(0, count * size, size, device=q.device) - memory  # b count
-        queries = F.pad(q, (0, 0, 0, count * size - n)).unflatten(2, (count, size))
+        queries = pad_tokens(q, 0, count * size - n).unflatten(2, (count, size))
         exact, summary = (
             _content(queries, keys, values, begin[..., None] + step * torch.arange(keys.shape[3], device=q.device) >= 0)
             for (keys, values), step in zip(zip(*pairs, strict=True), (1, ratio), strict=True)
@@ -473,8 +473,5 @@ MECHANISM = Mechanism(
     module=CompressiveLayer,
     projection=Compression,
     sample_inputs=sample_inputs,
-    waivers=(
-        Waiver("layer_lengths", "its number of segments is a constant of the program"),
-        Waiver("layer_recompile", "torch 2.13 makes a view that does not exist of a product of unknown sizes"),
-    ),
+    waivers=(Waiver("layer_lengths", "its number of segments is a constant of the program"),),
 )

@@ -54,6 +54,7 @@ from regard.contract import (
     lengths_after,
     state_field,
 )
+from regard.core.padding import pad_tokens
 from regard.core.precision import wide, without_autocast
 from regard.core.ragged import group_queries, take_tokens
 from regard.core.visibility import block_numbers
@@ -125,7 +126,7 @@ def parallel(
     m, size = k.shape[2], call.config.block_size
     length = lengths_after(None, call.memory_lengths, k.shape[0], m, k.device)
     with torch.no_grad():
-        sums = F.pad(wide(k), (0, 0, 0, -m % size)).unflatten(2, (-(-m // size), size)).sum(3)
+        sums = pad_tokens(wide(k), 0, -m % size).unflatten(2, (-(-m // size), size)).sum(3)
     return _attend(call, q, k, v, sums, length, ranks(call, q.shape[2], m, q.device), None)
 
 
@@ -268,7 +269,7 @@ def _taken_blocks(
     x: Float[Tensor, "b g m d"], blocks: Int[Tensor, "b h tiles c"], size: int
 ) -> Float[Tensor, "b h tiles c*size d"]:
     """Gather blocks of keys (or values) stored at their ranks, per query head; an empty choice gives any block."""
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+    x = pad_tokens(x, 0, -x.shape[2] % size).unflatten(2, (-1, size))
     batch, groups, count, _, width = x.shape
     heads = blocks.shape[1]
     start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1) // (heads // groups) * count

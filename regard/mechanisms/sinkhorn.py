@@ -65,6 +65,7 @@ from regard.contract import (
     at_least,
     state_field,
 )
+from regard.core.padding import pad_tokens
 from regard.core.precision import wide_dtype, without_autocast
 from regard.core.ragged import take_tokens, values_known
 from regard.core.visibility import CountedRanks
@@ -260,7 +261,7 @@ def _means(x: Float[Tensor, "b h n d"], size: int, lengths: Int[Tensor, " b"] | 
 
 def _blocks(x: Float[Tensor, "b h n d"], size: int) -> Float[Tensor, "b h blocks size d"]:
     missing = -x.shape[2] % size
-    return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, size))
+    return (pad_tokens(x, 0, missing) if missing else x).unflatten(2, (-1, size))
 
 
 def _by_blocks(

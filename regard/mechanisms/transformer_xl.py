@@ -316,8 +316,5 @@ MECHANISM = Mechanism(
     module=SegmentLayer,
     projection=RelativeScores,
     sample_inputs=sample_inputs,
-    waivers=(
-        Waiver("layer_lengths", "its number of segments is a constant of the program"),
-        Waiver("layer_recompile", "torch 2.13 makes a view that does not exist of a product of unknown sizes"),
-    ),
+    waivers=(Waiver("layer_lengths", "its number of segments is a constant of the program"),),
 )

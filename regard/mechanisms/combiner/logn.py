@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.contract import Call
+from regard.core.padding import pad_tokens
 from regard.core.precision import wide
 from regard.core.ragged import values_known
 from regard.engines.cache import append
@@ -25,7 +26,7 @@ def whole(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> tuple[F
     config, n, device = call.config, q.shape[2], q.device
     length, rank = new_tokens(call, k), torch.arange(n, device=device)
     after = -n % (1 << max(n.bit_length() - 4, 0))  # so that most levels divide into whole blocks
-    queries, keys, values = (F.pad(x, (0, 0, 0, after)) for x in (call.scale * wide(q), wide(k), wide(v)))
+    queries, keys, values = (pad_tokens(x, 0, after) for x in (call.scale * wide(q), wide(k), wide(v)))
     asking, telling = activated(config, queries, maps.pool_q), activated(config, keys, maps.pool_k)
     scores, blocks, last = [(queries * keys).sum(-1)], [], []
     for level in range(n.bit_length()):
@@ -101,7 +102,7 @@ def step(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> tuple[Fl
 def _halves(x: Float[Tensor, "b h n d"], size: int) -> Float[Tensor, "b h pairs 2 size d"]:
     """Group tokens into pairs of blocks, with zeros after the last token."""
     after = -x.shape[2] % (2 * size)
-    return (F.pad(x, (0, 0, 0, after)) if after else x).unflatten(2, (-1, 2, size))
+    return (pad_tokens(x, 0, after) if after else x).unflatten(2, (-1, 2, size))
 
 
 def _products(x: Float[Tensor, "... size d"], y: Float[Tensor, "... d"]) -> Float[Tensor, "... size"]:

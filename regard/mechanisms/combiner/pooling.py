@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regard.contract import Call, lengths_after, valid_from_lengths
+from regard.core.padding import pad_tokens
 from regard.engines.grouped_attention import normalized
 from regard.mechanisms.combiner.definition import Config
 
@@ -32,7 +32,7 @@ def in_rows(x: Tensor, s: int, axis: int = 2) -> Tensor:
     """Split the token axis into (rows, s), with zeros (False) after the last token; at least one row."""
     count = x.shape[axis]
     after = -count % s if count else s
-    return F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, after)).unflatten(axis, (-1, s))
+    return pad_tokens(x, 0, after, axis).unflatten(axis, (-1, s))
 
 
 def take(x: Float[Tensor, "b h m d"], slots: Int[Tensor, "b j"]) -> Float[Tensor, "b h j d"]:
