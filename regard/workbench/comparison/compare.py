@@ -303,7 +303,7 @@ class _Runner:
                     rows[work.task.name] += made.rows
             if late:
                 found.left_out.append(
-                    f"No time was left for {listed(late)} in the frame {frame}; a larger --budget has it."
+                    f"No time was left for {listed(late)} in the frame {frame}; use a larger --budget."
                 )
         return rows
 

@@ -205,7 +205,7 @@ def write_isoflops(
         sentence=sentence,
         measured=measured,
         figures=figures,
-        lede="Up is better, left is cheaper. The broad line joins what nothing beats at its cost.",
+        lede="Up is better, left is cheaper. The thick line joins what nothing beats at its cost.",
         tables=tables,
         notes=[],
     )

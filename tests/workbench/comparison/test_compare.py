@@ -124,7 +124,7 @@ def test_frames_beyond_the_second_are_trained_where_time_is_left_and_each_that_i
     explained = re.search(r"another frame</h3>(.*?)</p>", outcome.report.read_text(), re.DOTALL)
     assert re.findall(r"<b>(\w+)</b>", explained[1]) == ["convolution"]
     late = [note for note in outcome.recommendation.notes if "No time was left" in note]
-    assert len(late) == 1 and re.search("for .* and .* in the frame unnormed; a larger --budget has it", late[0])
+    assert len(late) == 1 and re.search("for .* and .* in the frame unnormed; use a larger --budget", late[0])
     monkeypatch.setattr(Trainer, "affords", lambda *_: False)
     outcome = compare([recall()], settings(mechanisms=("linear", "softmax"), frames=frames), tmp_path / "late")
     late = [note for note in outcome.recommendation.notes if "No time was left" in note]
