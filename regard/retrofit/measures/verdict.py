@@ -130,10 +130,10 @@ def _notes(results: Mapping[str, Any], share: float) -> list[str]:
             'where it has regard\'s softmax: attn_implementation="regard:softmax".'
         )
     if len(results["perplexity"]) == 1:
-        notes.append("measured on text of the source that it was trained on; --validation gives text of another.")
+        notes.append("measured only on the training source; use --validation for text from another.")
     blocks = min(found["blocks"] for found in results["perplexity"].values())
     if blocks < 8:
-        notes.append(f"perplexity is that of {blocks} blocks; a larger budget or text measures it more closely.")
+        notes.append(f"perplexity comes from {blocks} blocks; a larger budget or more text makes it more precise.")
     if results["left_out"]:
         left_out = ", ".join(units.tokens(n) for n in results["left_out"])
         notes.append(f"lengths beyond the model's positions are left out: {left_out}.")
