@@ -72,7 +72,7 @@ def _finds(results: Mapping[str, Any]) -> str | None:
         if found is not None:
             before, after = (sum(found[model]) / len(found[model]) for model in (ORIGINAL, RETROFIT))
             if after - before >= FORGETS:
-                return f"of needles in {units.tokens(int(length))} tokens it says {after:.0%} where the original says {before:.0%}"
+                return f"of the needles in {units.tokens(int(length))} tokens it finds {after:.0%} where the original finds {before:.0%}"
     return None
 
 
@@ -112,7 +112,7 @@ def _notes(results: Mapping[str, Any], share: float) -> list[str]:
         )
         notes.append(
             f"the mechanism's own state would be {share:.0%} of the original's at {units.tokens(STATE_AT)} tokens, but inside "
-            f"transformers generate does not go on from it: it {how}."
+            f"transformers generate does not continue from it: it {how}."
         )
     for length, found in results["recall"].items():
         if found is None:
@@ -120,7 +120,7 @@ def _notes(results: Mapping[str, Any], share: float) -> list[str]:
         before, after = (sum(found[model]) / len(found[model]) for model in (ORIGINAL, RETROFIT))
         if before - after >= FORGETS:
             notes.append(
-                f"of needles in {units.tokens(int(length))} tokens it says {after:.0%} where the original says {before:.0%}."
+                f"of the needles in {units.tokens(int(length))} tokens it finds {after:.0%} where the original finds {before:.0%}."
             )
     own = [found for found in results["prefill"].values() if SOFTMAX in found]
     if own and (ratio := longer(own[-1], ORIGINAL, SOFTMAX)) is not None:

@@ -428,7 +428,7 @@ def render_report(store: Store, path: Path, run: str | None = None) -> Path:
         raise Unsupported(
             f"a report from {store.path}, which holds no finished comparison",
             supported="the output folder of a comparison that has ended",
-            nearest="regard compare with the same options, which goes on where it stopped",
+            nearest="regard compare with the same options, which resumes the comparison",
         )
     row = finished[-1]
     rows = {

@@ -186,7 +186,7 @@ def _no_steps(
         return "there was nothing to choose between"
     said = f"every mechanism solves {listed(solved)}, where scores no longer decide" if solved else ""
     if rest and _single_seed(rest, comparisons):
-        unsure = "two seeds or more would tell differences apart from chance"
+        unsure = "two seeds or more would tell differences from chance"
         return f"{said}; {unsure}" if said else unsure
     if rest:
         same = "the same quality within the noise"

@@ -200,7 +200,7 @@ def test_candidates_and_exclusions_are_honoured():
 
 
 def test_a_mechanism_that_lacks_the_pattern_or_the_size_is_listed_with_the_reason():
-    assert "near a query" in ask(pattern="causal-cross").rejected["local"]
+    assert "relative to a query" in ask(pattern="causal-cross").rejected["local"]
     found = ask(64, head_dim=7)
     assert "cannot have this size" in found.rejected["mamba2"] and "mamba2" not in order(found) and found.pick
     with pytest.raises(Unsupported, match="mamba2: its layer"):

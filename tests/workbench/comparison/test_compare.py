@@ -414,9 +414,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, capsys, one_thread):
 def test_lengths_that_are_too_long_for_the_memory_are_left_out_and_said(tmp_path):
     chosen = settings(mechanisms=("softmax", "linear"), seeds=1, lengths=(16, 10**15))
     outcome = compare([recall()], chosen, tmp_path)
-    told = (
-        "recall: no costs of softmax and linear at 1,000,000,000,000,000 tokens, which need more memory than there was."
-    )
+    told = "recall: no costs of softmax and linear at 1,000,000,000,000,000 tokens, which need more memory than was available."
     assert told in outcome.recommendation.notes
     assert outcome.report.is_file()
     assert [[length for length, *_ in row["latency"]] for row in rows(outcome, "cost")] == [[16, 32], [16, 32]]

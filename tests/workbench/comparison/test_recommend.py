@@ -293,7 +293,7 @@ def test_the_frame_is_named_and_what_it_does_is_not_the_mechanism_s():
     beside = {"recall": [slow, fast]}
     said = " ".join(frames_sentences(beside, {"recall": ACCURACY}, "convolution"))
     assert "on recall (accuracy) slow 0.25 instead of 1" in said
-    assert "Only in the frame convolution: slow solves recall. That is owed to the frame's parts." in said
+    assert "Only in the frame convolution: slow solves recall. This is due to the frame's parts." in said
     assert "The order depends on the frame: slow and fast change places on recall." in said
     assert "with the frame bare" in advise(text=case(LEVEL)).reason
     unsure = {**slow, "mean": 0.8, "separable": False, "overtaken": []}
