@@ -278,7 +278,10 @@ def test_without_results_no_quality_is_claimed():
         ({"mechanisms": ("low_rank_pooling",)}, "pool of an encoder"),
         ({"mechanisms": ("token_parameter",)}, "a linear layer"),
         ({"mechanisms": ("softmax",), "exclude": ("softmax",)}, "no candidate.*softmax excluded by you"),
-        ({"mechanisms": ("local",), "pattern": "causal-cross"}, "no candidate.*local lacks causal-cross: memory tokens"),
+        (
+            {"mechanisms": ("local",), "pattern": "causal-cross"},
+            "no candidate.*local lacks causal-cross: memory tokens",
+        ),
         ({"mechanisms": ()}, "no candidate.*none was named"),
         ({"exclude": ("softmxa",)}, "try softmax"),
         ({"heads": 3}, "dim=32"),
