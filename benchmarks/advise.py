@@ -150,7 +150,7 @@ def ask_all(deadline: float, *, fresh: bool) -> bool:
     answered = []
     for i, question in enumerate(questions):
         if time.monotonic() > deadline:
-            print(f"The time is over after {i} of {len(questions)} questions; the same command goes on.")
+            print(f"The time is over after {i} of {len(questions)} questions; give the same command again to resume.")
             break
         found = answer(question, fresh=fresh)
         answered.append(found)

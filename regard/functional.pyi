@@ -112,7 +112,7 @@ def activator(
     glu: str = ...,
     mixing: str = ...,
 ) -> Any:
-    """A gated feed-forward network with norms inside; as published it mixes no tokens, with an option neighbours."""
+    """A gated feed-forward network with norms inside; as published it mixes no tokens, an option mixes neighbours."""
 
 def adaptive_span_attention(
     q: Tensor,
@@ -304,7 +304,7 @@ def bilevel_routing_attention(
     lce: int | None = ...,
     lce_of: str = ...,
 ) -> Any:
-    """Each region of an image reads the tokens of the few regions whose mean key it likes best."""
+    """Each region of an image reads the tokens of the few regions whose mean key scores highest."""
 
 def block_sparse_attention(
     q: Tensor,
@@ -417,7 +417,7 @@ def combiner_attention(
     exclude_self_segment: bool = ...,
     row_keys: str = ...,
 ) -> Any:
-    """Near tokens are attended to directly, all others through summaries of the groups they lie in."""
+    """Nearby tokens are attended to directly, all others through summaries of their groups."""
 
 def complex_rotary_attention(
     q: Tensor,
@@ -495,7 +495,7 @@ def compressive_attention(
     compression: str = ...,
     clamp: int | None = ...,
 ) -> Any:
-    """What leaves the memory of earlier segments is compressed, not forgotten."""
+    """Tokens that leave the memory of earlier segments are compressed instead of forgotten."""
 
 def core_context_attention(
     q: Tensor,
@@ -531,7 +531,7 @@ def core_context_attention(
     fusion: str = ...,
     share_gqa: bool = ...,
 ) -> Any:
-    """The last tokens are read exactly, groups of earlier ones through one core each."""
+    """The last tokens are read exactly, and each group of earlier ones through a single core token."""
 
 def cosformer_attention(
     q: Tensor,
@@ -561,7 +561,7 @@ def cosformer_attention(
     length: int | None = ...,
     eps: float = ...,
 ) -> Any:
-    """Linear attention of rectified features whose weights fall with the distance as a cosine does."""
+    """Linear attention of rectified features whose weights fall with distance like a cosine."""
 
 def delta_rule_attention(
     q: Tensor,
@@ -602,7 +602,7 @@ def delta_rule_attention(
     gated: bool = ...,
     gate: str = ...,
 ) -> Any:
-    """A matrix memory that is edited; writing under a key first takes away what is stored there."""
+    """A matrix memory that is edited: writing under a key first removes what is stored there."""
 
 def diagonal_attention(
     q: Tensor,
@@ -663,7 +663,7 @@ def differential_attention(
     position_bias: Any = ...,
     lambda_init: float = ...,
 ) -> Any:
-    """What a second softmax map attends to is subtracted from what the first does."""
+    """A second softmax map, scaled by a learned factor, is subtracted from the first."""
 
 def flow_attention(
     q: Tensor,
@@ -725,7 +725,7 @@ def fnet(
     position_bias: Any = ...,
     orthonormal: bool = ...,
 ) -> Any:
-    """Tokens are mixed by a discrete Fourier transform over places and features, without parameters."""
+    """Tokens are mixed by a discrete Fourier transform over positions and features, without parameters."""
 
 def funnel(
     x: Tensor,
@@ -774,7 +774,7 @@ def funnel(
     positions: bool = ...,
     norm_eps: float = ...,
 ) -> Any:
-    """Attention layers whose queries are pooled by pairs halve a sequence block by block, until its first token is left."""
+    """Attention layers whose queries are pooled in pairs halve a sequence block by block, until its first token is left."""
 
 def gated_linear_attention(
     q: Tensor,
@@ -872,7 +872,7 @@ def hard_softmax_attention(
     position_bias: Any = ...,
     keys: int = ...,
 ) -> Any:
-    """Softmax of which each query reads its k largest weights alone, which are not made to add up to one again."""
+    """Softmax of which each query keeps only its k largest weights, without renormalising them."""
 
 def kernelized_rpe_attention(
     q: Tensor,
@@ -918,7 +918,7 @@ def kernelized_rpe_attention(
     learn_temperature: bool = ...,
     learn_class_bias: bool = ...,
 ) -> Any:
-    """A product of feature maps times a learned weight for each offset, which no matrix of pairs is needed for."""
+    """A product of feature maps times a learned weight for each offset, computed without a matrix of pairs."""
 
 def landmark_attention(
     q: Tensor,
@@ -988,7 +988,7 @@ def lara_attention(
     landmarks: int = ...,
     noise: float = ...,
 ) -> Any:
-    """Several proposals of random features, each near other tokens, which every query mixes by how well they suit it."""
+    """Several proposals of random features, each near different tokens, which every query weights by how well they fit it."""
 
 def large_kernel(
     x: Tensor,
@@ -1026,7 +1026,7 @@ def large_kernel(
     without: Any = ...,
     residual: bool = ...,
 ) -> Any:
-    """A gate from a large neighbourhood, built of two small depthwise convolutions and a pointwise one."""
+    """A gate from a large neighbourhood, built from two small depthwise convolutions and a pointwise one."""
 
 def latent_attention(
     q: Tensor,
@@ -1060,7 +1060,7 @@ def latent_attention(
     content_dim: int | None = ...,
     query_latent_dim: int | None = ...,
 ) -> Any:
-    """Keys and values of all heads are made of one small vector a token, and only that is cached."""
+    """Keys and values of all heads are computed from one small vector per token, and only that is cached."""
 
 def linear_attention(
     q: Tensor,
@@ -1263,7 +1263,7 @@ def longformer_attention(
     global_tokens: int = ...,
     separate_projections: bool = ...,
 ) -> Any:
-    """Softmax over a window around each token, beside a few global tokens that see and are seen by all."""
+    """Softmax over a window around each token, plus a few global tokens that see all tokens and are seen by all."""
 
 def low_rank_pooling(
     x: Tensor,
@@ -1391,7 +1391,7 @@ def mamba2(
     constant: Any = ...,
     chunk_size: int | None = ...,
 ) -> Any:
-    """A gated recurrence whose decay and step are one learned number a head and token, inside its own block."""
+    """A gated recurrence whose decay and step are one learned number per head and token, inside its own block."""
 
 def mixture_of_heads(
     o: Tensor,
@@ -1463,7 +1463,7 @@ def mlp_mixer(
     hidden: int | None = ...,
     activation: str = ...,
 ) -> Any:
-    """A small feed-forward network along the tokens, the same for every channel; it has a greatest length."""
+    """A small feed-forward network along the tokens, the same for every channel; its length is limited."""
 
 def mlstm_attention(
     q: Tensor,
@@ -1525,7 +1525,7 @@ def moba_attention(
     block_size: int = ...,
     top: int = ...,
 ) -> Any:
-    """Each query reads the few blocks of keys whose mean key it likes best, and its own."""
+    """Each query reads the few blocks of keys whose mean key scores highest, and its own."""
 
 def ninformer(
     x: Tensor,
@@ -1571,7 +1571,7 @@ def ninformer(
     combine: str = ...,
     activation: str = ...,
 ) -> Any:
-    """A block of MLP-Mixer multiplies a projection of the tokens, so that mixing depends on what they hold."""
+    """A block of MLP-Mixer multiplies a projection of the tokens, so that mixing depends on their content."""
 
 def norm_linear_attention(
     q: Tensor,
@@ -1958,7 +1958,7 @@ def sea_attention(
     jitter: float = ...,
     self_teacher: bool = ...,
 ) -> Any:
-    """A linear-cost estimate of the attention map says which few keys each query reads exactly."""
+    """A linear-cost estimate of the attention map selects the few keys that each query reads exactly."""
 
 def selective_temperature_attention(
     q: Tensor,
@@ -2002,7 +2002,7 @@ def selective_temperature_attention(
     position_granularity: str = ...,
     round_scaled: bool = ...,
 ) -> Any:
-    """Softmax in which each token sets how sharp its query is and how loud its value, by content and position."""
+    """Softmax in which each token sets how sharp its query is and how strong its value, by content and position."""
 
 def sigmoid_attention(
     q: Tensor,
@@ -2138,7 +2138,7 @@ def sparse_strided_attention(
     combine: str = ...,
     head_columns: bool = ...,
 ) -> Any:
-    """Softmax over what is near, and every s-th token (or the last few of every s) before."""
+    """Softmax over nearby tokens and every s-th earlier token (or the last few of every s)."""
 
 def stochastic_subsampling_attention(
     q: Tensor,
@@ -2179,7 +2179,7 @@ def stochastic_subsampling_attention(
     anneal: bool = ...,
     in_evaluation: bool = ...,
 ) -> Any:
-    """In training each layer sees a random part of the keys, at test time all of them."""
+    """In training each layer sees a random part of the keys, and at test time all of them."""
 
 def synthesizer_attention(
     v: Tensor,
@@ -2214,7 +2214,7 @@ def synthesizer_attention(
     rank: int = ...,
     train_random: bool = ...,
 ) -> Any:
-    """Scores of places, made of the query token alone or learned outright, instead of dot products with keys."""
+    """Scores of positions, computed from the query token alone or learned directly, instead of dot products with keys."""
 
 def token_parameter(
     x: Tensor,
@@ -2287,7 +2287,7 @@ def transformer_xl_attention(
     memory: int = ...,
     clamp: int | None = ...,
 ) -> Any:
-    """Segments that read a memory of the one before them, with scores that know distances."""
+    """Segments that read a memory of the one before them, with scores that depend on distances."""
 
 def universal_rpe_attention(
     q: Tensor,
@@ -2323,4 +2323,4 @@ def universal_rpe_attention(
     max_distance: Any = ...,
     num_buckets: int = ...,
 ) -> Any:
-    """Softmax weights times a learned number for each offset, which makes relative positions tell absolute ones."""
+    """Softmax weights times a learned number for each offset, which lets relative positions express absolute ones."""

@@ -319,9 +319,7 @@ def test_bad_input_ends_with_two_and_one_clear_line(capsys, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("line", "further"), [("compare", "; the same command goes on where it stopped"), ("list", "")]
-)
+@pytest.mark.parametrize(("line", "further"), [("compare", "; give the same command again to resume"), ("list", "")])
 def test_ctrl_c_is_one_line_that_says_whether_the_same_command_goes_on(capsys, monkeypatch, line, further):
     def stopped(**options):
         raise KeyboardInterrupt
@@ -370,9 +368,9 @@ def test_reproduce_runs_goes_on_and_judges(capsys, tmp_path):
     ("line", "words"),
     [
         ("compress loop --recipe int8 --output small", "loop, which does not exist"),
-        ("compress nowhere --recipe int8 --output loop", "loop is a link to nothing"),
+        ("compress nowhere --recipe int8 --output loop", "loop is a broken link"),
         ("retrofit loop --mechanism linear --data good.txt --output small", "loop, which"),
-        ("train good.txt --output loop/model", "loop is a link to nothing"),
+        ("train good.txt --output loop/model", "loop is a broken link"),
         ("evaluate loop", "loop, which does not exist"),
     ],
 )

@@ -124,7 +124,8 @@ def axis_sizes(card: Mechanism, shapes: Shapes) -> dict[str, int]:
             big, small = max(size, known), min(size, known)
             if small == 0 or big % small:
                 raise Unsupported(
-                    f"{card.name}: {name} with {size} heads beside {known}", supported="a divisor of the others"
+                    f"{card.name}: {name} with {size} heads, but another input has {known}",
+                    supported="a divisor of the other inputs' heads",
                 )
             sizes["h"] = big
     if "g" in sizes and sizes.get("h", sizes["g"]) % max(sizes["g"], 1):

@@ -61,7 +61,7 @@ class Backend:
         if self.missing is not None:
             return self.missing
         if self.name != "torch" and pytorch.compiler.is_exporting():
-            return "an exported program has the operators of PyTorch alone"
+            return "exported programs may only contain PyTorch operators"
         if not self.transforms and transformed():
             return f"it has no {TRANSFORMS}"
         if self.devices and device.type not in self.devices:

@@ -17,48 +17,48 @@ from regard.contract import Pattern
 
 
 def advise_command(
-    lengths: Annotated[str, typer.Option(help="Length, or lengths with commas: 512,8k (k is 1024).")] = "1024",
+    lengths: Annotated[str, typer.Option(help="Length, or comma-separated lengths: 512,8k (k is 1024).")] = "1024",
     use: Annotated[str, typer.Option(help="train, infer or serve (token after token, from a state).")] = "infer",
     needs: Annotated[
         str,
         typer.Option(
-            help="Comma-separated, of exact, recall, keep-all, order, any-length, constant-state, weights, bias; "
-            "--show-needs."
+            help="Comma-separated list of exact, recall, keep-all, order, any-length, constant-state, weights, bias; "
+            "--show-needs explains them."
         ),
     ] = "",
     memory: Annotated[
-        str | None, typer.Option(help="Most that one layer may hold beside weights and input: 512MiB, 2GB.")
+        str | None, typer.Option(help="Memory limit of one layer, not counting weights and input: 512MiB, 2GB.")
     ] = None,
     pattern: Annotated[str, typer.Option(help="Pattern of the layer.")] = Pattern.CAUSAL_SELF.value,
     dim: Annotated[int, typer.Option(help="Width of the layer.")] = 512,
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
     head_dim: Annotated[int | None, typer.Option(help="Width of a head; dim / heads by default.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     device: DEVICE = "cpu",
     short_convolution: Annotated[
         int | None,
-        typer.Option(help="Width of short convolutions in every layer that takes them; each layer's own by default."),
+        typer.Option(help="Width of the short convolutions in every layer that has them; each layer's own by default."),
     ] = None,
     mechanisms: Annotated[str, typer.Option(help="Candidates: comma-separated names, or all.")] = "all",
-    exclude: Annotated[str, typer.Option(help="Comma-separated names that are no candidates.")] = "",
+    exclude: Annotated[str, typer.Option(help="Comma-separated names to exclude.")] = "",
     results: Annotated[
-        Path | None, typer.Option(help="Output folder of regard compare: what it measured informs quality.")
+        Path | None, typer.Option(help="Output folder of regard compare, whose results are used to judge quality.")
     ] = None,
     seconds: Annotated[
         float,
         typer.Option(
-            help="Time to measure, once for a machine and size. What decides is measured at 32 and 64 tokens in any case; "
+            help="Time for measuring, once per machine and size. The deciding figures are always measured at 32 and 64 tokens; "
             "starting and building the layers are not counted."
         ),
     ] = 120.0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again instead of using stored measurements.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Measure how wrong the predictions are, at five other lengths.")
+        bool, typer.Option("--check", help="Measure the error of the predictions at five other lengths.")
     ] = False,
-    show_needs: Annotated[bool, typer.Option("--show-needs", help="Say what each need means, and end.")] = False,
+    show_needs: Annotated[bool, typer.Option("--show-needs", help="Explain each need and exit.")] = False,
     everything: Annotated[
-        bool, typer.Option("--all", help="All mechanisms, reasons, changes and notes, and all lines to paste.")
+        bool, typer.Option("--all", help="Show all mechanisms, reasons, changes and notes, and all lines to paste.")
     ] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,

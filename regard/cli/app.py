@@ -79,7 +79,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            further = "; the same command goes on where it stopped" if ctx.invoked_subcommand in GO_ON else ""
+            further = "; give the same command again to resume" if ctx.invoked_subcommand in GO_ON else ""
             errors.print(f"regard: interrupted{further}")
             raise SystemExit(130) from None
 
@@ -118,7 +118,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """The attention workbench: list, verify, profile, advise on and compare attention mechanisms on your data and machine."""

@@ -23,7 +23,7 @@ def only_beside(context: typer.Context, option: str, names: Sequence[str]) -> No
     for name in given_options(context):
         if name in names:
             raise Unsupported(
-                f"{spelled_option(name)} without {option}", supported=f"{option} beside it", nearest=option
+                f"{spelled_option(name)} without {option}", supported=f"{option} together with it", nearest=option
             )
 
 
@@ -48,7 +48,7 @@ def read_integers(name: str, text: str, least: int = 1) -> tuple[int, ...]:
             f"{name} {text!r}", supported="comma-separated whole numbers", nearest="256,1024,4096"
         ) from None
     if not found:
-        raise Unsupported(f"{name} {text!r}", supported="one or more whole numbers with commas")
+        raise Unsupported(f"{name} {text!r}", supported="one or more comma-separated whole numbers")
     at_least(name, found[0], least)
     return found
 
@@ -60,7 +60,7 @@ def read_lengths(text: str, name: str = "lengths") -> tuple[int, ...]:
     for part in filter(str.strip, text.split(",")):
         match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*", part)
         if match is None or int(match[1]) < 1:
-            raise Unsupported(f"{name} {text!r}", supported="numbers of tokens with commas", nearest="256,1k,4k")
+            raise Unsupported(f"{name} {text!r}", supported="comma-separated numbers of tokens", nearest="256,1k,4k")
         found.add(int(match[1]) * (1024 if match[2] else 1))
     return tuple(sorted(found))
 
@@ -93,7 +93,9 @@ def read_mechanisms(text: str, tasks: list[Any]) -> list[Any]:
         )
     found = read_variants(text)
     if not found:
-        raise Unsupported(f"mechanisms {text!r}", supported="names with commas, or all", nearest="softmax,gated_linear")
+        raise Unsupported(
+            f"mechanisms {text!r}", supported="comma-separated names, or all", nearest="softmax,gated_linear"
+        )
     return found
 
 
@@ -109,14 +111,14 @@ def read_backbones(text: str) -> list[Any]:
         if name not in known:
             raise Unsupported(
                 f"model {written!r}",
-                supported="names that `regard list --backbones` tells",
+                supported="names that `regard list --backbones` prints",
                 nearest=closest(name, known) or "--mechanisms",
             )
         return read_model(written)
 
     found = read_variants(text, read)
     if not found:
-        raise Unsupported(f"models {text!r}", supported="names with commas", nearest="van_nano,vit_nano")
+        raise Unsupported(f"models {text!r}", supported="comma-separated names", nearest="van_nano,vit_nano")
     return found
 
 
@@ -204,7 +206,7 @@ def plugged_tasks(modules: list[Any], data: Sequence[list[str] | None] = ()) -> 
     if own and any(data):
         raise Unsupported(
             f"data for {own[0].name}, a plugin's task, which reads its own",
-            supported="the task alone, or a --task beside it that reads the data",
+            supported="the task alone, or also a --task that reads the data",
         )
     return own
 

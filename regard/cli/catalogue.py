@@ -19,14 +19,15 @@ from regard.functional import function_name
 
 
 def list_command(
-    pattern: Annotated[str | None, typer.Option(help="Only mechanisms that have this pattern.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Only mechanisms that support this pattern.")] = None,
     kind: Annotated[
         str | None, typer.Option(help="Only this kind: attention, mixer, pooling, projection, wrapper.")
     ] = None,
     recurrent: Annotated[
         bool | None,
         typer.Option(
-            "--recurrent/--not-recurrent", help="Only mechanisms whose decoding state stays the same size, or does not."
+            "--recurrent/--not-recurrent",
+            help="Only mechanisms whose decoding state has a constant size, or only the others.",
         ),
     ] = None,
     backbones: Annotated[
@@ -147,14 +148,15 @@ def _default(field: Any) -> Any:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A mechanism, with options or without, as local:window=4.")],
+    name: Annotated[str, typer.Argument(help="Mechanism, with or without options, such as local:window=4.")],
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Show its mixing matrix on an example instead, and what is measured on it.")
+        bool,
+        typer.Option("--matrix", help="Show its mixing matrix on an example instead, and measurements of that matrix."),
     ] = False,
     pattern: Annotated[
         str | None,
         typer.Option(
-            help="Pattern of the matrix: causal-self or noncausal-self; when not given, the first that the mechanism has."
+            help="Pattern of the matrix: causal-self or noncausal-self; when not given, the first that the mechanism supports."
         ),
     ] = None,
     plugin: PLUGINS = None,
@@ -202,7 +204,7 @@ def show(
     )
     table.add_row("positions", ", ".join(card.accepts_positions))
     if card.refused_positions:
-        table.add_row("no others", card.refused_positions)
+        table.add_row("refused", Text(f"other positions: {card.refused_positions}"))
     table.add_row("engine", card.engine or "none: torch operators")
     table.add_row("function", Text(f"regard.functional.{function_name(card)}"))
     table.add_row("layer", Text(f'regard.create_layer("{card.name}", dim, num_heads)'))

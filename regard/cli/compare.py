@@ -64,33 +64,35 @@ def compare(
         str | None,
         typer.Option(
             help="Comma-separated image backbones of regard list --backbones, as published or with options "
-            "(NAME:option=value), for tasks of images; beside --mechanisms only where those are named."
+            "(NAME:option=value), for tasks of images; together with --mechanisms only if both are given."
         ),
     ] = None,
     match: Annotated[
         str | None,
         typer.Option(
-            help="What image backbones, or networks that segment, are made equal in, by scaling their widths to come near the first: parameters, flops or "
-            "time (of a training step). As published when not given."
+            help="Quantity to equalise across image backbones or segmentation networks, by scaling their widths to match the first: "
+            "parameters, flops or time (of a training step). As published when not given."
         ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="Time of the whole (8m, 2h), or work of each run (2M tokens, 5e13 flops).")
+        str, typer.Option(help="Time for the whole comparison (8m, 2h), or work of each run (2M tokens, 5e13 flops).")
     ] = "8m",
     seeds: Annotated[int, typer.Option(help="Runs of each mechanism; two or more to judge differences.")] = 3,
     seed_offset: Annotated[
         int,
-        typer.Option(min=0, max=LARGEST_SEED, help="The lowest seed: another repeats the comparison by other draws."),
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="The lowest seed; another one repeats the comparison with other random draws."
+        ),
     ] = 0,
     frame: Annotated[
         str,
         typer.Option(
-            help=f"What surrounds each mechanism in its layer: {FRAMES}. Of several, all are compared in the first, and those "
-            "that lead in the others too."
+            help=f"What surrounds each mechanism in its layer: {FRAMES}. With several frames, all mechanisms are compared in "
+            "the first, and the leaders in the others too."
         ),
     ] = "convolution,bare,unnormed",
-    leaders: Annotated[int, typer.Option(help="How many that lead are compared in the other frames.")] = 2,
-    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
+    leaders: Annotated[int, typer.Option(help="Number of leaders compared in the other frames.")] = 2,
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command resumes from it.")] = Path(
         "runs/compare"
     ),
     validation: VALIDATION = None,
@@ -103,12 +105,12 @@ def compare(
     rates: Annotated[
         str,
         typer.Option(
-            help="Learning rates tried, each in a full run of the first seed; of several, more beyond while the best is at "
-            "an end."
+            help="Learning rates tried, each in a full run with the first seed; if several are given, the range is extended "
+            "while the best is at an end."
         ),
     ] = "0.003,0.01,0.03",
     lengths: Annotated[
-        str, typer.Option(help="Lengths at which costs are measured, beside the tasks' own.")
+        str, typer.Option(help="Lengths at which costs are measured, in addition to the tasks' own.")
     ] = "256,512,1024,2048,4096",
     at_length: Annotated[
         int | None, typer.Option(help="Length whose cost decides; each task's own when not given.")
@@ -116,7 +118,7 @@ def compare(
     prefer: Annotated[
         str,
         typer.Option(
-            help="What decides at equal quality: inference, training, decode, inference-memory, training-memory or state."
+            help="What decides if quality is equal: inference, training, decode, inference-memory, training-memory or state."
         ),
     ] = "inference",
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the weights of the winner.")] = False,
@@ -128,7 +130,7 @@ def compare(
         str | None,
         typer.Option(
             "--shard",
-            help="i/n: only the training runs of share i of n of the mechanisms, beside other processes with the same "
+            help="i/n: only the training runs of share i of n of the mechanisms, alongside other processes with the same "
             "output folder; the same command without it then measures costs and writes the report.",
         ),
     ] = None,
@@ -177,7 +179,9 @@ def compare(
             console.print(plain(f"By its contents: --task {described}"))
 
     if only is not None and engine != "local":
-        raise Unsupported(f"--shard {only} beside --engine {engine}", supported="one of them: both divide the runs")
+        raise Unsupported(
+            f"--shard {only} together with --engine {engine}", supported="one of them: both divide the runs"
+        )
     modules = load_plugins(plugin)
     sweeps = sweep_of(engine, address, plugin)
     tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised, skip_unreadable)
@@ -263,7 +267,9 @@ def compare(
     if (figures := figures_table(outcome.summary)) is not None:
         console.print(figures)
         console.print()
-    console.print(Text("★ no other is better and faster; equal ranks: not told apart by this comparison", style="dim"))
+    console.print(
+        Text("★ no other is better and faster; equal ranks: not distinguishable by this comparison", style="dim")
+    )
     console.print()
     console.print(Text(outcome.recommendation.text, style="bold"))
     console.print(Text(outcome.recommendation.reason))

@@ -33,25 +33,25 @@ def compress(
     model: Annotated[
         Path,
         typer.Argument(
-            help="Folder of regard train; of a causal language model, encoder or text classifier of transformers (or a .gguf "
-            "file); or of a model of timm (or timm:NAME)."
+            help="Folder of regard train; of a causal language model, encoder or text classifier from transformers (or a .gguf "
+            "file); or of a model from timm (or timm:NAME)."
         ),
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Data to calibrate with and to score on: text; of a classifier also a table with the columns text and label; "
-            "of a model of images a folder of them. For a model of regard train, its own when not given. Repeatable."
+            help="Data to calibrate with and to score on: text; for a classifier also a table with the columns text and label; "
+            "for an image model a folder of images. A model of regard train uses its own data when not given. Repeatable."
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="Make one model: int8, gptq:bits=4,group=32, smoothquant + w8a8, or a .yaml file."),
     ] = None,
-    recipes: Annotated[str | None, typer.Option(help="Measure several: all, or a list with commas.")] = None,
+    recipes: Annotated[str | None, typer.Option(help="Measure several: all, or a comma-separated list.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the model, or for the results; the same command goes on from it."),
+        typer.Option(help="Folder for the model, or for the results; the same command resumes from it."),
     ] = None,
     budget: Annotated[str, typer.Option(help="Time for all recipes together: 90s, 20m, 2h.")] = "20m",
     length: Annotated[
@@ -62,7 +62,7 @@ def compress(
     effects: Annotated[
         int,
         typer.Option(
-            help="Questions that look for side effects: repetition, facts lost among others, answers made up. 0 asks none."
+            help="Questions that look for side effects: repetition, facts lost among distractors, made-up answers. 0 turns this off."
         ),
     ] = 0,
     as_json: JSON = False,

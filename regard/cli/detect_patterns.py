@@ -19,7 +19,7 @@ def detect_patterns(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            help="file.py:Class (or a function that makes a module, or a module), or mechanisms as `regard compare` takes them; "
+            help="file.py:Class (or a function that makes a module, or a module), or mechanisms, written as for `regard compare`; "
             "the whole catalogue when none is named."
         ),
     ] = None,
@@ -30,14 +30,14 @@ def detect_patterns(
     ] = 24,
     memory_length: Annotated[int, typer.Option(min=4, help="Tokens in the memory.")] = 20,
     option: Annotated[
-        list[str] | None, typer.Option(help="An argument of your class's constructor, as window=32. Repeatable.")
+        list[str] | None, typer.Option(help="An argument of your class's constructor, such as window=32. Repeatable.")
     ] = None,
     seeded: Annotated[
         bool, typer.Option("--seeded", help="Seed torch before each call of your module, if it draws random numbers.")
     ] = False,
     expect: Annotated[
         list[str] | None,
-        typer.Option(help="A pattern that it must have, or the command ends with exit code 1. Repeatable."),
+        typer.Option(help="A pattern that the module must have; otherwise the exit code is 1. Repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the random inputs.")] = 0,
     plugin: PLUGINS = None,

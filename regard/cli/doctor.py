@@ -19,7 +19,10 @@ from regard.cli.options import JSON
 
 def doctor(
     speeds: Annotated[
-        bool, typer.Option("--speeds", help="Measure what one core computes and moves in a second: some seconds.")
+        bool,
+        typer.Option(
+            "--speeds", help="Measure how much one core computes and moves per second, which takes some seconds."
+        ),
     ] = False,
     as_json: JSON = False,
 ) -> None:

@@ -20,14 +20,14 @@ def evaluate(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="Folder of regard train, retrofit or compress; of a causal language model, encoder or text classifier of "
-            "transformers (or a .gguf file); or of a model of timm (or timm:NAME)."
+            help="Folder of regard train, retrofit or compress; of a causal language model, encoder or text classifier from "
+            "transformers (or a .gguf file); or of a model from timm (or timm:NAME)."
         ),
     ],
     data: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Other data to score it on, in the form of its training data; its held-out items when not given."
+            help="Other data to score the model on, in the form of its training data; its held-out items when not given."
         ),
     ] = None,
     exit_rules: Annotated[
@@ -35,7 +35,7 @@ def evaluate(
         typer.Option(
             "--exit",
             metavar="RULE",
-            help="Leave early: entropy:0.3, confidence:0.9, patience:2, layer:1 or halting:0.01. Repeatable.",
+            help="Exit early: entropy:0.3, confidence:0.9, patience:2, layer:1 or halting:0.01. Repeatable.",
         ),
     ] = None,
     reduce: REDUCE = None,

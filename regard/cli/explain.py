@@ -18,7 +18,7 @@ def explain(
     folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     output: Annotated[
-        Path, typer.Option(help="Folder for the drawings, one PNG an image; or a .png for that of a single image.")
+        Path, typer.Option(help="Folder for the drawings, one PNG per image; or a .png file for a single image.")
     ] = Path("explained"),
     of: Annotated[
         str | None, typer.Option("--class", help="The class to explain; the likeliest when not given.")
@@ -27,7 +27,7 @@ def explain(
         str | None,
         typer.Option(
             help="rollout (vision transformers with softmax), regions (BiFormer), agents (agent attention) or occlusion (any "
-            "model); the first that fits."
+            "model); when not given, the first that fits the model."
         ),
     ] = None,
     reduce: REDUCE = None,

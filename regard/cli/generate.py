@@ -33,15 +33,17 @@ def generate(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="Folder of regard train, retrofit or compress, or a causal language model of transformers (a folder, or a .gguf file)."
+            help="Folder of regard train, retrofit or compress, or a causal language model from transformers (a folder, or a .gguf file)."
         ),
     ],
-    text: Annotated[str, typer.Argument(help="What the model goes on from; - reads standard input.")],
+    text: Annotated[str, typer.Argument(help="Text that the model continues; - reads standard input.")],
     tokens: Annotated[int, typer.Option(min=0, help="New tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model says.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw among this many of the likeliest tokens.")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; 1 draws from the model's own distribution.")
+    ] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw only from this many of the likeliest tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw among the likeliest tokens that together have this probability.")
+        float | None, typer.Option(help="Draw only from the likeliest tokens that together have this probability.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the draws.")] = 0,
     exit_rule: Annotated[
@@ -49,33 +51,35 @@ def generate(
         typer.Option(
             "--exit",
             metavar="RULE",
-            help="Leave early, in a model of regard train --exits: confidence:0.9, entropy:0.3, patience:2, layer:1; or "
-            "halting:0.01 in one that halts.",
+            help="Exit early, for a model of regard train --exits: confidence:0.9, entropy:0.3, patience:2, layer:1; or "
+            "halting:0.01 for one that halts.",
         ),
     ] = None,
     draft: Annotated[
         str | None,
         typer.Option(
-            help="What proposes tokens, which the model then reads at once (speculative decoding: the text is the model's own): "
-            "the folder of a smaller model with the same tokens, or lookup: what followed last time."
+            help="Draft for speculative decoding; the model checks its tokens in one pass, so the text stays the model's own: the "
+            "folder of a smaller model with the same tokens, or lookup, which proposes what followed last time."
         ),
     ] = None,
     proposals: Annotated[int, typer.Option(min=1, help="Tokens that a draft proposes at once.")] = 4,
     cache: Annotated[
         str | None,
         typer.Option(
-            help="How keys and values are kept and read: int8, or a method of regard sparse, as snapkv:capacity=256 or quest."
+            help="How keys and values are stored and read: int8, or a method of regard sparse, such as snapkv:capacity=256 or quest."
         ),
     ] = None,
     shorten: Annotated[
         float | None,
         typer.Option(
-            help="Keep this share of the text's tokens, above 0 and at most 1: those that a model expects the least (LLMLingua)."
+            help="Keep only this share of the text's tokens, above 0 and at most 1: those that a model expects least (LLMLingua)."
         ),
     ] = None,
     shorten_by: Annotated[
         Path | None,
-        typer.Option(help="Folder of a small model to ask which tokens are expected; the model itself when not given."),
+        typer.Option(
+            help="Folder of a small model that judges which tokens are expected; the model itself when not given."
+        ),
     ] = None,
     device: DEVICE = "cpu",
     as_json: JSON = False,
@@ -161,7 +165,7 @@ def generate(
     if farther:
         errors.print(Text(farther, style="dim"))
     if shortened:
-        errors.print(Text(f"{shortened['kept']} of {shortened['tokens']} tokens of the text stayed", style="dim"))
+        errors.print(Text(f"{shortened['kept']} of {shortened['tokens']} tokens of the text were kept", style="dim"))
     if counts is not None:
         said = f"{counts.tokens} tokens in {counts.passes} passes of the model; {counts.kept} of {counts.proposed} proposed ones kept"
         errors.print(Text(said, style="dim"))

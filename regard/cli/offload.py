@@ -29,21 +29,25 @@ def offload(
     ] = None,
     devices: Annotated[
         Path | None,
-        typer.Option(help="Plan instead, from this table of devices (YAML, TOML or JSON) that you can rent."),
+        typer.Option(
+            help="Plan instead of measuring, from this table (YAML, TOML or JSON) of devices that you can rent."
+        ),
     ] = None,
     context: Annotated[
         str, typer.Option(help="Lengths of the sequences in tokens, tried one after the other.")
     ] = "1024,4096",
-    batch: Annotated[int, typer.Option(help="Sequences at one time, when measuring.")] = 8,
+    batch: Annotated[int, typer.Option(help="Sequences at a time, when measuring.")] = 8,
     workers: Annotated[int, typer.Option(help="Attention workers, when measuring.")] = 1,
-    split: Annotated[str, typer.Option(help="What each worker has: auto, head, request or sequence.")] = "auto",
-    backend: Annotated[str, typer.Option(help="Where workers are: process, tcp or local.")] = "process",
+    split: Annotated[
+        str, typer.Option(help="What is split among the workers: auto, head, request or sequence.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help="Where workers run: process, tcp or local.")] = "process",
     threads: Annotated[int, typer.Option(help="Threads of the model, and of each worker.")] = 1,
     cores: Annotated[
         str | None,
-        typer.Option(help="Processor cores, the model's first, then those of the workers; any when not given."),
+        typer.Option(help="Processor cores: first the model's, then those of the workers; any when not given."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Seconds to measure for, at each length.")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of measurement at each length.")] = 10.0,
     plugins: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:

@@ -12,7 +12,9 @@ PLUGINS = Annotated[
     list[Path] | None,
     typer.Option("--plugin", help="Python file that defines a MECHANISM, a TASK or a MODEL. Repeatable."),
 ]
-DATA = Annotated[list[str] | None, typer.Argument(help="Your files: text, a table or a folder, as the task reads.")]
+DATA = Annotated[
+    list[str] | None, typer.Argument(help="Your files: text, a table or a folder, whichever the task reads.")
+]
 VALIDATION = Annotated[
     list[str] | None, typer.Option(help="Held-out data, in the same form; split off when not given.")
 ]
@@ -21,27 +23,30 @@ TOKENIZER = Annotated[str, typer.Option(help="Tokenizer, for tasks that read tex
 MODEL = Annotated[
     str | None,
     typer.Option(
-        help="The backbone: a name of regard list --backbones, a plugin's, or another that serves the task; when not "
-        "given, the first that serves it."
+        help="The backbone: a name from regard list --backbones, a plugin's, or another that suits the task; when not "
+        "given, the first that suits it."
     ),
 ]
 STACK = Annotated[
     str,
     typer.Option(
         help="How the backbone's layers are stacked, as option=value,option=value: share, share_groups, reversible, "
-        "checkpoint_layers, stochastic_depth, exits (as 1+2), exit_rule, exit_heads, layer_scale, branch_norm."
+        "checkpoint_layers, stochastic_depth, exits (such as 1+2), exit_rule, exit_heads, layer_scale, branch_norm."
     ),
 ]
 PRECISION = Annotated[
-    str, typer.Option(help="Precision of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
+    str,
+    typer.Option(
+        help="Precision of training: float32, or mixed precision with bfloat16, or with float16 and a scaled loss."
+    ),
 ]
 REDUCE = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD:OPTIONS",
-        help="Go on with fewer tokens, in a vision transformer with a class token: tome, tome_stride, tome_random, evit, "
+        help="Use fewer tokens, in a vision transformer with a class token: tome, tome_stride, tome_random, evit, "
         "attention, random, stride or mean, with remove=4 (patches removed at each block) or keep=0.7 (the share kept at some "
-        "blocks, which blocks=[1,3] may name).",
+        "blocks, which blocks=[1,3] can set).",
     ),
 ]
 
@@ -61,7 +66,7 @@ FRAME = Annotated[str, typer.Option(help=f"What surrounds the mechanism in its l
 DEVICE = Annotated[str, typer.Option(help="Device, as torch names it: cpu, cuda.", callback=_there)]
 SKIP_UNREADABLE = Annotated[
     bool,
-    typer.Option("--skip-unreadable", help="Go on without images that cannot be read, and name them."),
+    typer.Option("--skip-unreadable", help="Skip images that cannot be read, and list them."),
 ]
 SHARD = Annotated[
     str | None,
@@ -69,13 +74,13 @@ SHARD = Annotated[
 ]
 TIMINGS = Annotated[
     bool | None,
-    typer.Option("--timings/--no-timings", help="Only what is timed (which needs an idle machine), or only the rest."),
+    typer.Option("--timings/--no-timings", help="Run only the timed cells (on an idle machine), or only the others."),
 ]
 ENGINE = Annotated[
     str,
     typer.Option(
-        help="Where cells run: local, one after the other in this process; or ray, on the Ray cluster at --address, or on "
-        "all processors of this machine where there is none (pip install 'regard\\[cluster]')."
+        help="Where cells run: local, one after the other in this process; or ray, on the Ray cluster at --address or, without "
+        "one, on all processors of this machine (pip install 'regard\\[cluster]')."
     ),
 ]
 ADDRESS = Annotated[

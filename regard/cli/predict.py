@@ -33,7 +33,7 @@ def predict(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Where to write masks, of a model that segments: a PNG (.nii.gz for a volume), or a folder for several."
+            help="Where to write the masks of a segmentation model: a PNG (.nii.gz for a volume), or a folder for several."
         ),
     ] = None,
     reduce: REDUCE = None,
@@ -89,7 +89,7 @@ def predict(
             speeds = fewer.speeds(inputs, reader.grid) if speeds is None else speeds
         found += _named(kept, chances, reader, top)
     if not found:
-        raise Unsupported("images of which none can be read", supported="one image or more")
+        raise Unsupported("images, none of which can be read", supported="one image or more")
     if as_json:
         beside = {} if speeds is None else {"reduced": {"by": reduce, "differ": differ, **speeds}}
         emit({"folder": str(folder), "images": found, "skipped": skipped, **beside})

@@ -17,23 +17,25 @@ from regard.measurement import units
 
 
 def profile_command(
-    mechanisms: Annotated[list[str], typer.Argument(help="Mechanisms; softmax is always measured beside them.")],
-    pattern: Annotated[str, typer.Option(help="One pattern that all of them have.")] = Pattern.CAUSAL_SELF.value,
-    lengths: Annotated[str, typer.Option(help="Lengths with commas: 512,8k (k is 1024).")] = "256,512,1024,2048,4096",
+    mechanisms: Annotated[list[str], typer.Argument(help="Mechanisms; softmax is always measured too.")],
+    pattern: Annotated[str, typer.Option(help="A pattern that all of them support.")] = Pattern.CAUSAL_SELF.value,
+    lengths: Annotated[
+        str, typer.Option(help="Comma-separated lengths: 512,8k (k is 1024).")
+    ] = "256,512,1024,2048,4096",
     what: Annotated[
-        str, typer.Option(help="What to time, separated by commas: forward, training, decode.")
+        str, typer.Option(help="What to time, comma-separated: forward, training, decode.")
     ] = "forward,training,decode",
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
     head_dim: Annotated[int | None, typer.Option(help="Width of a head; 64, or dim / heads with --dim.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
-    seconds: Annotated[float, typer.Option(help="Timing for each length.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of timing at each length.")] = 1.0,
     layer: Annotated[bool, typer.Option("--layer", help="Measure layers with projections, not functions.")] = False,
     dim: Annotated[int | None, typer.Option(help="Width of the layers; heads times head-dim by default.")] = None,
     device: DEVICE = "cpu",
     growing: Annotated[
         bool,
-        typer.Option("--growth", help="Also fit how time and memory grow with the length, beside the card's cost."),
+        typer.Option("--growth", help="Also fit how time and memory grow with the length, next to the card's cost."),
     ] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def reproduce(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Reproductions, or mechanisms they are about, or all, which takes days; none lists them."),
+        typer.Argument(
+            help="Reproductions, or mechanisms that they cover, or all, which takes days; listed when none is named."
+        ),
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(help="Runs of each setting; each reproduction's own when not given.")
@@ -35,18 +37,20 @@ def reproduce(
     timings: TIMINGS = None,
     engine: ENGINE = "local",
     address: ADDRESS = None,
-    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command resumes from it.")] = Path(
         "runs/reproduce"
     ),
     pilot: Annotated[
         int | None,
         typer.Option(
-            help="Run this many other seeds, which are never judged, and say what they show: whether the experiment can "
-            "tell, how much its numbers vary, and how many seeds would decide."
+            help="Run this many other seeds, which are never judged, and report whether the experiment can decide, how "
+            "much its numbers vary, and how many seeds would suffice."
         ),
     ] = None,
-    listing: Annotated[bool, typer.Option("--list", help="Say what there is and what is done; run nothing.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Judge what is done; run nothing.")] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", help="List the reproductions and their finished runs; run nothing.")
+    ] = False,
+    table: Annotated[bool, typer.Option("--table", help="Judge the finished runs; run nothing.")] = False,
     as_json: JSON = False,
 ) -> None:
     """Test the claims of papers at a small size, and say for each whether it held.

@@ -23,7 +23,7 @@ def retrofit(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a language model or encoder of transformers or a ViT of timm, timm:NAME, or a GGUF file."
+            help="Folder of a language model or encoder from transformers or a ViT from timm, timm:NAME, or a GGUF file."
         ),
     ],
     mechanism: Annotated[str, typer.Option(help="Attention of the new layers, with options as in local:window=64.")],
@@ -31,7 +31,7 @@ def retrofit(
         list[str],
         typer.Option(help="Your text, a file or folder (repeatable), or a folder of images; a tenth is held out."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the result; the same command goes on from it.")],
+    output: Annotated[Path, typer.Option(help="Folder of the result; the same command resumes from it.")],
     keep_layers: Annotated[
         str,
         typer.Option(
@@ -39,24 +39,24 @@ def retrofit(
         ),
     ] = "auto:0.5",
     budget: Annotated[
-        str, typer.Option(help="Time of everything (60m, 8h), or training: '2M tokens', '500 steps'.")
+        str, typer.Option(help="Time for everything (60m, 8h), or amount of training: '2M tokens', '500 steps'.")
     ] = "60m",
     validation: Annotated[
-        list[str] | None, typer.Option(help="Data of another source, on which the result is judged. Repeatable.")
+        list[str] | None, typer.Option(help="Data from another source, on which the result is judged. Repeatable.")
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens in a training block; 512, or what positions reach, when not given.")
+        int | None, typer.Option(help="Tokens in a training block; 512, or as many as positions reach, when not given.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Blocks (4 when not given) or images (32) of a training step.")
+        int | None, typer.Option(help="Blocks (4 when not given) or images (32) in a training step.")
     ] = None,
     train: Annotated[
-        str, typer.Option(help="Weights of the last stage: all, new (swapped layers) or lora:RANK.")
+        str, typer.Option(help="Weights trained in the last stage: all, new (swapped layers) or lora:RANK.")
     ] = "all",
     distil: Annotated[
         float,
         typer.Option(
-            help="Weight of what the original says, 0 to 1; the rest is that of next tokens, masked tokens or classes."
+            help="Weight of the loss against the original's outputs, 0 to 1; the rest is that of next tokens, masked tokens or classes."
         ),
     ] = 1.0,
     transfer_rate: Annotated[
@@ -66,18 +66,18 @@ def retrofit(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Lengths at which time, state and recall are measured, as 512,8k; 512,2048, and 128,512 of encoders, when not given."
+            help="Lengths at which time, state and recall are measured, such as 512,8k; when not given, 512,2048, or 128,512 for encoders."
         ),
     ] = None,
     evaluation_blocks: Annotated[
         int | None,
         typer.Option(
-            help="Most blocks (or batches of images) of each source in the evaluation; as the budget allows when not given."
+            help="Maximum number of blocks (or batches of images) from each source in the evaluation; as the budget allows when not given."
         ),
     ] = None,
     seed: Annotated[
         int,
-        typer.Option(min=0, max=LARGEST_SEED, help="Seed of the order of blocks and of weights that start at random."),
+        typer.Option(min=0, max=LARGEST_SEED, help="Seed of the order of blocks and of randomly initialised weights."),
     ] = 0,
     plugin: PLUGINS = None,
     as_json: JSON = False,

@@ -34,7 +34,8 @@ def compare_from(context: typer.Context, source: Path) -> None:
     if foreign:
         others = ", ".join(spelled_option(name) for name in TAKEN if name not in ("data", "source", "plugin"))
         raise Unsupported(
-            f"{spelled_option(min(foreign))} beside --from", supported=f"text, {others}; the model is what it is"
+            f"{spelled_option(min(foreign))} together with --from",
+            supported=f"text, {others}; the model cannot be changed otherwise",
         )
     if not asked["data"]:
         raise Unsupported(

@@ -37,45 +37,47 @@ def search(
     budget: Annotated[
         str,
         typer.Option(
-            help="What the network may cost: a share of the largest network of the first mechanism (60% time, 50% flops, 70% "
-            "parameters), or 4.5ms, 20M flops, 300k parameters. Time and FLOPs are of reading one item."
+            help="Maximum cost of the network: a share of the largest network of the first mechanism (60% time, 50% flops, 70% "
+            "parameters), or 4.5ms, 20M flops, 300k parameters. Time and FLOPs are for reading one item."
         ),
     ] = "60% time",
     mechanisms: Annotated[
         str,
         typer.Option(
-            help="Comma-separated, or all; the first is the reference, of all softmax. Each layer may have any."
+            help="Comma-separated, or all; the first is the reference; for all, softmax. Each layer may have any."
         ),
     ] = "softmax,cosformer",
     dims: Annotated[str, typer.Option(help="Widths to choose from.")] = "32,64",
     layers: Annotated[str, typer.Option(help="Numbers of layers to choose from.")] = "2,3,4",
     heads: Annotated[str, typer.Option(help="Numbers of heads to choose from, in each layer.")] = "2,4",
     feed_forward: Annotated[str, typer.Option(help="Feed-forward widths to choose from, in each layer.")] = "64,128",
-    steps: Annotated[int, typer.Option(help="Steps of the supernet, each of four networks.")] = 2000,
-    networks: Annotated[int, typer.Option(help="Networks tried with its weights, for the ranker.")] = 60,
+    steps: Annotated[int, typer.Option(help="Training steps of the supernet, each with four networks.")] = 2000,
+    networks: Annotated[
+        int, typer.Option(help="Networks scored with the supernet's weights, from which the ranker learns.")
+    ] = 60,
     rounds: Annotated[
-        int, typer.Option(help="Rounds in which they are drawn; after each, some choices are fixed.")
+        int, typer.Option(help="Rounds in which these networks are drawn; after each, some choices are fixed.")
     ] = 2,
     keep: Annotated[float, typer.Option(help="Share of the choices that stay open after a round; 1 for all.")] = 0.6,
     searchers: Annotated[
         str, typer.Option(help="Comma-separated: evolution, random, optuna (pip install 'regard\\[search]').")
     ] = "evolution,random",
-    evaluations: Annotated[int, typer.Option(help="Networks that each searcher scores by the ranker.")] = 1000,
+    evaluations: Annotated[int, typer.Option(help="Networks that each searcher scores with the ranker.")] = 1000,
     finalists: Annotated[int, typer.Option(help="Networks of each searcher to try with the supernet's weights.")] = 8,
     retrain: Annotated[
-        int, typer.Option(help="Steps of training from scratch for what was chosen; 0 for none.")
+        int, typer.Option(help="Steps of training from scratch for the chosen networks; 0 for none.")
     ] = 1500,
     seeds: Annotated[int, typer.Option(help="Runs from scratch of each; two or more to judge differences.")] = 3,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the supernet, the draws and the first run.")
     ] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of all training.")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of all training runs.")] = 3e-3,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a training step.")] = 4096,
     frame: FRAME = "bare",
     separate: Annotated[
         bool, typer.Option("--separate", help="Give each mechanism projections of its own in the supernet.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command resumes from it.")] = Path(
         "runs/search"
     ),
     validation: VALIDATION = None,

@@ -34,22 +34,26 @@ def serve(
         Path | None, typer.Argument(help="Folder of regard train, a folder of transformers, or a .gguf file.")
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 for all addresses of this machine.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all addresses of this machine.")
     ] = LOOPBACK,
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[
         str | None, typer.Option(help="Name by which clients call the model; the folder's name when not given.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Answers that are written at the same time.")] = 16,
-    waiting: Annotated[int, typer.Option(help="Requests that may wait; more are turned away with status 429.")] = 128,
+    rows: Annotated[int, typer.Option(help="Answers that are generated at the same time.")] = 16,
+    waiting: Annotated[
+        int, typer.Option(help="Requests that may wait; further ones are rejected with status 429.")
+    ] = 128,
     context: Annotated[
         int | None,
-        typer.Option(help="Most tokens of a prompt and its answer together; the model's limit when not given."),
+        typer.Option(
+            help="Maximum number of tokens of a prompt and its answer together; the model's limit when not given."
+        ),
     ] = None,
     cache_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens whose keys and values are kept; when not given, what all rows may need, up to a quarter of the memory."
+            help="Tokens whose keys and values are kept; when not given, as many as all rows may need, up to a quarter of the memory."
         ),
     ] = None,
     chunk: Annotated[
@@ -58,28 +62,29 @@ def serve(
     prefix_cache: Annotated[
         bool,
         typer.Option(
-            "--prefix-cache/--no-prefix-cache", help="Read only once the beginning that prompts have in common."
+            "--prefix-cache/--no-prefix-cache", help="Read the beginning that prompts have in common only once."
         ),
     ] = True,
     offload: Annotated[
         int,
         typer.Option(
-            help="Processes that keep keys and values and attend to them, beside the model; 0 for none.", min=0
+            help="Processes that keep keys and values and attend to them, in addition to the model's; 0 for none.",
+            min=0,
         ),
     ] = 0,
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a Jinja template for chats, instead of the model's own.")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Most seconds for an answer, waiting included.")] = 600.0,
-    drain: Annotated[int, typer.Option(help="Most seconds to finish answers after SIGTERM.", min=0)] = 30,
-    max_body: Annotated[int, typer.Option(help="Most bytes of a request.")] = 4 << 20,
+    timeout: Annotated[float, typer.Option(help="Maximum seconds for an answer, including waiting.")] = 600.0,
+    drain: Annotated[int, typer.Option(help="Maximum seconds to finish answers after SIGTERM.", min=0)] = 30,
+    max_body: Annotated[int, typer.Option(help="Maximum size of a request in bytes.")] = 4 << 20,
     dtype: Annotated[str, typer.Option(help="Type of the weights: float32 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="Threads of torch; torch chooses when not given.")] = None,
-    bench: Annotated[bool, typer.Option("--bench", help="Measure under load instead, and stop.")] = False,
+    bench: Annotated[bool, typer.Option("--bench", help="Measure under load instead, and exit.")] = False,
     clients: Annotated[
-        str, typer.Option(help="With --bench: numbers of clients at the same time, tried one after the other.")
+        str, typer.Option(help="With --bench: numbers of simultaneous clients, tried one after the other.")
     ] = "1,4,16",
-    requests: Annotated[int, typer.Option(help="With --bench: requests of each client.")] = 2,
+    requests: Annotated[int, typer.Option(help="With --bench: requests per client.")] = 2,
     prompt_tokens: Annotated[int, typer.Option(help="With --bench: tokens in a prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="With --bench: tokens in an answer.")] = 128,
     shared_tokens: Annotated[
@@ -110,7 +115,7 @@ def serve(
     if folder is None and url is None:
         raise Unsupported("no model to serve", supported="regard serve FOLDER, or --bench --url URL")
     if folder is not None and url is not None:
-        raise Unsupported("a folder beside --url", supported="one of them")
+        raise Unsupported("a folder together with --url", supported="one of them")
     if not bench:
         only_beside(given, "--bench", OF_BENCH)
     import torch

@@ -33,17 +33,19 @@ def sparse(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of regard train (of text) or of a causal language model of transformers, or a .gguf file; or "
-            "constructed, tiny or small: models that are made here."
+            help="Folder of regard train (of text) or of a causal language model from transformers, or a .gguf file; or "
+            "constructed, tiny or small: models that the command makes itself."
         ),
     ],
     lengths: Annotated[str | None, typer.Option(help="Lengths of the prompts in tokens: 1k,4k (k is 1024).")] = None,
     methods: Annotated[
         str,
-        typer.Option(help="all, or a list with commas; two of different phases as block_sparse + quest."),
+        typer.Option(
+            help="all, or a comma-separated list; two of different phases are joined as in block_sparse + quest."
+        ),
     ] = "all",
-    ratios: Annotated[str, typer.Option(help="Compressions that are tried.")] = "2,4,8,16",
-    tasks: Annotated[str, typer.Option(help="all, or a list with commas.")] = "all",
+    ratios: Annotated[str, typer.Option(help="Compression ratios to try.")] = "2,4,8,16",
+    tasks: Annotated[str, typer.Option(help="all, or a comma-separated list.")] = "all",
     samples: Annotated[
         int | None, typer.Option(help="Questions of each task at each length; 10 when not given.")
     ] = None,
@@ -52,16 +54,18 @@ def sparse(
     ] = "full",
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text for the tasks about documents and for text, or a .json of SQuAD's. Repeatable."),
+        typer.Option(
+            help="Text for the tasks about documents and for the task text, or a .json file of SQuAD. Repeatable."
+        ),
     ] = None,
     effects: Annotated[
         int,
         typer.Option(
-            help="Questions that look for side effects: repetition, facts lost among others, answers made up. 0 asks none."
+            help="Questions that look for side effects: repetition, facts lost among distractors, made-up answers. 0 turns this off."
         ),
     ] = 0,
     budget: Annotated[str | None, typer.Option(help="Time after which no new question is asked: 90s, 20m, 2h.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = OUTPUT,
+    output: Annotated[Path, typer.Option(help="Folder of the results; the same command resumes from it.")] = OUTPUT,
     as_json: JSON = False,
 ) -> None:
     """Ask a trained model questions about long contexts, with dense and with sparse attention, and say what is safe.
@@ -124,7 +128,7 @@ def read_ratios(text: str) -> tuple[float, ...]:
     except ValueError:
         found = []
     if not found or not found[0] > 1 or found[-1] > 1e6:
-        raise Unsupported(f"ratios {text!r}", supported="numbers above 1 with commas", nearest="2,4,8,16")
+        raise Unsupported(f"ratios {text!r}", supported="comma-separated numbers above 1", nearest="2,4,8,16")
     return tuple(found)
 
 
@@ -179,7 +183,12 @@ def _folder(path: Path, plan: Plan, seconds: float | None, output: Path, as_json
     if found.beyond:
         console.print(Text(found.beyond, style="dim"))
     if found.over:
-        console.print(Text("The budget was over before all was asked; the same command goes on.", style="dim"))
+        console.print(
+            Text(
+                "The budget ran out before every question was asked; give the same command again to resume.",
+                style="dim",
+            )
+        )
     console.print()
     console.print(Text(sentence, style="bold"))
     if found.effects:

@@ -20,7 +20,7 @@ from regard.measurement import units
 def study(
     name: Annotated[str | None, typer.Argument(help="A study; all are listed when none is named.")] = None,
     data: Annotated[
-        list[str] | None, typer.Argument(help="Your files, where the study takes some: `regard study` says which.")
+        list[str] | None, typer.Argument(help="Your files, if the study takes any: `regard study` lists which do.")
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Size, by a name that `regard study` lists; the smallest when not given.")
@@ -28,13 +28,14 @@ def study(
     mechanisms: Annotated[
         str | None,
         typer.Option(
-            help="Mechanisms, written as for `regard compare`, or all that can enter; the study's own and your plugins' when "
+            help="Mechanisms, written as for `regard compare`, or all, for every one that can take part; the study's own and your plugins' when "
             "not given."
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of each setting; the study's own when not given.")] = None,
     budget: Annotated[
-        str | None, typer.Option(help="A time (20m, 2h): cells that would not end in it are left for the next call.")
+        str | None,
+        typer.Option(help="A time (20m, 2h): cells that would not finish within it are left for the next call."),
     ] = None,
     only: SHARD = None,
     timings: TIMINGS = None,
@@ -46,9 +47,9 @@ def study(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the results; the same command goes on from it. runs/studies when not given."),
+        typer.Option(help="Folder of the results; the same command resumes from it. runs/studies when not given."),
     ] = None,
-    table: Annotated[bool, typer.Option("--table", help="Show what is done; run nothing.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Show the finished runs; run nothing.")] = False,
     as_json: JSON = False,
 ) -> None:
     """Ask one question of many mechanisms at once, and write a report with tables, pictures and a verdict.

@@ -81,7 +81,7 @@ def train(
     ] = None,
     budget: Annotated[str, typer.Option(help="8m, 2h, 500 steps, 2M tokens or 5e13 flops.")] = "8m",
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate; regard compare finds a good one.")] = 3e-3,
-    output: Annotated[Path, typer.Option(help="Folder of the model; the same command goes on from it.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder of the model; the same command resumes from it.")] = Path(
         "runs/train"
     ),
     validation: VALIDATION = None,
@@ -98,15 +98,15 @@ def train(
         str | None,
         typer.Option(
             metavar="LAYERS",
-            help="Layers that the model may be left after: 1+2, or all; with :own each has a head of its own (of models that "
+            help="Layers after which the model may exit: 1+2, or all; with :own each exit has a head of its own (for models that "
             "classify whole sequences), with :halting each token learns when to stop.",
         ),
     ] = None,
     frozen: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of an earlier regard train: its layers are taken over and stay as they are, and the exits alone "
-            "learn, on the same data."
+            help="Folder of an earlier regard train: its layers are reused and frozen, and only the exits learn, on the same "
+            "data."
         ),
     ] = None,
     stack: STACK = "",
@@ -116,40 +116,40 @@ def train(
     precision: PRECISION = "float32",
     ema: Annotated[
         float | None,
-        typer.Option(help="Decay of a running mean of the weights, as 0.999; it is kept where it scores better."),
+        typer.Option(
+            help="Decay of a running mean of the weights, such as 0.999; the mean is kept if it scores better."
+        ),
     ] = None,
     best_of: Annotated[
         int | None,
         typer.Option(
-            help="Steps of the run at which a quarter of the held-out items chooses the best weights; 0 keeps the last. 8 when "
-            "not given, 0 for tasks that generate."
+            help="Number of evaluations, on a quarter of the held-out items, that choose the best weights; 0 keeps the last. 8 "
+            "when not given, 0 for tasks that generate."
         ),
     ] = None,
     monitor: Annotated[
         str | None,
-        typer.Option(
-            help="attention: look during the run at which tokens the heads attend to, and when that comes to rest."
-        ),
+        typer.Option(help="attention: record during training which tokens the heads attend to, and when that settles."),
     ] = None,
     teacher: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of an earlier regard train on the same images, or on text with the same tokenizer: the model learns from "
-            "that one too."
+            help="Folder of an earlier regard train on the same images, or on text with the same tokenizer: the model also learns "
+            "from that one."
         ),
     ] = None,
     distil: Annotated[
         str | None,
         typer.Option(
-            help="How it learns from the teacher: response (its answers), token (its classes, by a token of its own), or transkd (stages of SegFormer and MiT), perhaps "
-            "with options, as transkd:variant=gl or response:temperature=2; response when not given."
+            help="How the model learns from the teacher: response (its outputs), token (its classes, through a token of its own), or transkd (stages of SegFormer and MiT), optionally "
+            "with options, such as transkd:variant=gl or response:temperature=2; response when not given."
         ),
     ] = None,
     parallel: Annotated[
         str | None,
         typer.Option(
-            help="Train it in all processes that torchrun has started: ddp (copies, each with some items of a batch), fsdp (the "
-            "same with weights and the optimizer in shards) or context (each with a piece of the sequences, in language models)."
+            help="Train in all processes that torchrun has started: ddp (copies, each with some items of a batch), fsdp (the "
+            "same with sharded weights and optimizer) or context (each with a piece of the sequences, in language models)."
         ),
     ] = None,
     device: DEVICE = "cpu",
@@ -317,7 +317,7 @@ def train(
     elif first and record["state"] != DIVERGED:
         rule = record["baseline"]
         beside = f"; without training, {rule['name']} has {rule['score']:.4g}" if rule else ""
-        console.print(Text(f"{record['score']:.4g} {record['metric']} on what was held out{beside}.", style="bold"))
+        console.print(Text(f"{record['score']:.4g} {record['metric']} on held-out data{beside}.", style="bold"))
         for name, (mean, error) in record["figures"].items():
             console.print(Text(f"{name}: {units.told(mean, error)} over the items"))
         if record.get("weights"):

@@ -30,7 +30,7 @@ def verify(
     prop: Annotated[list[str] | None, typer.Option("--property", help="Only these properties.")] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="Variants of the card, or all: with their options instead of the default ones."),
+        typer.Option(help="Variants of the card, or all: test with their options instead of the default ones."),
     ] = None,
     random: Annotated[
         int,
@@ -39,13 +39,13 @@ def verify(
             help="Try this many random cases of each mechanism instead: options, sizes, padding, splits; no --property.",
         ),
     ] = 0,
-    case: Annotated[str | None, typer.Option(help="Try one case instead, as --random prints those that fail.")] = None,
+    case: Annotated[
+        str | None, typer.Option(help="Try one case instead, written as --random prints failing cases.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the random cases.")] = 0,
     full: Annotated[
         bool,
-        typer.Option(
-            "--full/--quick", help="Compile with Inductor, and try more seeds; a run that was stopped goes on."
-        ),
+        typer.Option("--full/--quick", help="Compile with Inductor, and try more seeds; an interrupted run resumes."),
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder of the store that --full resumes from.")] = Path("runs/verify"),
     plugin: PLUGINS = None,
@@ -79,7 +79,7 @@ def verify(
         if others:
             spelled = {"mechanisms": "mechanisms", "prop": "--property"}
             raise Unsupported(
-                f"{', '.join(spelled.get(name, spelled_option(name)) for name in others)} with --case, which says all of a case",
+                f"{', '.join(spelled.get(name, spelled_option(name)) for name in others)} with --case, which describes the whole case",
                 supported="--plugin and --json with it",
                 nearest="regard verify --case CASE",
             )

@@ -122,7 +122,7 @@ class Chain:
                 hooks.callback(module.register_forward_pre_hook(partial(note, name=name)).remove)
             run(model, batches[0])
         if not given:
-            raise Unsupported("calibration data that no linear layer is given", supported="data that the model reads")
+            raise Unsupported("calibration data that reaches no linear layer", supported="data that the model reads")
         groups: dict[str, dict[tuple[int, ...], list[str]]] = {}
         for name, tensors in given.items():
             found = NUMBERED.match(name)

@@ -370,7 +370,7 @@ class _Job:
             zeros = [report.zeros for report in self.reports.values() if report.zeros is not None]
             share = sum(zeros) / max(len(zeros), 1)
             self.notes.append(
-                f"{share:.1%} of the weights of a layer are 0, which makes nothing faster or smaller here"
+                f"{share:.1%} of each layer's weights are 0 on average, which does not make the model faster or smaller"
             )
         if act.rounding is not None:
             self._head(act.rounding)

@@ -274,12 +274,13 @@ class Mechanism:
         whole = {"reference", "parallel", "chunked", "absorb"}
         if self.module is None and not whole & self.forms.keys():
             raise Unsupported(
-                f"{self.name} without a form of whole sequences", supported=", ".join(FORMS), nearest="reference"
+                f"{self.name} without a form for whole sequences", supported=", ".join(FORMS), nearest="reference"
             )
         special = {*self.variant_patterns, *self.grid_variants, *self.layer_variants}
         if not special <= self.variants.keys():
             raise Unsupported(
-                f"{special - self.variants.keys()}, no variants of {self.name}", supported=", ".join(self.variants)
+                f"{special - self.variants.keys()}, which are not variants of {self.name}",
+                supported=", ".join(self.variants),
             )
         object.__setattr__(self, "option_types", types_of(self.config))
         object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})

@@ -15,11 +15,11 @@ def check_folder(folder: Path) -> None:
     """Raise Unsupported unless a folder can be written to or created, so that long work does not start in vain."""
     there = next(place for place in (folder, *folder.parents) if place.exists() or place.is_symlink())
     if there.is_symlink() and not there.exists():
-        raise Unsupported(f"{folder} as the output, where {there} is a link to nothing", supported="a folder")
+        raise Unsupported(f"{folder} as the output, where {there} is a broken link", supported="a folder")
     if not there.is_dir():
         raise Unsupported(f"{folder} as the output, where {there} is a file", supported="a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise Unsupported(f"{folder} as the output, where nothing can be written", supported="a folder of yours")
+        raise Unsupported(f"{folder} as the output, which is not writable", supported="a writable folder")
 
 
 def is_same_place(one: Path, other: Path) -> bool:

@@ -289,7 +289,7 @@ def gather_pairs(
         return bias
     if bias.shape[-2] not in (1, queries.source_length) or bias.shape[-1] not in (1, keys.source_length):
         raise Unsupported(
-            f"pairs of shape {tuple(bias.shape)} beside padding or packing",
+            f"pairs of shape {tuple(bias.shape)} together with padding or packing",
             supported=f"(B or 1, H or 1, {queries.source_length} or 1, {keys.source_length} or 1)",
         )
     if not torch.compiler.is_compiling() and queries.batch != keys.batch:

@@ -101,7 +101,7 @@ class Ranks:
             return cls(ranks, tuple(range(ranks)))
         if not (dist.is_available() and dist.is_initialized()):
             raise Unsupported(
-                "a process group, for torch.distributed is not initialised",
+                "a process group while torch.distributed is not initialised",
                 supported="torch.distributed.init_process_group(...) in a process of torchrun",
                 nearest="ranks=2, for virtual ranks in this process",
             )

@@ -141,7 +141,7 @@ def check_window(what: str, window: tuple[int | None, int | None] | None, patter
         return
     if pattern.cross:
         raise Unsupported(
-            f"{what} with window={window} in {pattern.value} (memory has no place near a query)",
+            f"{what} with window={window} in {pattern.value} (memory has no position relative to a query)",
             supported="self patterns",
             nearest=f"window={none}",
         )

@@ -343,7 +343,9 @@ class HeadAttention(nn.Module):
                 nearest=f'regard.swap(..., pattern="{pattern.value}")',
             )
         if n != m and not pattern.cross and self.mixes_tokens:
-            raise Unsupported(f"{name} with {n} queries and {m} keys of one sequence", supported="as many")
+            raise Unsupported(
+                f"{name} with {n} queries and {m} keys of one sequence", supported="equal numbers of queries and keys"
+            )
         if stateful and pattern is not Pattern.CAUSAL_SELF:
             raise Unsupported(
                 f"{name} in {pattern.value} with a cache", supported="causal calls", nearest="use_cache=False"

@@ -301,7 +301,7 @@ def _choices(
         return {"*" if only is None else only: Choice.of((mechanism, options), pattern)}
     if only is not None or options:
         raise Unsupported(
-            f"{'only' if only is not None else ', '.join(options)} beside a mapping of paths to mechanisms",
+            f"{'only' if only is not None else ', '.join(options)} together with a mapping of paths to mechanisms",
             supported="all of it in the mapping",
             nearest='{"*.0.*": ("local", {"window": 64}), "*": None}',
         )

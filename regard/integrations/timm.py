@@ -110,7 +110,7 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         if pretrained and not _names_weights(options):
             raise Unsupported(
-                f"pretrained weights of {PREFIX}{name}, of which there are none to download",
+                f"pretrained weights of {PREFIX}{name}, for which none can be downloaded",
                 supported="weights of the official repository in a file",
                 nearest='pretrained_cfg_overlay={"file": PATH}',
             )

@@ -45,7 +45,9 @@ def check_memory(pattern: Pattern, memory: Tensor | None, context: Context, stat
     if memory is not None and not pattern.cross:
         raise Unsupported(f"memory in {pattern.value}", supported="cross patterns")
     if memory is not None and state is not None:
-        raise Unsupported("memory beside a state that has absorbed one", supported="encode_memory(memory, state=state)")
+        raise Unsupported(
+            "memory together with a state that has absorbed one", supported="encode_memory(memory, state=state)"
+        )
     for what, given in (("mask", context.memory_mask), ("positions", context.memory_positions)):
         if memory is None and given is not None:
             raise Unsupported(f"memory_{what} without memory", supported=f"memory_{what}=None", nearest=what)

@@ -96,7 +96,7 @@ class Pooling(nn.Module):
             if word != "weights" or not self.gives_weights:
                 raise Unsupported(
                     f"want={word!r} of {name}",
-                    supported="weights" if self.gives_weights else "nothing beside the output",
+                    supported="weights" if self.gives_weights else "only the output",
                     nearest="additive" if word == "weights" else "",
                 )
 

@@ -300,7 +300,7 @@ def restore_layers(model: nn.Module, record: Mapping[str, Mapping[str, Any]], *,
         sizes = {"in_features", "out_features", "bias", "scaled_inputs", "float_columns"}
         if not isinstance(old, nn.Linear) or not sizes <= set(entry):
             raise Unsupported(
-                f"{source}, in which {name} is no linear layer", supported="the model that was compressed"
+                f"{source}, in which {name} is not a linear layer", supported="the model that was compressed"
             )
         format = {key: value for key, value in entry.items() if key not in sizes}
         check_options(Format, format, f"the format of {name} in {source}")

@@ -245,7 +245,7 @@ class RaySweep:
         except errors.RayError as error:
             raise Unsupported(
                 f"a cell whose worker was lost {TRIES_AGAIN + 1} times ({str(error).strip().splitlines()[0]})",
-                supported="workers with memory enough for it; what came back is kept, and the same command goes on",
+                supported="workers with enough memory; finished cells are kept, and the same command continues",
             ) from error
 
     def _check_room(self, threads: int, accelerators: int) -> None:

@@ -315,7 +315,7 @@ MECHANISM = Mechanism(
     waivers=(
         Waiver(
             "layer_lengths",
-            "its number of blocks of tokens is a constant of the program",
+            "its number of blocks of tokens is fixed when the program is compiled",
             patterns=(Pattern.CAUSAL_SELF,),
         ),
     ),

@@ -358,13 +358,13 @@ def sample_inputs(
     return scaled_normals(generator, shapes, dtype)
 
 
-NO_QUERIES = "each output is made of its own token, and of neighbours at the most"
+NO_QUERIES = "each output is computed from its own token, and at most from neighbours"
 
 MECHANISM = Mechanism(
     name="activator",
     aliases=("activator_gating_unit",),
     kind=Kind.MIXER,
-    summary="A gated feed-forward network with norms inside; as published it mixes no tokens, with an option neighbours.",
+    summary="A gated feed-forward network with norms inside; as published it mixes no tokens, an option mixes neighbours.",
     paper=Paper("Activator: GLU Activations as The Core Functions of a Vision Transformer", "2405.15953", 2024, 25),
     inputs={
         "x": "bnd",

@@ -139,7 +139,7 @@ def chunked(
 ) -> Result:
     """Continue from the last keys by any number of tokens; also the step."""
     if call.state is not None and call.bias is not None:
-        raise Unsupported("adaptive spans with a bias of pairs and a state", supported="a position bias, or no state")
+        raise Unsupported("adaptive spans with a pairwise bias and a state", supported="a position bias, or no state")
     state, keys, values, where = extend_window(call, k, v, q.shape[2], call.config.cached)
     return _with_loss(call, span, attention_forms.attend(call, q, keys, values, where, state, **_within(call, span)))
 
@@ -239,7 +239,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     )
 
 
-NO_PLACE = "tokens of a memory have no place near a query"
+NO_PLACE = "memory tokens have no position relative to a query"
 
 MECHANISM = Mechanism(
     name="adaptive_span",

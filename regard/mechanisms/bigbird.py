@@ -182,7 +182,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 
 
 AHEAD = "the last block and random ones are seen by earlier queries"
-NO_PLACE = "blocks of a memory have no place beside those of the queries"
+NO_PLACE = "blocks of a memory have no position relative to those of the queries"
 
 MECHANISM = Mechanism(
     name="bigbird",

@@ -478,13 +478,13 @@ class LocalEnhancement(GridConvolution):
         super().__init__(spec, side, of, asked=f"lce={side} of the {of}", without="lce=0")
 
 
-MEAN = "a region chooses by the mean of its queries, of which the first would depend on the last"
+MEAN = "a region chooses by the mean of its queries, so the first would depend on the last"
 
 MECHANISM = Mechanism(
     name="bilevel_routing",
     aliases=("bra", "biformer", "bilevel_routing_attention"),
     kind=Kind.ATTENTION,
-    summary="Each region of an image reads the tokens of the few regions whose mean key it likes best.",
+    summary="Each region of an image reads the tokens of the few regions whose mean key scores highest.",
     paper=Paper("BiFormer: Vision Transformer with Bi-Level Routing Attention", "2303.08810", 2023, 23),
     inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
     patterns=(Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS),
@@ -513,5 +513,5 @@ MECHANISM = Mechanism(
     honours=frozenset({"grid"}),
     weights="implicit",
     merge=LocalEnhancement,
-    waivers=(Waiver("layer_lengths", "its regions are counted when the program is made"),),
+    waivers=(Waiver("layer_lengths", "its number of regions is fixed when the program is compiled"),),
 )

@@ -444,5 +444,5 @@ MECHANISM = Mechanism(
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
     projection=Sink,
     sample_inputs=sample_inputs,
-    waivers=(Waiver("layer_lengths", "its number of blocks is a constant of the program"),),
+    waivers=(Waiver("layer_lengths", "its number of blocks is fixed when the program is compiled"),),
 )

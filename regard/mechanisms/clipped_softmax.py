@@ -95,7 +95,7 @@ class Config:
             raise Unsupported(f"warmup={self.warmup}", supported="a finite warmup >= 0", nearest="warmup=0.0")
         if self.gamma is not None and (self.alpha is not None or self.length is not None):
             raise Unsupported(
-                "gamma beside alpha or length", supported="gamma, or alpha and length", nearest="gamma=None"
+                "gamma together with alpha or length", supported="gamma, or alpha and length", nearest="gamma=None"
             )
         if self.alpha is not None and self.length is None:
             raise Unsupported(

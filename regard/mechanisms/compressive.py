@@ -439,7 +439,7 @@ MECHANISM = Mechanism(
     name="compressive",
     aliases=("compressive_transformer", "compressive_memory"),
     kind=Kind.ATTENTION,
-    summary="What leaves the memory of earlier segments is compressed, not forgotten.",
+    summary="Tokens that leave the memory of earlier segments are compressed instead of forgotten.",
     paper=Paper("Compressive Transformers for Long-Range Sequence Modelling", "1911.05507", 2019),
     inputs={
         "q": "bhnd",
@@ -469,9 +469,11 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="implicit",
     accepts_positions=("none",),
-    refused_positions="its scores know distances already, and its memory is read by distance",
+    refused_positions="its scores already encode distances, and its memory is read by distance",
     module=CompressiveLayer,
     projection=Compression,
     sample_inputs=sample_inputs,
-    waivers=(Waiver("layer_lengths", "its number of segments is a constant of the program"),),
+    waivers=(
+        Waiver("layer_lengths", "its number of segments is fixed when the program is compiled"),
+    ),
 )

@@ -253,7 +253,7 @@ MECHANISM = Mechanism(
     name="cosformer",
     aliases=("cos_former", "cosine_reweighting"),
     kind=Kind.ATTENTION,
-    summary="Linear attention of rectified features whose weights fall with the distance as a cosine does.",
+    summary="Linear attention of rectified features whose weights fall with distance like a cosine.",
     paper=Paper("cosFormer: Rethinking Softmax in Attention", "2202.08791", 2022, 24),
     inputs={"q": "bhnd", "k": "bhmd", "v": "bhmv"},
     patterns=ALL_PATTERNS,
@@ -276,5 +276,9 @@ MECHANISM = Mechanism(
     default_scale=1.0,
     weights="implicit",
     length="max",
-    waivers=(Waiver("layer_lengths", "its horizon is a constant of the program", patterns=(Pattern.NONCAUSAL_SELF,)),),
+    waivers=(
+        Waiver(
+            "layer_lengths", "its horizon is fixed when the program is compiled", patterns=(Pattern.NONCAUSAL_SELF,)
+        ),
+    ),
 )

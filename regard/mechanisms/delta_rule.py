@@ -425,7 +425,7 @@ MECHANISM = Mechanism(
         **dict.fromkeys(("kda", "kimi_delta", "kimi_delta_attention"), KIMI_DELTA),
     },
     kind=Kind.ATTENTION,
-    summary="A matrix memory that is edited; writing under a key first takes away what is stored there.",
+    summary="A matrix memory that is edited: writing under a key first removes what is stored there.",
     paper=Paper("Parallelizing Linear Transformers with the Delta Rule over Sequence Length", "2406.06484", 2024, 48),
     inputs={
         "q": "bhnk",
@@ -467,7 +467,7 @@ MECHANISM = Mechanism(
     waivers=(
         Waiver(
             "extremes",
-            "keys longer than the root of 2 make the state grow without bound",
+            "keys with a norm above sqrt(2) make the state grow without bound",
             variants=("no norm of keys",),
         ),
         Waiver(

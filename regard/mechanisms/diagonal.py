@@ -103,7 +103,7 @@ def chunked(
 ) -> Result:
     """Continue from the last keys by any number of tokens; also the step."""
     if call.state is not None and call.bias is not None:
-        raise Unsupported("diagonal with a bias of pairs and a state", supported="a position bias, or no state")
+        raise Unsupported("diagonal with a pairwise bias and a state", supported="a position bias, or no state")
     state, keys, values, where = extend_window(call, k, v, q.shape[2], call.config.block - 1)
     return _attend(call, q, keys, values, where, state)
 
@@ -149,7 +149,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     )
 
 
-NO_PLACE = "tokens of a memory have no place in a block of queries"
+NO_PLACE = "memory tokens have no position in a block of queries"
 
 MECHANISM = Mechanism(
     name="diagonal",

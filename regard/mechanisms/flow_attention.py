@@ -201,7 +201,7 @@ def chunked(
     n = q.shape[2]
     if n != k.shape[2] or call.lengths is not call.memory_lengths:
         raise Unsupported(
-            "flow_attention in causal-self with queries that are not the keys' own", supported="N = M and one mask"
+            "flow_attention in causal-self with queries and keys of different tokens", supported="N = M and one mask"
         )
     sinks, sources, values = _mapped(call, q, k, v)
     competition, acceptance, sums = conserved_flows(

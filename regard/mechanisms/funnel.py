@@ -461,7 +461,7 @@ MECHANISM = Mechanism(
     name="funnel",
     aliases=("funnel_transformer", "funnel_pooling"),
     kind=Kind.POOLING,
-    summary="Attention layers whose queries are pooled by pairs halve a sequence block by block, until its first token is left.",
+    summary="Attention layers whose queries are pooled in pairs halve a sequence block by block, until its first token is left.",
     paper=Paper(
         "Funnel-Transformer: Filtering out Sequential Redundancy for Efficient Language Processing",
         "2006.03236",

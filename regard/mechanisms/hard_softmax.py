@@ -107,7 +107,7 @@ MECHANISM = Mechanism(
     name="hard_softmax",
     aliases=("hard_attention", "axformer"),
     kind=Kind.ATTENTION,
-    summary="Softmax of which each query reads its k largest weights alone, which are not made to add up to one again.",
+    summary="Softmax of which each query keeps only its k largest weights, without renormalising them.",
     paper=Paper(
         "AxFormer: Accuracy-driven Approximation of Transformers for Faster, Smaller and more Accurate NLP Models",
         "2010.03688",

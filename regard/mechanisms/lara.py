@@ -166,13 +166,13 @@ def cost(shape: Shape, config: Config) -> Cost:
     )
 
 
-LATER = "a proposal is made of segments that hold later tokens"
+LATER = "a proposal is computed from segments that hold later tokens"
 
 MECHANISM = Mechanism(
     name="lara",
     aliases=("linear_randomized_attention",),
     kind=Kind.ATTENTION,
-    summary="Several proposals of random features, each near other tokens, which every query mixes by how well they suit it.",
+    summary="Several proposals of random features, each near different tokens, which every query weights by how well they fit it.",
     paper=Paper("Linear Complexity Randomized Self-attention Mechanism", "2204.04667", 2022, 34),
     inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
     patterns=(Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS),
@@ -184,5 +184,5 @@ MECHANISM = Mechanism(
     },
     cost=cost,
     weights="implicit",
-    waivers=(Waiver("layer_lengths", "the borders of its landmarks are constants of the program"),),
+    waivers=(Waiver("layer_lengths", "the borders of its landmarks are fixed when the program is compiled"),),
 )

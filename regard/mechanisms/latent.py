@@ -339,7 +339,7 @@ MECHANISM = Mechanism(
     name="latent",
     aliases=("mla", "multi_head_latent_attention", "multi_latent_attention"),
     kind=Kind.ATTENTION,
-    summary="Keys and values of all heads are made of one small vector a token, and only that is cached.",
+    summary="Keys and values of all heads are computed from one small vector per token, and only that is cached.",
     paper=Paper(
         "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model", "2405.04434", 2024
     ),
@@ -364,7 +364,7 @@ MECHANISM = Mechanism(
     default_scale=scale,
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
     weights="exact",
-    refused_positions="its scores know positions by the decoupled part",
+    refused_positions="its decoupled part already encodes positions",
     sample_inputs=sample_inputs,
     module=LatentLayer,
     projection=Latents,

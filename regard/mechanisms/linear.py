@@ -216,7 +216,7 @@ MECHANISM = Mechanism(
         Waiver("extremes", "exp of features above 88 is not finite in float32", variants=("exp",)),
         Waiver(
             "layer_decoding",
-            "where relu leaves a query one feature near eps, the projection's rounding is a thousandth part of the weights' sum",
+            "if relu leaves a query a single feature near eps, rounding in the projection is a thousandth of the sum of the weights",
             holds_with={"eps": 0.1},
             patterns=(Pattern.CAUSAL_SELF,),
             variants=("relu",),

@@ -188,8 +188,8 @@ MECHANISM = Mechanism(
     inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
     patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
     refused={
-        Pattern.NONCAUSAL_CROSS: "tokens of a memory have no place near a query",
-        Pattern.CAUSAL_CROSS: "tokens of a memory have no place near a query",
+        Pattern.NONCAUSAL_CROSS: "memory tokens have no position relative to a query",
+        Pattern.CAUSAL_CROSS: "memory tokens have no position relative to a query",
     },
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": chunked},
     config=Config,

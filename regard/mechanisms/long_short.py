@@ -429,7 +429,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     )
 
 
-NO_PLACE = "tokens of a memory have no place near a query"
+NO_PLACE = "memory tokens have no position relative to a query"
 
 MECHANISM = Mechanism(
     name="long_short",
@@ -468,12 +468,14 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="implicit",
     accepts_positions=("none", "sinusoidal", "learned"),
-    refused_positions="its landmarks are mixtures of keys at many places",
+    refused_positions="its landmarks are mixtures of keys at many positions",
     projection=DualNorm,
     sample_inputs=sample_inputs,
     waivers=(
         Waiver(
-            "layer_lengths", "its number of blocks is a constant of the program", patterns=(Pattern.NONCAUSAL_SELF,)
+            "layer_lengths",
+            "its number of blocks is fixed when the program is compiled",
+            patterns=(Pattern.NONCAUSAL_SELF,),
         ),
     ),
 )

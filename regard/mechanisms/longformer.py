@@ -457,13 +457,13 @@ def sample_context(generator: torch.Generator, *, batch: int, n: int, m: int, pa
     return {"roles": (torch.rand(batch, m, generator=generator) < 0.15).long() * int(Role.CLS)}
 
 
-NO_PLACE = "tokens of a memory have no place near a query"
+NO_PLACE = "memory tokens have no position relative to a query"
 
 MECHANISM = Mechanism(
     name="longformer",
     aliases=("global_window",),
     kind=Kind.ATTENTION,
-    summary="Softmax over a window around each token, beside a few global tokens that see and are seen by all.",
+    summary="Softmax over a window around each token, plus a few global tokens that see all tokens and are seen by all.",
     paper=Paper("Longformer: The Long-Document Transformer", "2004.05150", 2020),
     inputs={
         "q": "bhnd",

@@ -257,19 +257,19 @@ def scaled_normals(generator: torch.Generator, shapes: Mapping[str, tuple[int, .
     return {name: (x * x.shape[1] ** -0.5 if x.ndim == 2 else x).to(dtype) for name, x in found.items()}
 
 
-STATIC = "its matrices belong to the places of one sequence"
+STATIC = "its matrices belong to the positions of one sequence"
 
 MECHANISM = Mechanism(
     name="mlp_mixer",
     aliases=("mixer", "token_mixing"),
     kind=Kind.MIXER,
-    summary="A small feed-forward network along the tokens, the same for every channel; it has a greatest length.",
+    summary="A small feed-forward network along the tokens, the same for every channel; its length is limited.",
     paper=Paper("MLP-Mixer: An all-MLP Architecture for Vision", "2105.01601", 2021),
     inputs={"x": "bnd", "up": "jl", "up_bias": "j", "down": "lj", "down_bias": "l"},
     output="bnd",
     patterns=(Pattern.NONCAUSAL_SELF,),
     refused={
-        Pattern.CAUSAL_SELF: "each number between the two matrices is made of all tokens, later ones too",
+        Pattern.CAUSAL_SELF: "each number between the two matrices depends on all tokens, including later ones",
         Pattern.NONCAUSAL_CROSS: STATIC,
         Pattern.CAUSAL_CROSS: STATIC,
     },

@@ -375,6 +375,9 @@ MECHANISM = Mechanism(
     projection=Gates,
     layer_defaults={"output_norm": "layer", "output_gate": "sigmoid"},
     waivers=(
-        Waiver("layer_lengths", "its stabiliser doubles steps up to the length, which is a constant of the program"),
+        Waiver(
+            "layer_lengths",
+            "its stabiliser doubles steps up to the length, which is fixed when the program is compiled",
+        ),
     ),
 )

@@ -308,7 +308,7 @@ MECHANISM = Mechanism(
     name="moba",
     aliases=("mixture_of_block_attention", "block_attention_mixture"),
     kind=Kind.ATTENTION,
-    summary="Each query reads the few blocks of keys whose mean key it likes best, and its own.",
+    summary="Each query reads the few blocks of keys whose mean key scores highest, and its own.",
     paper=Paper("MoBA: Mixture of Block Attention for Long-Context LLMs", "2502.13189", 2025),
     inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv"},
     patterns=ALL_PATTERNS,
@@ -330,5 +330,5 @@ MECHANISM = Mechanism(
     state=BlockState,
     cost=cost,
     weights="implicit",
-    waivers=(Waiver("layer_lengths", "its blocks are counted when the program is made"),),
+    waivers=(Waiver("layer_lengths", "its number of blocks is fixed when the program is compiled"),),
 )

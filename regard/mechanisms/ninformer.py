@@ -297,7 +297,7 @@ MECHANISM = Mechanism(
     name="ninformer",
     aliases=("mixer_gating_unit", "network_in_network_transformer"),
     kind=Kind.MIXER,
-    summary="A block of MLP-Mixer multiplies a projection of the tokens, so that mixing depends on what they hold.",
+    summary="A block of MLP-Mixer multiplies a projection of the tokens, so that mixing depends on their content.",
     paper=Paper(
         "NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function",
         "2403.02411",
@@ -323,7 +323,7 @@ MECHANISM = Mechanism(
     output="bnd",
     patterns=(Pattern.NONCAUSAL_SELF,),
     refused={
-        Pattern.CAUSAL_SELF: "the gate of a token is made of all tokens, later ones too",
+        Pattern.CAUSAL_SELF: "the gate of a token depends on all tokens, including later ones",
         Pattern.NONCAUSAL_CROSS: STATIC,
         Pattern.CAUSAL_CROSS: STATIC,
     },

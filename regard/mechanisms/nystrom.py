@@ -293,7 +293,7 @@ MECHANISM = Mechanism(
     sample_inputs=sample_inputs,
     projection=ValueConvolution,
     waivers=(
-        Waiver("layer_lengths", "the borders of its landmarks are constants of the program"),
+        Waiver("layer_lengths", "the borders of its landmarks are fixed when the program is compiled"),
         *(
             Waiver(name, "the exact pseudoinverse's gradient loses a digit (6e-12 in float64)", variants=("exact",))
             for name in ("gradient", "second_derivative")

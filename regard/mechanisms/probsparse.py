@@ -179,5 +179,5 @@ MECHANISM = Mechanism(
     engine="attention",
     cost=cost,
     weights="implicit",
-    waivers=(Waiver("layer_lengths", "its number of sampled queries is a constant of the program"),),
+    waivers=(Waiver("layer_lengths", "its number of sampled queries is fixed when the program is compiled"),),
 )

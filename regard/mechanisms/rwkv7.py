@@ -459,5 +459,5 @@ MECHANISM = Mechanism(
     projection=Rates,
     merge=Output,
     module=TimeMixing,
-    waivers=(Waiver("layer_lengths", "its chunks are counted when the program is made"),),
+    waivers=(Waiver("layer_lengths", "its number of chunks is fixed when the program is compiled"),),
 )

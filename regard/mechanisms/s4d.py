@@ -431,7 +431,7 @@ def sample_inputs(
     return {name: tensor.to(dtype) for name, tensor in found.items()}
 
 
-SAME_READING = "nothing of a query enters the kernel, so that all queries would read the same of a memory"
+SAME_READING = "the kernel does not depend on the query, so all queries would read the same from a memory"
 
 MECHANISM = Mechanism(
     name="s4d",
@@ -460,7 +460,7 @@ MECHANISM = Mechanism(
     sample_inputs=sample_inputs,
     module=S4DLayer,
     waivers=(
-        Waiver("layer_lengths", "the size of its Fourier transform is a constant of the program"),
+        Waiver("layer_lengths", "the size of its Fourier transform is fixed when the program is compiled"),
         Waiver("layer_onnx", "ONNX has no complex exponential"),
     ),
 )

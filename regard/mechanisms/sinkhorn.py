@@ -459,5 +459,5 @@ MECHANISM = Mechanism(
     cost=cost,
     honours=frozenset({"dropout"}),
     weights="exact",
-    waivers=(Waiver("layer_lengths", "its number of blocks is a constant of the program"),),
+    waivers=(Waiver("layer_lengths", "its number of blocks is fixed when the program is compiled"),),
 )

@@ -365,13 +365,13 @@ def cost(shape: Shape, config: Config) -> Cost:
     )
 
 
-NO_PLACE = "tokens of a memory have no place near a query"
+NO_PLACE = "memory tokens have no position relative to a query"
 
 MECHANISM = Mechanism(
     name="sparse_strided",
     aliases=("sparse_transformer", "strided"),
     kind=Kind.ATTENTION,
-    summary="Softmax over what is near, and every s-th token (or the last few of every s) before.",
+    summary="Softmax over nearby tokens and every s-th earlier token (or the last few of every s).",
     paper=Paper("Generating Long Sequences with Sparse Transformers", "1904.10509", 2019),
     inputs={"q": "bhnd", "k": "bhmd", "v": "bhmv"},
     patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
@@ -393,5 +393,5 @@ MECHANISM = Mechanism(
     cost=cost,
     honours=frozenset({"dropout"}),
     weights="exact",
-    waivers=(Waiver("layer_lengths", "its number of blocks is a constant of the program"),),
+    waivers=(Waiver("layer_lengths", "its number of blocks is fixed when the program is compiled"),),
 )

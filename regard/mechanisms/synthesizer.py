@@ -426,7 +426,7 @@ MECHANISM = Mechanism(
     aliases=("dense_synthesizer", "random_synthesizer"),
     alias_options={"dense_synthesizer": {"kinds": ("dense",)}, "random_synthesizer": {"kinds": ("random",)}},
     kind=Kind.ATTENTION,
-    summary="Scores of places, made of the query token alone or learned outright, instead of dot products with keys.",
+    summary="Scores of positions, computed from the query token alone or learned directly, instead of dot products with keys.",
     paper=Paper("Synthesizer: Rethinking Self-Attention in Transformer Models", "2005.00743", 2020, 18),
     inputs={
         "v": "bgmv",
@@ -459,7 +459,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"weights"}),
     weights="exact",
     accepts_positions=("none", "sinusoidal", "learned"),
-    refused_positions="its scores are of places, not of queries and keys",
+    refused_positions="its scores belong to positions, not to queries and keys",
     length="max",
     sample_inputs=sample_inputs,
     projection=Scores,

@@ -322,7 +322,7 @@ class TokenParameter(nn.Module):
             raise Unsupported(f"growing {count} tokens to {num_tokens}", supported=f"more than {count}")
         if preserve and config.theta == "softmax":
             raise Unsupported(
-                "growing softmax weights without changing the function, of which a score of 0 takes a share",
+                "growing softmax weights without changing the function: a score of 0 still gets a weight",
                 supported="preserve=False, or the other thetas",
                 nearest="preserve=False",
             )

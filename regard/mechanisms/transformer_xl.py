@@ -278,13 +278,13 @@ def cost(shape: Shape, config: Config) -> Cost:
     )
 
 
-NO_PLACE = "tokens of a memory lie at no distance from a query, and in no segment"
+NO_PLACE = "memory tokens have no distance to a query and belong to no segment"
 
 MECHANISM = Mechanism(
     name="transformer_xl",
     aliases=("segment_recurrence", "txl", "xlnet"),
     kind=Kind.ATTENTION,
-    summary="Segments that read a memory of the one before them, with scores that know distances.",
+    summary="Segments that read a memory of the one before them, with scores that depend on distances.",
     paper=Paper("Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context", "1901.02860", 2019),
     inputs={
         "q": "bhnd",
@@ -312,9 +312,11 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout", "weights"}),
     weights="exact",
     accepts_positions=("none",),
-    refused_positions="its scores know distances already, and its memory is read by distance",
+    refused_positions="its scores already encode distances, and its memory is read by distance",
     module=SegmentLayer,
     projection=RelativeScores,
     sample_inputs=sample_inputs,
-    waivers=(Waiver("layer_lengths", "its number of segments is a constant of the program"),),
+    waivers=(
+        Waiver("layer_lengths", "its number of segments is fixed when the program is compiled"),
+    ),
 )

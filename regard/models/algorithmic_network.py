@@ -90,7 +90,7 @@ class AlgorithmicNetworkConfig:
         if self.positions in ("auto", *EMBEDDED_POSITIONS, *SHARED_POSITIONS):
             raise Unsupported(
                 f"positions={self.positions!r} of an AlgorithmicNetwork, where nothing is added to the input",
-                supported="none and schemes inside the layers, such as rotary; encoding says what stands beside the input",
+                supported="none and schemes inside the layers, such as rotary; encoding sets what is concatenated to the input",
                 nearest="encoding='sinusoidal'",
             )
         object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))

@@ -59,7 +59,7 @@ def with_aspect(config: AnyConfig, num_layers: int, *, feed_forward: str = "laye
     if feed_forward == "total":
         if width is None or "feed_forward" in options:
             raise Unsupported(
-                "feed_forward='total' of a config that does not give the width",
+                "feed_forward='total' for a config that does not set the width",
                 supported="feed_forward=WIDTH in the config",
             )
         if width * before % num_layers:

@@ -327,7 +327,7 @@ def grid_axes(blocks: Iterable[Any]) -> int | None:
             first = first if axes is None else block
         elif axes != first.mixer.grid_axes:
             raise Unsupported(
-                f"a layer of {block.entry[0]} for {_inputs(axes)} beside one of {first.entry[0]} for "
+                f"a layer of {block.entry[0]} for {_inputs(axes)} next to a layer of {first.entry[0]} for "
                 f"{_inputs(first.mixer.grid_axes)}",
                 supported="layers that take the same inputs",
                 nearest=f"{_sequence_entry(block if axes > 1 else first)} in the plan",

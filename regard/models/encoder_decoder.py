@@ -210,7 +210,7 @@ class EncoderDecoder(nn.Module):
         context = given_context(context)
         if (memory is None) == (state is None):
             raise Unsupported(
-                f"{'no' if memory is None else 'a'} memory {'without' if state is None else 'beside'} a state",
+                f"{'no' if memory is None else 'a'} memory {'without' if state is None else 'together with'} a state",
                 supported="memory, or a state that has absorbed it",
                 nearest="state=model.encode_memory(memory)",
             )

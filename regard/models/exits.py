@@ -283,7 +283,7 @@ def set_exit_rule(model: nn.Module, rule: str | None) -> None:
     units = config.stack.halts
     if units != (asked is not None and asked.halts):
         raise Unsupported(
-            f"the exit rule {rule} of a model {'that halts by units which it has learned' if units else 'without halting units'}",
+            f"the exit rule {rule} of a model {'with learned halting units' if units else 'without halting units'}",
             supported=f"{HALTING}:VALUE" if units else "rules about classes, or a model trained to halt",
             nearest=f"{HALTING}:0" if units else "confidence:0.9",
         )

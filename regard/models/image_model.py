@@ -67,7 +67,7 @@ class ImageModelConfig:
         given: dict[str, Any] = {"image_size": self.image_size, "channels": self.channels}
         for name in (*given, "num_classes"):
             if name in self.options:
-                raise Unsupported(f"{name} of {self.backbone}, which the task says", supported=f"no {name}")
+                raise Unsupported(f"{name} of {self.backbone}, which the task sets", supported=f"no {name}")
         with _named(self.backbone):
             return read_backbone(self.backbone, **given, num_classes=self.num_classes, **self.options)
 

@@ -94,7 +94,8 @@ class Insertion:
             or (mask is not None and (mask.bias is not None or mask.blocks is not None))
         ):
             raise Unsupported(
-                "positions, roles, a bias or a block mask beside inserted tokens", supported="padding and packing"
+                "positions, roles, a bias or a block mask together with inserted tokens",
+                supported="padding and packing",
             )
         rows, n = ids.shape
         total = int((past + new).max()) if rows else 0

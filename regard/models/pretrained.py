@@ -116,7 +116,7 @@ def read_pretrained(
         raise
     except Exception as error:  # JSON can give an option any value, so a model may raise any error
         raise Unsupported(
-            f"{place / CONFIG}, whose values make no {record['model']} ({type(error).__name__}: {error})",
+            f"{place / CONFIG}, whose values do not make a valid {record['model']} ({type(error).__name__}: {error})",
             supported="a file written by save_pretrained",
         ) from error
     restore_layers(model, record.get(QUANTIZED, {}), source=str(place / CONFIG))

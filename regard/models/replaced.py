@@ -79,7 +79,7 @@ class ReplacedTokenConfig:
             raise Unsupported(f"vocab_size={self.vocab_size}", supported="a token and one that masks, or more")
         own = self.encoder()
         if own.stack.exits:
-            raise Unsupported(f"exits={own.stack.exits} of a model that tells replaced tokens", supported="exits=()")
+            raise Unsupported(f"exits={own.stack.exits} of a model that detects replaced tokens", supported="exits=()")
         for name in ("plan", "num_layers", "stack"):
             object.__setattr__(self, name, getattr(own, name))
 

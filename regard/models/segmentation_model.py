@@ -44,7 +44,7 @@ class SegmentationModelConfig(ImageModelConfig):
         given: dict[str, Any] = {"channels": self.channels, "num_classes": self.num_classes, "image_size": size}
         for name in given:
             if name in self.options:
-                raise Unsupported(f"{name} of {self.backbone}, which the task says", supported=f"no {name}")
+                raise Unsupported(f"{name} of {self.backbone}, which the task sets", supported=f"no {name}")
         network, _ = read_segmenter(self.backbone)
         if "image_size" not in network.Config.__dataclass_fields__:
             del given["image_size"]

@@ -176,7 +176,7 @@ class Speculation:
         at_least("count", self.count, 1)
         if isinstance(self.draft, ModelDraft) and self.draft.reads.vocabulary != self.reads.vocabulary:
             raise Unsupported(
-                f"a draft of {self.draft.reads.vocabulary} tokens beside a model of {self.reads.vocabulary}",
+                f"a draft of {self.draft.reads.vocabulary} tokens with a model of {self.reads.vocabulary}",
                 supported="a draft with the model's own vocabulary",
             )
 

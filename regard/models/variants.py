@@ -78,7 +78,7 @@ class Variant:
         """
         if len(self.cards) > 1:
             raise Unsupported(
-                f"{self.name}, a hybrid, where one mechanism is asked",
+                f"{self.name}, a hybrid, where a single mechanism is required",
                 supported="a name, or a name with options",
                 nearest=self.cards[0].name,
             )

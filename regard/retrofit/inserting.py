@@ -77,8 +77,8 @@ def check_settings(mechanism: str, keep_layers: object, chosen: bool, train: str
     get_mechanism(name).options(**options)
     if chosen:
         raise Unsupported(
-            f"keep_layers={keep_layers!r} with {mechanism}, whose inserted tokens every layer reads, so that none can be "
-            "changed alone",
+            f"keep_layers={keep_layers!r} with {mechanism}, whose inserted tokens every layer reads, so layers cannot be "
+            "chosen by sensitivity",
             supported="none, or layers by number (they read inserted tokens as any others)",
             nearest="none",
         )

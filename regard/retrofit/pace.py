@@ -92,7 +92,7 @@ def plan(host: Host, data: Any, settings: RetrofitSettings, spent: float = 0.0) 
         name = max(short, key=lambda n: short[n] / shares[n])
         least = spent + max(need / shares[n] for n, need in needed.items()) * whole
         raise Unsupported(
-            f"a budget of {budget} of which {units.duration(seconds[name])} are left for {WORDS[name]}",
+            f"a budget of {budget}, which leaves only {units.duration(seconds[name])} for {WORDS[name]}",
             supported=f"{units.duration(1.1 * least)} or more for this model, with {_step(host, settings)}",
             nearest=f"{math.ceil(1.2 * least / 60)}m",
         )

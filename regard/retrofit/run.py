@@ -176,12 +176,15 @@ class _Run:
 
     def _nothing_new(self) -> str:
         """A message for new layers that initially compute the same as the old ones."""
-        told = f"new layers of {self.settings.mechanism} answer as the old ones here, so that the original teaches them nothing"
+        told = (
+            f"new layers of {self.settings.mechanism} compute the same as the old ones here, so there is nothing to learn "
+            "from the original"
+        )
         if self.settings.length is None:
             return told
         return (
-            f"in blocks of {self.settings.length} tokens {told}; where they read less of longer texts, a longer --length teaches "
-            "them that"
+            f"in blocks of {self.settings.length} tokens {told}; use a longer --length if they read less than the old ones in "
+            "longer texts"
         )
 
     def _stage(self, name: str, doing: str, steps: int, rate: float, plan: Plan, seed: int) -> Stage:

@@ -265,7 +265,7 @@ def _parsed(body: bytes) -> Any:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _api_error(_: Request, error: Exception) -> Response:

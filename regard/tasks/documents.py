@@ -187,7 +187,7 @@ def one_folder(data: Paths, holds: str) -> Path:
     paths = [data] if isinstance(data, str | Path) else list(data)
     if len(paths) != 1 or not Path(paths[0]).is_dir():
         named = ", ".join(map(str, paths)) or "nothing"
-        raise Unsupported(f"data={named}, which is no folder", supported=f"one folder of {holds}")
+        raise Unsupported(f"data={named}, which is not a folder", supported=f"one folder of {holds}")
     return Path(paths[0])
 
 

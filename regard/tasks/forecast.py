@@ -318,7 +318,7 @@ def _read(
     said = {option: None if value is None else str(value) for option, value in given.items()}
     if data is not None:
         if source is not None:
-            raise Unsupported(f"source={source} beside data", supported="one of them", nearest="no source")
+            raise Unsupported(f"source={source} together with data", supported="one of them", nearest="no source")
         return read_table(data), names_of(data), (said, known or (), past or ())
     source = SOURCES[0] if source is None else source
     one_of("source", source, SOURCES)

@@ -92,7 +92,7 @@ class LabelledTask(Task):
             raise Unsupported(
                 "held-out data that holds all of the training data"
                 + (f": {names_of(validation)}" if validation else ""),
-                supported="items that nothing is trained on, or none: some are held out then",
+                supported="separate held-out items, or no validation: a part is then split off",
             )
         if shared:
             first = next(item for item in training if item.texts in taken)

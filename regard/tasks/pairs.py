@@ -195,7 +195,7 @@ class TextPairsTask(Task):
             if not training:
                 raise Unsupported(
                     f"held-out data that holds all of the training data: {names_of(validation)}",
-                    supported="pairs that nothing is trained on, or none: some are held out then",
+                    supported="separate held-out pairs, or no validation: a part is then split off",
                 )
             if overlap := [pair for pair in distinct if pair.source in sources]:
                 self._notes.append(overlap_note(len(overlap), "pairs", validation, overlap[0].source))

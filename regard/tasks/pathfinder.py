@@ -97,8 +97,8 @@ class PathfinderTask(GeneratedTask):
             fitting = max(5 * self.dashes, 10 * self.distractors)
             fewer = f"dashes={min(self.dashes, self.size // 5)},distractors={min(self.distractors, self.size // 10)}"
             raise Unsupported(
-                f"pathfinder with dashes={self.dashes} and distractors={self.distractors} in {self.size}x{self.size} pixels, which "
-                f"hold so many too rarely",
+                f"pathfinder with dashes={self.dashes} and distractors={self.distractors} in {self.size}x{self.size} pixels, in which "
+                f"so many curves rarely fit",
                 supported="fewer dashes or distractors, or a larger size",
                 nearest=f"size={fitting}" if self.size < fitting <= LARGEST else fewer,
             )

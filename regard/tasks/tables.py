@@ -71,7 +71,7 @@ class Table:
             near = closest(str(name), self.columns)
             unnamed = not all(map(self.is_named, self.columns))
             raise Unsupported(
-                f"{option}={name}, which is no column of {self.name}",
+                f"{option}={name}, which is not a column of {self.name}",
                 supported=", ".join(self.columns),
                 nearest=f"{option}={near}" if near else "a first line that names the columns" if unnamed else "",
             )
@@ -218,7 +218,7 @@ def _read(path: Path, names: tuple[str, ...]) -> Table:
     if not path.exists():
         raise Unsupported(f"{path}, which does not exist", supported=f"a file ({_KINDS})", nearest=nearest_path(path))
     if not path.is_file():
-        raise Unsupported(f"{path}, which is no file", supported=f"a file ({_KINDS})")
+        raise Unsupported(f"{path}, which is not a file", supported=f"a file ({_KINDS})")
     if suffix in _OTHERS:
         raise Unsupported(f"{path} as a table", supported=f"{_KINDS}", nearest=_OTHERS[suffix])
     if suffix in PARQUET:

@@ -149,7 +149,7 @@ class TextTask(Task):
         if not self.training_documents:
             raise Unsupported(
                 f"held-out data that holds all of the training data: {names_of(validation)}",
-                supported="text that nothing is trained on, or none: some is held out then",
+                supported="separate held-out text, or no validation: a part is then split off",
             )
         if shared:
             self._notes.append(overlap_note(len(shared), "documents", validation, shared[0].name))

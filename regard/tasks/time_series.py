@@ -75,7 +75,9 @@ class TimeSeriesTask(Task):
             data = data[0]
         if data in SETS:
             if validation is not None:
-                raise Unsupported(f"validation beside {data}, which comes with its own", supported="no validation")
+                raise Unsupported(
+                    f"validation together with {data}, which comes with its own", supported="no validation"
+                )
             training, scored = self._apart(*read_set(str(data), f"the task time_series with data={data}"))
             self._named, self._rule = str(data), "as the set comes"
         else:
@@ -147,7 +149,7 @@ class TimeSeriesTask(Task):
         if not kept:
             raise Unsupported(
                 "held-out data that holds all of the training data",
-                supported="series that nothing is trained on, or none: some are held out then",
+                supported="separate held-out series, or no validation: a part is then split off",
             )
         if shared := len(distinct) - len(kept):
             first = next(item for item in distinct if item.values.tobytes() in taken)

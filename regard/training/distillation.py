@@ -69,8 +69,8 @@ def begin_as(student: nn.Module, teacher: nn.Module) -> BeginReport:
         if name not in known or known[name].shape != parameter.shape:
             found = "none" if name not in known else str(tuple(known[name].shape))
             raise Unsupported(
-                f"a teacher with {name} of shape {tuple(parameter.shape)}, of which the student has {found}",
-                supported="a student of the same sizes, whose layers have parameters beside the teacher's",
+                f"a teacher with {name} of shape {tuple(parameter.shape)}, where the student has {found}",
+                supported="a student of the same sizes, whose layers may have parameters in addition to the teacher's",
             )
     with torch.no_grad():
         for name, parameter in given.items():
@@ -162,8 +162,8 @@ def _check(*models: Any) -> None:
     for model in models:
         if not isinstance(model, LanguageModel):
             raise Unsupported(
-                f"distillation between layers of {an_instance(model)}, whose layers neither give their weights nor learn "
-                "from others",
+                f"distillation between layers of {an_instance(model)}, whose layers neither return attention weights nor learn from "
+                "a teacher's",
                 supported="two of regard.models.LanguageModel, or two models of transformers",
                 nearest="torch.nn.functional.kl_div of its logits and the teacher's",
             )

@@ -249,6 +249,6 @@ def _check(model: nn.Module, config: Any, after: Tokens) -> None:
         if not same or made[name].config.frozen_tokens != wanted["frozen_tokens"]:
             raise Unsupported(
                 f"{wanted['num_tokens']} parameter tokens ({wanted['frozen_tokens']} of them frozen) in {name}, which the "
-                f"config of {an_instance(model)} cannot say{reason}",
+                f"config of {an_instance(model)} cannot express{reason}",
                 supported="one number for all projections of a layer's mixer, and one for its feed-forward network",
             )

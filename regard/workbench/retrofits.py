@@ -155,7 +155,7 @@ def sections(records: Mapping[str, Any]) -> list[Section]:
     """The sections of the report."""
     first = next(iter(records.values()))
     if kind_of(first) != "language":
-        return [Section("Beside each other", SAYS, [], rows(records))]
+        return [Section("Side by side", SAYS, [], rows(records))]
     source, before = list(first["results"]["perplexity"].items())[-1]
     points = {"softmax": (first["results"]["state"][str(STATE_AT)][ORIGINAL] / 2**20, float(before[ORIGINAL]))}
     curves = {"softmax": [(b["last"], b[ORIGINAL]) for b in before["by_position"]]}
@@ -183,7 +183,7 @@ def sections(records: Mapping[str, Any]) -> list[Section]:
         log_y=True,
         rising=False,
     )
-    return [Section("Beside each other", SAYS, [state, position], rows(records))]
+    return [Section("Side by side", SAYS, [state, position], rows(records))]
 
 
 def render(told: Mapping[str, Any]) -> str:

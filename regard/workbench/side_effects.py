@@ -43,7 +43,7 @@ FEWEST = 4
 NAMES = ("repeated", "lost among others", "mixed up", "invented", "made up")
 MEASURED = (
     f"Repeated: {GRAM}-grams of {CONTINUED} greedy tokens after a text that were written before.",
-    "Lost among others: facts told right beside two others and wrong among as many as fit. Mixed up, invented: of the answers "
+    "Lost among others: facts recalled correctly next to two others but wrongly among as many as fit. Mixed up, invented: of the answers "
     "there, the value of another key, or one that the context does not have.",
     "Made up: questions about what the context does not have that get a value, after an example of how to decline.",
 )

@@ -99,7 +99,7 @@ def test_a_list_of_recipes_keeps_options_with_their_step():
         ("wanda + axformer", 'try "axformer'),
         ("wanda:ratio=1", "ratio=1"),
         ("wanda:pattern=4:2", "N < M"),
-        ("wanda:pattern=2:4,ratio=0.3", "says how many"),
+        ("wanda:pattern=2:4,ratio=0.3", "already sets the share"),
         ("wanda + int4:symmetric=false", "would not stay 0"),
         ("sparsegpt:damping=0", "damping"),
         ("structured:layers=1.5", "a number of layers"),

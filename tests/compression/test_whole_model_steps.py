@@ -226,7 +226,7 @@ def test_what_a_model_does_not_take_is_refused_with_what_it_takes_and_nothing_is
     refused("without data", regard.compress, language_model(), "export")
     tagger = bert("BertForTokenClassification")
     before = answers(tagger, data[0])
-    refused("those of tokens", regard.compress, tagger, "tokens:keep=0.5", data)
+    refused("one output per token", regard.compress, tagger, "tokens:keep=0.5", data)
     assert torch.equal(answers(tagger, data[0]), before) and tokens_record(tagger) is None
 
     class Branching(nn.Module):

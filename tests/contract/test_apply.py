@@ -189,7 +189,7 @@ MISTAKES = [
     (lambda: run(LINEAR, form="step"), "a state"),
     (lambda: run(LINEAR, form="chunked", pattern="noncausal-self"), "causal-self"),
     (lambda: run(SOFTMAX, mask=Mask(blocks=BlockMask(VISIBLE.expand(3, -1, -1, -1), 2))), "2 or 1"),
-    (lambda: run(SOFTMAX, mask=ON_CACHED, state=state_of(SOFTMAX)), "beside padding"),
+    (lambda: run(SOFTMAX, mask=ON_CACHED, state=state_of(SOFTMAX)), "together with padding"),
     (lambda: run(LINEAR, state=state_of(LINEAR), **LATE), "more queries than keys"),
     (lambda: apply(LINEAR, qkv(5, 3), state=state_of(LINEAR)), "more queries than keys"),
     (lambda: read_absorbed(memory_mask=UNEQUAL), "memory mask but no memory"),

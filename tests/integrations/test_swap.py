@@ -285,7 +285,7 @@ REFUSED = [
     ({"*": "linear*2+local"}, {}, "one mechanism"),
     ({"*": ("local", {"widow": 3})}, {}, "option 'widow'"),
     ({"*": None}, {}, "chooses no attention module"),
-    ({"*": "local"}, {"window": 3}, "window beside a mapping"),
+    ({"*": "local"}, {"window": 3}, "window together with a mapping"),
 ]
 
 

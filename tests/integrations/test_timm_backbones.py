@@ -69,7 +69,7 @@ def test_a_backbone_learns_in_a_loop_of_timms_own_parts() -> None:
 
 
 def test_weights_that_nobody_published_are_refused() -> None:
-    refused("none to download", timm.create_model, "regard_van_nano", pretrained=True)
+    refused("none can be downloaded", timm.create_model, "regard_van_nano", pretrained=True)
 
 
 def test_weights_come_from_a_file_under_their_own_names_and_with_another_head(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ REFUSED = [
     (lambda: absorbed(FAR, pattern=CROSS, positions="sinusoidal"), "positions of the memory"),
     # calls that make no sense
     (lambda: called(pattern=CAUSAL_CROSS), "without memory"),
-    (read_again, "beside a state"),
+    (read_again, "together with a state"),
     (lambda: called(given=[x()]), "memory in causal-self"),
     (absorbed, "encode_memory"),
     (lambda: called("linear", context=WEIGHTS), "weights"),

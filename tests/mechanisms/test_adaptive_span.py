@@ -121,5 +121,5 @@ def test_what_cannot_be_is_refused(options, words):
 
 def test_a_bias_of_pairs_with_a_state_is_refused():
     state = run(inputs(4, [1.0, 1.0]), return_state=True).state
-    with pytest.raises(Unsupported, match="bias of pairs"):
+    with pytest.raises(Unsupported, match="pairwise bias"):
         run(inputs(1, [1.0, 1.0]), state=state, mask=Mask(bias=torch.zeros(1, 1, 1, 5)))

@@ -59,7 +59,7 @@ def test_a_layer_has_weights_for_the_norms_that_have_some():
 
 def test_what_it_lacks_is_refused_with_the_reason():
     state = run(qkv(3), return_state=True).state
-    refused("bias of pairs", run, qkv(3), state=state, mask=Mask(bias=torch.zeros(1, 1, 3, 3)))
+    refused("pairwise bias", run, qkv(3), state=state, mask=Mask(bias=torch.zeros(1, 1, 3, 3)))
     refused("log-sum-exp", run, qkv(3), {"activation": "relu"}, want={"lse"})
 
 

@@ -627,11 +627,11 @@ BIAS, JUMP, MISS = {"mask": Mask(bias=bias_of(9, {}))}, {"position_jump": 5}, {"
         ("a bias.* under top_k", {}, BOUNDED, {**ACROSS, **BIAS}),
         ("a block of 4 tokens", {}, BOUNDED, {**ACROSS, "roles": marks([4], m=9)}),
         ("without roles", {}, {}, {"pattern": "noncausal-cross", "roles": None}),
-        ("rotates in causal-cross", {}, {}, {**ACROSS, "rotate": rotary()}),
+        ("landmark with rotate in causal-cross", {}, {}, {**ACROSS, "rotate": rotary()}),
         ("weights under top_k", {}, BOUNDED, {**STATE, "want": {"weights"}}),
         ("a block of 9 tokens", {}, BOUNDED, {**STATE, "roles": None}),
         ("blocks of fewer than", {}, BOUNDED, {**STATE, "roles": marks([1, 3, 5, 7], m=9)}),
-        ("other queries than keys", {"q": torch.zeros(2, 2, 5, 8).double()}, BOUNDED, STATE),
+        ("queries that do not match the keys", {"q": torch.zeros(2, 2, 5, 8).double()}, BOUNDED, STATE),
         ("position_jump", {}, JUMP, {"training": True}),
         ("position_jump", {}, JUMP, {"training": True, "rotate": rotary(), **STATE}),
         ("miss key", MISS, {}, NONCAUSAL),
@@ -645,7 +645,7 @@ def test_what_cannot_be_honoured_is_refused(words, changed, options, call):
 
 def test_other_calls_that_cannot_be_honoured_are_refused():
     state = run(sample(9), roles=ROLES, return_state=True).state
-    refused("beside a state", run, sample(9), roles=ROLES, state=state, **BIAS)
+    refused("together with a state", run, sample(9), roles=ROLES, state=state, **BIAS)
     full, plain = {"block": 4, "top_k": 2}, torch.zeros(2, 9, dtype=torch.long)
     state = run(cut(sample(9), slice(0, 4)), full, roles=plain[:, :4], return_state=True).state
     refused("a block of 5 tokens", run, cut(sample(9), slice(4, 5)), full, roles=plain[:, 4:5], state=state)

@@ -165,6 +165,6 @@ def test_parity_with_a_third_partys_code():
 
 
 def test_what_it_lacks_is_refused_with_the_reason():
-    refused("no place near a query", run, inputs(5), {"local_heads": 1}, pattern="causal-cross")
+    refused("no position relative to a query", run, inputs(5), {"local_heads": 1}, pattern="causal-cross")
     refused("local_heads=3", run, inputs(5), {"local_heads": 3})
     refused("null memory", run, inputs(5) | {"null_v": None})

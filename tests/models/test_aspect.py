@@ -47,7 +47,7 @@ def test_heads_keep_the_width_that_the_model_gives_them_and_groups_of_keys_their
     [
         (DEEP, {"num_layers": 5}, "12 heads in 5 layers; supported: 1, 2, 3, 4, 6, 12; try num_layers=4"),
         (DEEP, {"num_layers": 1, "feed_forward": "none"}, "supported: layer, total"),
-        (EncoderConfig(2, 9, plan="softmax"), {"num_layers": 1, "feed_forward": "total"}, "does not give the width"),
+        (EncoderConfig(2, 9, plan="softmax"), {"num_layers": 1, "feed_forward": "total"}, "does not set the width"),
         (EncoderConfig(2, 9, plan=["softmax", "linear"]), {"num_layers": 1}, "layers differ"),
         (EncoderConfig(2, 9, plan="s4d"), {"num_layers": 1}, "the heads of s4d"),
         (EncoderConfig(2, 9, plan=[("softmax", {"num_heads": 2})]), {"num_layers": 1}, "num_heads in the plan"),

@@ -107,7 +107,7 @@ def test_layers_for_grids_are_refused_without_one_and_beside_others_with_an_entr
     assert make_encoder(plan=["softmax", proposed])(x).output.isfinite().all()
     alone = ("large_kernel", {"axes": 1})
     for plan in ([entry, alone], [alone, entry], [("large_kernel", {"axes": 3}), entry]):
-        with pytest.raises(Unsupported, match="beside one of") as caught:
+        with pytest.raises(Unsupported, match="next to a layer of") as caught:
             make_encoder(plan=plan)
         assert "'axes': 1" in caught.value.nearest
 

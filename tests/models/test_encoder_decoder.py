@@ -149,7 +149,7 @@ def test_bad_calls_are_refused():
     state = model.encode_memory(memory)
     for call, words in (
         (lambda: model(ids), "encode_memory"),
-        (lambda: model(ids, memory, state=state), "beside a state"),
+        (lambda: model(ids, memory, state=state), "together with a state"),
         (lambda: model(ids[:2], memory), "one memory for each"),
         (lambda: model(ids[:2], state=state), "one memory for each"),
         (lambda: model(ids.float(), memory), "ids of dtype"),

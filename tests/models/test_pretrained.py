@@ -85,10 +85,13 @@ def test_a_failed_write_leaves_the_old_file_and_a_reader_of_it_is_not_disturbed(
         (lambda record: record.pop("regard"), "other contents"),
         (lambda record: record.update(config=[1]), "other contents"),
         (lambda record: record.update(model=["LanguageModel"]), "other contents"),
-        (lambda record: record["config"].pop("vocab_size"), "values make no LanguageModel .*vocab_size"),
+        (lambda record: record["config"].pop("vocab_size"), "values do not make a valid LanguageModel .*vocab_size"),
         (lambda record: record["config"].update(dim="8"), "dim='8' of a LanguageModelConfig; supported: int"),
         (lambda record: record["config"].update(plan=3), "plan=3"),
-        (lambda record: record["config"].update(positions="learned", max_length=2**60), "values make no LanguageModel"),
+        (
+            lambda record: record["config"].update(positions="learned", max_length=2**60),
+            "values do not make a valid LanguageModel",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, words, tmp_path):

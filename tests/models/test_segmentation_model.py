@@ -108,7 +108,7 @@ def test_what_a_network_cannot_take_is_said_before_it_is_made() -> None:
     refused("vm_unet_nano on images of 20 x 20 pixels.*multiples of 16; try 16 x 16", make, task, "vm_unet_nano", {})
     refused("multiples of 8; try 16 x 16", make, task, "unet_nano", {"widths": [4, 8, 8, 8]})
     refused("3 axes", make, task, "unet_3d", {})
-    refused("which the task says", make, task, "unet_nano", {"channels": 3})
+    refused("which the task sets", make, task, "unet_nano", {"channels": 3})
     refused("segment images", make, create_task("listops"), "unet_nano", {})
     refused("widhts", make, task, "unet_nano", {"widhts": [4, 8]})
     assert {"unet_nano", "segformer_b0", "van_b0"} <= set(list_networks())

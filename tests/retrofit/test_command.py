@@ -40,7 +40,7 @@ def test_a_folder_becomes_a_hybrid_with_a_page(capsys, place):
     assert found["recommendation"]["text"] in page.replace("&#39;", "'")
     assert page.count("<svg") == 7
     assert "sensitivity" not in page.split("Where it comes from")[0]  # it was not measured
-    assert found["results"]["generates_with_cache"] and "generate does not go on" not in page
+    assert found["results"]["generates_with_cache"] and "generate does not continue" not in page
     assert AutoTokenizer.from_pretrained(place / "hybrid").encode("ba de") == [WORDS.index("ba"), WORDS.index("de")]
     told = [answer(capsys, f"evaluate {place}/{name} {place}/other.txt") for name in ("hybrid", "model")]
     assert [one["metric"] for one in told] == ["perplexity"] * 2 and told[0]["score"] != told[1]["score"]

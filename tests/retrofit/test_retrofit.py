@@ -314,7 +314,7 @@ def test_a_time_is_planned_from_the_pace_that_is_measured(host, monkeypatch):
     spent = sum(getattr(found, name) * seconds[name] for name in ("warm", "transfer", "tune"))
     assert 0.6 * 300 < spent < 0.8 * 300
     assert found.tune > 0 and found.windows == 32
-    with pytest.raises(Unsupported, match=r"budget of 10s of which .* left for"):
+    with pytest.raises(Unsupported, match=r"budget of 10s, which leaves only .* for"):
         pace.plan(host, corpus, dataclasses.replace(settings, budget=Budget.parse("10s")))
 
 
@@ -322,6 +322,6 @@ def test_an_encoder_that_transformers_loads_as_a_causal_model_is_refused(tmp_pat
     sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
     transformers = pytest.importorskip("transformers")
     model = transformers.BertLMHeadModel(transformers.BertConfig(**sizes, num_hidden_layers=2)).eval()
-    with pytest.raises(Unsupported, match="BertLMHeadModel whose tokens read those after them"):
+    with pytest.raises(Unsupported, match="BertLMHeadModel whose tokens attend to later tokens"):
         regard.retrofit(model, "linear", data=tokens(), budget="60 steps", output=tmp_path / "out", **WORK)
     assert not (tmp_path / "out").exists()

@@ -117,7 +117,7 @@ def test_a_mechanism_that_cannot_enter_is_refused_before_anything_is_trained(tmp
     [
         ("compare --from folder --mechanisms local", "without a text"),
         ("compare text.txt --from folder", "without --mechanisms"),
-        ("compare text.txt --from folder --mechanisms local --dim 8", "--dim beside --from"),
+        ("compare text.txt --from folder --mechanisms local --dim 8", "--dim together with --from"),
         ("compare text.txt --from folder --mechanisms local", "does not exist"),
     ],
 )

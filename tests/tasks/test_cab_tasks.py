@@ -187,4 +187,4 @@ def test_tasks_of_a_folder_refuse_anything_else(tmp_path, name):
     file = tmp_path / "a.txt"
     file.write_text("x")
     for data in (file, [str(tmp_path), str(tmp_path)], tmp_path / "none"):
-        refused(lambda data=data: create_task(name, data=data), "which is no folder", "one folder of")
+        refused(lambda data=data: create_task(name, data=data), "which is not a folder", "one folder of")

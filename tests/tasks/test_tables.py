@@ -186,7 +186,7 @@ def test_a_missing_column_is_refused_with_the_nearest_or_with_what_the_first_lin
     table = read_table(write(tmp_path / "a.csv", "demand,price\n1,2\n"))
     refused(lambda: table.column("demnd", "target"), "target=demnd, ", "supported: demand, price; try target=demand")
     nameless = read_table(write(tmp_path / "a.csv", "2024-01-01,0.5\n2024-01-02,0.7\n"))
-    told = ("no column of a.csv", " try a first line that names the columns")
+    told = ("not a column of a.csv", " try a first line that names the columns")
     refused(lambda: nameless.column("load", "target"), *told)
 
 

@@ -47,7 +47,7 @@ def test_a_student_that_reads_every_key_begins_as_its_teacher():
 def test_a_teacher_that_does_not_fit_is_refused():
     shared = LanguageModel(dataclasses.replace(model().config, stack={"share": "all"})).double()
     for call, message in (
-        (lambda: begin_as(model(layers=1), model(layers=2)), "of which the student has none"),
+        (lambda: begin_as(model(layers=1), model(layers=2)), "where the student has none"),
         (lambda: begin_as(model(dim=32), model()), "shape"),
         (lambda: distillation_loss(student(), torch.nn.Linear(2, 2), ids()), "between layers of a Linear"),
         (lambda: distillation_loss(student(), model("linear"), ids()), "linear with weights"),

@@ -67,8 +67,8 @@ def test_what_a_program_cannot_be_made_of_is_told_in_a_line_with_its_place(form,
 def test_a_card_without_a_form_that_could_run_is_refused_where_it_is_made():
     card = get_mechanism("linear")
     for forms, words in (
-        ({}, "linear without a form of whole sequences.*try reference"),
-        ({"step": card.forms["step"]}, "without a form of whole sequences"),
+        ({}, "linear without a form for whole sequences.*try reference"),
+        ({"step": card.forms["step"]}, "without a form for whole sequences"),
         ({"paralel": card.forms["parallel"]}, "form='paralel'.*try parallel"),
     ):
         with pytest.raises(Unsupported, match=words):

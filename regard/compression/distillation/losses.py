@@ -80,7 +80,7 @@ def relation_loss(
     """
     if student.shape[:3] != teacher.shape[:3]:
         raise Unsupported(
-            f"a student's {tuple(student.shape)} beside its teacher's {tuple(teacher.shape)}",
+            f"student shape {tuple(student.shape)} and teacher shape {tuple(teacher.shape)}",
             supported="as many heads and tokens; widths may differ",
         )
     related = [x @ x.mT * x.shape[-1] ** -0.5 for x in (student, teacher.detach())]
@@ -180,5 +180,5 @@ def positive(name: str, value: object) -> None:
 def _alike(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise Unsupported(
-            f"a student's {tuple(student.shape)} beside its teacher's {tuple(teacher.shape)}", supported="equal shapes"
+            f"student shape {tuple(student.shape)} and teacher shape {tuple(teacher.shape)}", supported="equal shapes"
         )

@@ -111,7 +111,7 @@ def _why_heads_stay(block: Any) -> str:
         return f"a layer of {name} has no heads of its own"
     own = [module for module in (mixer.projection, mixer.merge) if module is not None]
     if any(list(module.parameters()) + list(module.buffers()) for module in own) or mixer.merge is not None:
-        return f"{name} learns numbers beside its heads"
+        return f"{name} has parameters in addition to its heads"
     if mixer.positions.bias is not None or list(mixer.positions.parameters()):
         return f"{mixer.positions.name} positions differ from head to head"
     if len(mixer.convolutions):

@@ -49,7 +49,7 @@ def choose(
             raise Unsupported(
                 f"layers={step.layers} of {len(layers)} layers",
                 supported=f"fewer than {len(layers)} layers"
-                + (f", of which {len(kept)} are to stay as they are" if kept else ""),
+                + (f", {len(kept)} of which are to stay unchanged" if kept else ""),
             )
         free = [i for i in range(len(layers)) if i not in kept]
         if step.layers_by == "even":

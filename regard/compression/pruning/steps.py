@@ -31,7 +31,8 @@ class Masking:
         check_share("ratio", self.ratio)
         if read_pattern(self.pattern) is not None and self.ratio != 0.5:
             raise Unsupported(
-                f"ratio={self.ratio} beside pattern={self.pattern}, which says how many go", supported="one of them"
+                f"ratio={self.ratio} together with pattern={self.pattern}, which already sets the share",
+                supported="one of them",
             )
 
 

@@ -69,7 +69,7 @@ def take_parts(
     after = sum(parameter.numel() for parameter in model.parameters())
     said = [f"{after:,} of {before:,} parameters are left ({after / before:.1%})"]
     if structure(model) is not None:
-        said.append("the model's own library has no words for what is left: regard loads the saved model")
+        said.append("the model's own library cannot represent the pruned sizes: only regard can load the saved model")
     return undo, [
         *notes,
         *said,

@@ -180,7 +180,7 @@ def let_go(model: nn.Module, step: FewerTokens, batches: Sequence[Any], run: Run
         found = _shape(run(model, batches[0])) if batches else None
         if found != expected:
             raise Unsupported(
-                f"fewer tokens in {an_instance(model)} whose outputs are those of tokens: {expected} became {found}",
+                f"fewer tokens in {an_instance(model)} with one output per token: the shape changed from {expected} to {found}",
                 supported="models with one answer for an input",
             )
     except BaseException:

@@ -125,7 +125,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None:
     if problem.largest is not None:
         return "it does not choose the largest weights"
     if problem.stretch is not None and problem.sink is not None:
-        return "it does not clip weights beside a sink"
+        return "it does not support clipped weights together with a sink"
     if problem.stretch is not None and q.shape[2] < DECODED and k.shape[2] >= LONG:
         return f"its kernel for few queries on {LONG} keys or more does not clip weights"
     if problem.position_bias is not None and not isinstance(problem.position_bias, DistanceBias):

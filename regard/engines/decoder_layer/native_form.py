@@ -209,7 +209,7 @@ def unfit_weight(weight: Weight) -> str:
         return "weights that are neither in float32 nor in codes"
     held = [x for x in (weight.scale, weight.offset) if x is not None]
     if (bits == 32 and held) or (bits == 8 and weight.offset is not None) or (bits < 32 and weight.scale is None):
-        return "scales or offsets where there are none, or none where there are"
+        return "unexpected or missing scales or offsets"
     groups = 1 if bits == 8 or weight.scale is None else weight.scale.shape[-1]
     if any(x.dtype != torch.bfloat16 or x.shape != (given.n, groups) for x in held):
         return "scales or offsets of other shapes, or not in bfloat16"

@@ -104,7 +104,7 @@ def unfit(recurrence: Recurrence[Weight], layer: DecoderLayer) -> str:
         return "sizes that do not belong together"
     plain = rates is None and beta is None and recurrence.feature_map == "identity" and recurrence.eps[1] is None
     if recurrence.feature_map not in FEATURE_MAPS or (recurrence.maps is not None and not plain):
-        return "features that it does not have, or has not beside others, a decay or a beta"
+        return "an unknown feature map, or maps combined with another feature map, a decay or a beta"
     if recurrence.window and (recurrence.maps is None or recurrence.divisor is None):
         return "a window without maps and a divisor"
     return ""

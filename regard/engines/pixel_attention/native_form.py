@@ -185,7 +185,7 @@ def map_out_of_range(m: int, totals: Tensor, slots: Tensor | None, jitter: Tenso
     if slots is not None and slots.numel():
         low, high = torch.aminmax(slots)
         if int(low) < 0 or int(high) >= m:
-            return "slots that are none"
+            return "slots out of range"
     if jitter is not None and jitter.numel():
         low, high = torch.aminmax(jitter)
         if not -1 < float(low) <= float(high) < 1:
@@ -219,7 +219,7 @@ def _mix_misfit(p: PackedProblem) -> str | None:
         if x is not None and (x.shape != (batch, heads, n) or x.dtype != torch.float32):
             return "logits that do not belong to the queries"
     if (p.mix_logit is None) != (p.first is None) or (p.first is None and p.before is not None):
-        return "a mean and no logit of it, or the other way round"
+        return "a mean without its logit, or a logit without its mean"
     if p.first is not None:
         means = kv_heads if p.before is not None or (p.first.ndim == 3 and p.first.shape[1] == kv_heads) else heads
         if p.first.shape != (batch, means, width) or p.first.dtype != torch.float32:

@@ -44,7 +44,7 @@ def _unfit(p: Problem) -> str | None:
     if p.x.dtype != torch.float32 or p.x.ndim < 1:
         return f"it computes in float32, not in {str(p.x.dtype)[6:]}"
     if p.rows > FEW_ROWS:
-        return f"{p.rows} rows, of which a copy of the weight is quicker"
+        return f"{p.rows} rows, for which a copy of the weight is faster"
     if p.codes.dtype not in (torch.int8, torch.uint8) or p.codes.ndim != 2 or p.scale.ndim != 2:
         return "codes that are no matrix of int8 or uint8"
     n, groups, k = p.codes.shape[0], p.scale.shape[1], p.x.shape[-1]

@@ -165,11 +165,11 @@ class _Branch:
             return "norms or factors of other widths"
         for weight, bias in layers:
             if weight.ndim != 2 or not weight.numel() > 0 or max(weight.shape) > library.MOST:
-                return "weights that are no matrices, empty or too large"
+                return "weights that are empty, too large or not matrices"
             if bias is not None and bias.shape != weight.shape[:1]:
                 return "biases of other widths"
         if sum(layer.weight.numel() for layer in layers) > MOST_WEIGHTS:
-            return "weights that are faster elsewhere"
+            return "weights too large for this kernel to be the fastest"
         return ""
 
     def _around(self, norm: RowNorm, scale: Tensor | None) -> Any:

@@ -106,7 +106,7 @@ def _lacks(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> str | None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "it has no gradient"
     if torch.compiler.is_compiling():
-        return "a graph has the operators of PyTorch alone"
+        return "graphs may only contain PyTorch operators"
     if p.rotate is not None and _turns_of(p.rotate) is None:
         return "it rotates as the scheme `rotary` does, and no other way"
     tensors = (k, v, p.marks, p.closed, p.landmark, p.cached, p.length, p.chosen)

@@ -63,7 +63,7 @@ def load_model(place: Path, *, of: Any = None, dtype: torch.dtype = torch.float3
     saved = next(iter(getattr(model.config, "architectures", None) or ()), "")
     if of is None and saved.endswith("ForMaskedLM"):
         raise Unsupported(
-            f"the {saved} in {place}, an encoder, as a language model that goes on from a text", supported=supported
+            f"the {saved} in {place}, an encoder, as a language model that continues a text", supported=supported
         )
     missing = sorted(found["missing_keys"])
     if missing:

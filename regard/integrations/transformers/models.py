@@ -129,7 +129,7 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if not isinstance(cache, RegardCache | None):
             raise Unsupported(
-                f"{an_instance(cache)} for a language model of regard, which goes on from its state",
+                f"{an_instance(cache)} for a language model of regard, which continues from its state",
                 supported="the cache that a call with use_cache=True returns",
                 nearest=f"{CACHE}=None",
             )
@@ -159,7 +159,7 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         if read >= input_ids.shape[1]:
             raise Unsupported(
                 f"generating from {input_ids.shape[1]} tokens with a cache that has read {read}",
-                supported="a prompt that begins with what was read, and goes on",
+                supported="a prompt that begins with what was read, and continues it",
             )
         return {
             "input_ids": input_ids[:, read:],

@@ -181,7 +181,7 @@ MECHANISM = Mechanism(
     waivers=(
         Waiver(
             "padding",
-            "bins divide the whole grid, masked rows too, so that a mask inside it moves nothing",
+            "bins divide the whole grid, masked rows included, so a mask inside it shifts nothing",
             variants=("on a grid", "block bias", "biases of lines", "all biases"),
         ),
         Waiver(

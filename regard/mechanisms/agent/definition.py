@@ -172,7 +172,7 @@ def check(call: Call, agents: Tensor | None, row_agents: Tensor | None) -> str:
     for name, given, of in (("agents", agents, "learned"), ("row_agents", row_agents, "conv")):
         if given is not None and source != of:
             raise Unsupported(
-                f"{name} beside agent_source={source!r}", supported="one of them", nearest=f"agent_source={of!r}"
+                f"{name} together with agent_source={source!r}", supported="one of them", nearest=f"agent_source={of!r}"
             )
         if given is None and source == of:
             axes = "(H, n, D)" if of == "learned" else "(B, H, n, D), which the layer makes"

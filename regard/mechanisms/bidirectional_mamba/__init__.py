@@ -133,9 +133,7 @@ def sample_inputs(
     return {name: tensor.to(dtype) for name, tensor in found.items()}
 
 
-SELF_ONLY = (
-    "a path reads the tokens that it writes, and no source defines one for another sequence's queries; `mamba` does"
-)
+SELF_ONLY = "a path reads the tokens it writes; no paper defines one for another sequence's queries (use `mamba`)"
 
 
 SS2D = {"scan": "cross", "combine": "sum", "convolution": "grid", "conv_width": 3, "norm": "layer"}

@@ -250,7 +250,7 @@ def check_paths(call: Call, paths: int, *tensors: Tensor | None) -> None:
         found = tensor.shape[0 if name in ("a", "skip", "dt_bias") else 1]
         if found != paths and (found != 1 or name == "mix"):
             raise Unsupported(
-                f"bidirectional_mamba: {name} for {found} paths, of which there are {paths}",
+                f"bidirectional_mamba: {name} is given for {found} paths; the scan has {paths}",
                 supported=f"{paths}" if name == "mix" else f"{paths}, or 1 for all",
             )
         if call.config.scan == "strided" and found > 1 and name in ("x", "dt", "b", "c"):

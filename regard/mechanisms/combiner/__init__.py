@@ -142,7 +142,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 MECHANISM = Mechanism(
     name="combiner",
     kind=Kind.ATTENTION,
-    summary="Near tokens are attended to directly, all others through summaries of the groups they lie in.",
+    summary="Nearby tokens are attended to directly, all others through summaries of their groups.",
     paper=Paper("Combiner: Full Attention Transformer with Sparse Computation Cost", "2107.05768", 2021, 7),
     inputs={
         "q": "bhnd",
@@ -208,7 +208,7 @@ MECHANISM = Mechanism(
     weights="implicit",
     sample_inputs=sample_inputs,
     projection=LearnedMaps,
-    waivers=(Waiver("layer_lengths", "its number of summaries is a constant of the program"),),
+    waivers=(Waiver("layer_lengths", "its number of summaries is fixed when the program is compiled"),),
 )
 
 

@@ -94,7 +94,7 @@ MECHANISM = Mechanism(
     name="core_context",
     aliases=("cca", "cca_attention", "core_context_aware"),
     kind=Kind.ATTENTION,
-    summary="The last tokens are read exactly, groups of earlier ones through one core each.",
+    summary="The last tokens are read exactly, and each group of earlier ones through a single core token.",
     paper=Paper("Core Context Aware Attention for Long Context Language Modeling", "2412.12465", 2024, 47),
     inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "gate?": "h"},
     patterns=ALL_PATTERNS,
@@ -131,7 +131,11 @@ MECHANISM = Mechanism(
     sample_inputs=sample_inputs,
     projection=Gate,
     waivers=(
-        Waiver("layer_lengths", "its number of groups is a constant of the program", patterns=(Pattern.CAUSAL_SELF,)),
+        Waiver(
+            "layer_lengths",
+            "its number of groups is fixed when the program is compiled",
+            patterns=(Pattern.CAUSAL_SELF,),
+        ),
         Waiver(
             "grouped_heads", "heads of a group share cores, those of repeated keys do not", variants=("mean query",)
         ),

@@ -151,7 +151,7 @@ MECHANISM = Mechanism(
     name="kernelized_rpe",
     aliases=("nka_rpe", "kernelized_attention_rpe", "nprf_rpe", "kernelized"),
     kind=Kind.ATTENTION,
-    summary="A product of feature maps times a learned weight for each offset, which no matrix of pairs is needed for.",
+    summary="A product of feature maps times a learned weight for each offset, computed without a matrix of pairs.",
     paper=Paper(
         "Stable, Fast and Accurate: Kernelized Attention with Relative Positional Encoding", "2106.12566", 2021, 36
     ),
@@ -203,11 +203,11 @@ MECHANISM = Mechanism(
     projection=Offsets,
     sample_inputs=sample_inputs,
     waivers=(
-        Waiver("layer_lengths", "the size of its Fourier transform is a constant of the program"),
+        Waiver("layer_lengths", "the size of its Fourier transform is fixed when the program is compiled"),
         Waiver("layer_gradient", "a class bias learns from class tokens alone", variants=("exp", "on a grid")),
         Waiver(
             "layer_decoding",
-            "squares of rectified features leave a query hardly any weight, by whose sum float32 divides (float64 holds)",
+            "squared rectified features leave a query almost no weight, and float32 divides by their sum (float64 holds)",
             variants=("squared relu",),
             dtypes=(torch.float32,),
         ),

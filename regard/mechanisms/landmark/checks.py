@@ -51,10 +51,12 @@ def check(call: Call, miss: Tensor | None) -> None:
     check_miss(call, miss)
     check_choice(call)
     if call.rotate is not None and call.pattern.cross:
-        raise Unsupported(f"landmark that rotates in {call.pattern.value}", supported="queries and keys rotated before")
+        raise Unsupported(
+            f"landmark with rotate in {call.pattern.value}", supported="queries and keys rotated beforehand"
+        )
     if call.pattern.cross and call.roles is None and config.softmax == "grouped":
         raise Unsupported(
-            f"landmark in {call.pattern.value} without roles of the keys, of which none could then be reached",
+            f"landmark in {call.pattern.value} without roles: no key could be reached",
             supported="roles with a landmark after each block",
         )
     if config.position_jump and call.training and call.rotate is None:
@@ -73,7 +75,7 @@ def check_plain(call: Call) -> None:
 def check_continued(call: Call, miss: Tensor | None) -> None:
     """Refuse features that are not supported in calls that keep a state."""
     if call.state is not None and (call.bias is not None or call.blocks is not None):
-        raise Unsupported("landmark with a bias or a block mask beside a state", supported="whole calls")
+        raise Unsupported("landmark with a bias or a block mask together with a state", supported="whole calls")
     if call.config.position_jump and call.training:
         raise Unsupported("position_jump in training with a state", supported="whole calls")
     if miss is not None and call.training:

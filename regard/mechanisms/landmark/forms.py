@@ -72,7 +72,8 @@ def chunked(
     n = q.shape[2]
     if n != k.shape[2] or call.lengths is not call.memory_lengths:
         raise Unsupported(
-            "landmark with top_k or cache_blocks and other queries than keys", supported="one query for each key"
+            "landmark with top_k or cache_blocks and queries that do not match the keys",
+            supported="one query for each key",
         )
     check_plain(call)
     size = call.chunk_size or call.config.chunk or max(n, 1)

@@ -104,7 +104,7 @@ MECHANISM = Mechanism(
     name="large_kernel",
     aliases=("lka", "van", "large_kernel_attention", "visual_attention_network"),
     kind=Kind.MIXER,
-    summary="A gate from a large neighbourhood, built of two small depthwise convolutions and a pointwise one.",
+    summary="A gate from a large neighbourhood, built from two small depthwise convolutions and a pointwise one.",
     paper=Paper("Visual Attention Network", "2202.09741", 2022, 13),
     inputs={
         "x": "bnc",
@@ -118,7 +118,7 @@ MECHANISM = Mechanism(
     output="bnc",
     patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
     refused={
-        Pattern.NONCAUSAL_CROSS: "the gate of a place comes from its neighbourhood on the same grid",
+        Pattern.NONCAUSAL_CROSS: "the gate of a position comes from its neighbourhood on the same grid",
         Pattern.CAUSAL_CROSS: "the gate of a token comes from its neighbourhood in the same sequence",
     },
     forms={"reference": reference, "parallel": parallel, "chunked": chunked, "step": step},

@@ -94,7 +94,7 @@ MECHANISM = Mechanism(
     name="mamba2",
     aliases=("ssd", "mamba_2", "state_space_duality"),
     kind=Kind.MIXER,
-    summary="A gated recurrence whose decay and step are one learned number a head and token, inside its own block.",
+    summary="A gated recurrence whose decay and step are one learned number per head and token, inside its own block.",
     paper=Paper(
         "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",
         "2405.21060",

@@ -137,7 +137,7 @@ def check_skip(call: Call, skip: Tensor | None) -> None:
     """Refuse the skip in cross patterns."""
     if skip is not None and call.pattern.cross:
         raise Unsupported(
-            f"mamba2 with skip in {call.pattern.value}, where queries are no tokens of the memory",
+            f"mamba2 with skip in {call.pattern.value}, where queries are not tokens of the memory",
             supported="skip in self patterns",
             nearest="skip=None",
         )

@@ -38,7 +38,7 @@ def cannot_gather(mechanism: str) -> Unsupported:
     """The error for ``gather`` with a mechanism whose heads cannot be computed for a subset of tokens."""
     return Unsupported(
         f'compute="gather" with {mechanism}',
-        supported="mechanisms with the input chosen, as softmax",
+        supported="mechanisms with a `chosen` input, such as softmax",
         nearest='compute="auto", which computes all heads there',
     )
 
@@ -178,7 +178,7 @@ class MixtureOfHeads(Layer):
             )
         if self.config.router == "query_norm" and attention.query is None:
             raise Unsupported(
-                f'router="query_norm" with {mechanism}, whose queries are not made of tokens',
+                f'router="query_norm" with {mechanism}, whose queries are not computed from tokens',
                 supported='router="input"',
                 nearest='router="input"',
             )

@@ -129,7 +129,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="exact",
     projection=Rotations,
-    waivers=(Waiver("layer_lengths", "its number of buckets is a constant of the program"),),
+    waivers=(Waiver("layer_lengths", "its number of buckets is fixed when the program is compiled"),),
 )
 
 

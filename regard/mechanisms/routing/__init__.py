@@ -114,7 +114,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="exact",
     projection=Centroids,
-    waivers=(Waiver("layer_lengths", "its tokens in a cluster are a constant of the program"),),
+    waivers=(Waiver("layer_lengths", "its number of tokens in a cluster is fixed when the program is compiled"),),
 )
 
 

@@ -109,7 +109,7 @@ def check(call: Call, heads: int) -> None:
         raise Unsupported(f"local_heads={local} of {heads}", supported=f"0 to {heads}", nearest=f"local_heads={heads}")
     if local and call.pattern.cross:
         raise Unsupported(
-            f"local heads in {call.pattern.value}, where memory has no place near a query",
+            f"local heads in {call.pattern.value}, where memory has no position relative to a query",
             supported="self patterns",
             nearest="local_heads=0",
         )

@@ -103,7 +103,7 @@ MECHANISM = Mechanism(
     name="sea",
     aliases=("sea_attention", "perlin", "estimated_attention_mask"),
     kind=Kind.ATTENTION,
-    summary="A linear-cost estimate of the attention map says which few keys each query reads exactly.",
+    summary="A linear-cost estimate of the attention map selects the few keys that each query reads exactly.",
     paper=Paper("SEA: Sparse Linear Attention with Estimated Attention Mask", "2310.01777", 2023, 21),
     inputs={
         "q": "bhnd",
@@ -152,7 +152,7 @@ MECHANISM = Mechanism(
     weights="exact",
     projection=Estimator,
     waivers=(
-        Waiver("layer_lengths", "the size of its estimated map is a constant of the program"),
+        Waiver("layer_lengths", "the size of its estimated map is fixed when the program is compiled"),
         Waiver("layer_gradient", "without a teacher of its own the map learns from none", variants=("cosines",)),
     ),
 )

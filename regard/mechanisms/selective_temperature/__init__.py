@@ -112,7 +112,7 @@ MECHANISM = Mechanism(
     name="selective_temperature",
     aliases=("ssa_temp", "selective_self_attention"),
     kind=Kind.ATTENTION,
-    summary="Softmax in which each token sets how sharp its query is and how loud its value, by content and position.",
+    summary="Softmax in which each token sets how sharp its query is and how strong its value, by content and position.",
     paper=Paper(
         "Selective Attention: Enhancing Transformer through Principled Context Control", "2411.12892", 2024, 31
     ),

@@ -140,7 +140,7 @@ def _append(name: str, past: Tensor | None, new: Tensor | None) -> Tensor | None
     if past is None and new is None:
         return None
     if past is None or new is None:
-        raise Unsupported(f"memory of which a part has {name}", supported=f"{name} for all of it, or for nothing")
+        raise Unsupported(f"memory with {name} for only a part", supported=f"{name} for all of it or none")
     return append(past, new.to(past.dtype), 2)
 
 

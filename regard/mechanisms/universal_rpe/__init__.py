@@ -126,7 +126,7 @@ MECHANISM = Mechanism(
     name="universal_rpe",
     aliases=("urpe", "urpe_attention", "universal_relative_positions"),
     kind=Kind.ATTENTION,
-    summary="Softmax weights times a learned number for each offset, which makes relative positions tell absolute ones.",
+    summary="Softmax weights times a learned number for each offset, which lets relative positions express absolute ones.",
     paper=Paper("Your Transformer May Not be as Powerful as You Expect", "2205.13401", 2022, 40),
     inputs={
         "q": "bhnd",
@@ -167,7 +167,7 @@ MECHANISM = Mechanism(
     projection=Factors,
     sample_inputs=sample_inputs,
     layer_defaults={"positions": "toeplitz", "bias": True},
-    waivers=(Waiver("layer_lengths", "the size of its table is a constant of the program"),),
+    waivers=(Waiver("layer_lengths", "the size of its table is fixed when the program is compiled"),),
 )
 
 

@@ -146,7 +146,7 @@ class CSWin(PyramidWithLosses):
                 continue
             if grid[0] % stripes[0] or grid[1] % stripes[1]:
                 raise Unsupported(
-                    f"images of {height} x {width}, of which a map of {grid[0]} x {grid[1]} is cut by stripes",
+                    f"images of {height} x {width}, whose map of {grid[0]} x {grid[1]} is not filled by whole stripes",
                     supported=f"maps that stripes of {stripes[0]} rows and of {stripes[1]} columns fill",
                     nearest=f"image_size=({height}, {width}) and another stripes=",
                 )

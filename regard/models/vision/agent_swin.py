@@ -163,7 +163,7 @@ class Swin(PyramidWithLosses):
             cut = any(side % window and side > window for side, window in zip(grid, windows, strict=True))
             if cut and any(map(reads_windows, entries)):
                 raise Unsupported(
-                    f"images of {height} x {width}, of which a map of {grid[0]} x {grid[1]} is cut by windows",
+                    f"images of {height} x {width}, whose map of {grid[0]} x {grid[1]} is not filled by whole windows",
                     supported=f"maps that windows of {windows[0]} x {windows[1]} fill",
                     nearest=f"image_size=({height}, {width}) and window=None",
                 )

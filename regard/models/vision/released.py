@@ -30,7 +30,7 @@ def load_released(network: Any, checkpoint: Any) -> None:
     ) as error:  # the same names mean something else in the checkpoint, such as tensors of another shape
         name = type(network).__name__
         raise Unsupported(
-            f"weights of another network than a {name} ({error})", supported=f"weights of a {name}"
+            f"weights that do not belong to a {name} ({error})", supported=f"weights of a {name}"
         ) from error
     check_fit(network, weights)
     network.load_state_dict(weights)

@@ -171,7 +171,7 @@ class TNT(Backbone):
         attention = make_attention(config.mixer, config.width, config.heads, options)
         if self.prefix and (getattr(attention, "grid_axes", None) or 1) > 1:
             raise Unsupported(
-                f"{config.mixer}, which mixes a grid, beside a class token",
+                f"{config.mixer}, which mixes a grid, together with a class token",
                 supported="mechanisms that mix sequences",
                 nearest="pool='mean'",
             )

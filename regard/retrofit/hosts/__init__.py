@@ -48,7 +48,7 @@ def open_host(model: Any, tokenizer: Any = None) -> Host:
     )
     if kind is EncoderHost and any(getattr(opened.get_submodule(layer.path), "is_causal", False) for layer in layers):
         raise Unsupported(
-            f"a retrofit of {an_instance(opened)}, whose tokens do not read those after them and which says no next ones",
+            f"a retrofit of {an_instance(opened)}, which is causal but has no language-model head",
             supported=SUPPORTED,
         )
     own = copy.deepcopy(opened) if opened is model else opened
@@ -68,7 +68,7 @@ def _kind_of(model: Any) -> type[LanguageHost] | type[EncoderHost]:
     if is_masked_lm(model) or type(model) is type(model.base_model):
         return EncoderHost
     if model.get_output_embeddings() is None or not model.can_generate():
-        raise Unsupported(f"{what}, which is neither", supported=SUPPORTED)
+        raise Unsupported(f"{what}, which is neither a language model nor an encoder", supported=SUPPORTED)
     return LanguageHost
 
 

@@ -66,7 +66,7 @@ class EncoderHost(TextHost):
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
         if not self.distributes and settings.distil != 1:
             raise Unsupported(
-                f"distil={settings.distil} of {an_instance(self.model)}, which says no tokens that it could be trained on",
+                f"distil={settings.distil} of {an_instance(self.model)}, which has no head that predicts tokens",
                 supported="distil=1, its own hidden states",
                 nearest="distil=1",
             )

@@ -97,8 +97,8 @@ class LanguageHost(TextHost):
         other[:, -1] = (other[:, -1] + 1) % self.model.get_input_embeddings().num_embeddings
         if apart(self.answers(self.model, replace(batch, inputs=other)), expected) > AHEAD:
             raise Unsupported(
-                f"a retrofit of {an_instance(self.model)} whose tokens read those after them",
-                supported="causal language models, and encoders of transformers as such",
+                f"a retrofit of {an_instance(self.model)} whose tokens attend to later tokens",
+                supported="causal language models, and encoders of transformers loaded as encoders",
                 nearest="the same weights in AutoModelForMaskedLM",
             )
         if inserts_tokens(mechanism):

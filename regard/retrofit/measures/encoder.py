@@ -146,7 +146,7 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
     for source, its in results["quality"].items():
         if "change" in its:
             found.append(beside(f"perplexity of masked tokens, {source}", its, units.number))
-            found.append((f"masked tokens said as by the original, {source}", "all", f"{its['agreement']:.1%}"))
+            found.append((f"masked tokens predicted as by the original, {source}", "all", f"{its['agreement']:.1%}"))
         share = kept(its["kept"], its["kept_error"])
         found.append((f"variance of hidden states that is kept, {source}", "all", share))
         if its["neighbours"] is not None:

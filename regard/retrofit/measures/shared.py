@@ -138,9 +138,7 @@ def source_notes(sources: Mapping[str, Any], blocks: int, what: str) -> list[str
     """Notes on the limits of the figures."""
     notes = []
     if len(sources) == 1:
-        notes.append("measured on data of the source that it was trained on; --validation gives some of another.")
+        notes.append("measured only on the training source; use --validation for data from another.")
     if blocks < 8:
-        notes.append(
-            f"the figures are those of {blocks} {what}; a larger budget or more data measures them more closely."
-        )
+        notes.append(f"the figures come from {blocks} {what}; a larger budget or more data makes them more precise.")
     return notes

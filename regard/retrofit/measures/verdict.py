@@ -72,7 +72,7 @@ def _finds(results: Mapping[str, Any]) -> str | None:
         if found is not None:
             before, after = (sum(found[model]) / len(found[model]) for model in (ORIGINAL, RETROFIT))
             if after - before >= FORGETS:
-                return f"of needles in {units.tokens(int(length))} tokens it says {after:.0%} where the original says {before:.0%}"
+                return f"of the needles in {units.tokens(int(length))} tokens it finds {after:.0%} where the original finds {before:.0%}"
     return None
 
 
@@ -112,7 +112,7 @@ def _notes(results: Mapping[str, Any], share: float) -> list[str]:
         )
         notes.append(
             f"the mechanism's own state would be {share:.0%} of the original's at {units.tokens(STATE_AT)} tokens, but inside "
-            f"transformers generate does not go on from it: it {how}."
+            f"transformers generate does not continue from it: it {how}."
         )
     for length, found in results["recall"].items():
         if found is None:
@@ -120,7 +120,7 @@ def _notes(results: Mapping[str, Any], share: float) -> list[str]:
         before, after = (sum(found[model]) / len(found[model]) for model in (ORIGINAL, RETROFIT))
         if before - after >= FORGETS:
             notes.append(
-                f"of needles in {units.tokens(int(length))} tokens it says {after:.0%} where the original says {before:.0%}."
+                f"of the needles in {units.tokens(int(length))} tokens it finds {after:.0%} where the original finds {before:.0%}."
             )
     own = [found for found in results["prefill"].values() if SOFTMAX in found]
     if own and (ratio := longer(own[-1], ORIGINAL, SOFTMAX)) is not None:
@@ -130,10 +130,10 @@ def _notes(results: Mapping[str, Any], share: float) -> list[str]:
             'where it has regard\'s softmax: attn_implementation="regard:softmax".'
         )
     if len(results["perplexity"]) == 1:
-        notes.append("measured on text of the source that it was trained on; --validation gives text of another.")
+        notes.append("measured only on the training source; use --validation for text from another.")
     blocks = min(found["blocks"] for found in results["perplexity"].values())
     if blocks < 8:
-        notes.append(f"perplexity is that of {blocks} blocks; a larger budget or text measures it more closely.")
+        notes.append(f"perplexity comes from {blocks} blocks; a larger budget or more text makes it more precise.")
     if results["left_out"]:
         left_out = ", ".join(units.tokens(n) for n in results["left_out"])
         notes.append(f"lengths beyond the model's positions are left out: {left_out}.")

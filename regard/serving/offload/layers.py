@@ -16,7 +16,7 @@ from regard.models.blocks import Block
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-SUPPORTED = "softmax layers without a window, a learned sink or a bias of positions, beside layers whose state has a constant size"
+SUPPORTED = "softmax layers without a window, a learned sink or a bias of positions, next to layers whose state has a constant size"
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ def offloadable(model: LanguageModel) -> tuple[list[int], bool]:
     blocks = cast(list[Block], list(model.blocks))
     for i, block in enumerate(blocks):
         if not block.continues:
-            raise Unsupported(f"offloaded attention beside layer {i}, {block.entry[0]}, without a state")
+            raise Unsupported(f"offloaded attention next to layer {i}, {block.entry[0]}, without a state")
     ids = torch.zeros((1, 3), dtype=torch.int64, device=model.embedding.weight.device)
     wanted = Context(want=frozenset({"state"}))
     short, longer = (model.features(ids[:, :n], context=wanted).state.layers for n in (1, 3))
     chosen = [i for i, block in enumerate(blocks) if _is_plain(block.mixer)]
     for i, block in enumerate(blocks):
         if i not in chosen and longer[i].nbytes > short[i].nbytes:
-            raise Unsupported(f"offloaded attention beside layer {i}, {block.entry[0]}", supported=SUPPORTED)
+            raise Unsupported(f"offloaded attention next to layer {i}, {block.entry[0]}", supported=SUPPORTED)
     if not chosen:
         raise Unsupported("offloaded attention of a model without softmax layers", supported=SUPPORTED)
     return chosen, len(chosen) < len(blocks) or any(

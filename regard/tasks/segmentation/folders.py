@@ -228,7 +228,8 @@ def _check_values(
             )
     if len(values) < 2:
         raise Unsupported(
-            f"masks with {len(values)} class" + ("" if ignore is None else f" beside the ignored value {ignore}"),
+            f"masks with {len(values)} class"
+            + ("" if ignore is None else f" in addition to the ignored value {ignore}"),
             supported="masks with two classes or more, such as background and one other",
             nearest="" if ignore is None else "ignore=None",
         )
@@ -260,7 +261,7 @@ def largest_classes(
     if background is None or not 1 <= count < number:
         raise Unsupported(
             f"classes={count} of {number} classes" + ("" if background is not None else " and no background"),
-            supported=f"1 to {number - 1}, beside a background",
+            supported=f"1 to {number - 1}, in addition to a background",
         )
     others = [int(i) for i in np.argsort(-numbers, kind="stable") if i != background][:count]
     kept = sorted([background, *others])

@@ -56,7 +56,7 @@ def read_slices(data: str, size: int, share: float, seed: int) -> Masked:
     training, held_out = split_by_slabs(len(taken), share, seed)
     if not len(training):
         raise Unsupported(
-            f"{source} with {len(taken)} slices of which none is left to train on",
+            f"{source} with {len(taken)} slices, none of which is left to train on",
             supported=f"more than {SLAB + GAP} slices, or a smaller share held out",
         )
     left = len(taken) - len(training) - len(held_out)

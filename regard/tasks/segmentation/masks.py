@@ -145,7 +145,7 @@ def read_masked(
     pairs = [pairs[i] for i in kept]
     if not training:
         raise Unsupported(
-            f"{names_of(folder)}, of which no image and mask can be read", supported="2 or more images and masks"
+            f"{names_of(folder)}, in which no image and mask can be read", supported="2 or more images and masks"
         )
     values, quiet = classes_among(
         [path for _, path in pairs], [np.unique(mask) for mask in masks], training, names, background, ignore

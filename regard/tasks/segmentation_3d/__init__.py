@@ -336,7 +336,7 @@ def _scale(seen: Sequence[Labelled], background: int | None) -> tuple[tuple[floa
     if not len(inside):
         raise Unsupported(
             "normalise=data of training volumes without a voxel of any class",
-            supported="masks with classes beside the background",
+            supported="masks with classes other than the background",
             nearest="normalise=volume",
         )
     low, high = np.quantile(inside, (0.005, 0.995), axis=0)

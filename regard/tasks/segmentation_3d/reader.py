@@ -218,7 +218,7 @@ def read_volumes(
     pairs = [pairs[i] for i in kept]
     if not training:
         raise Unsupported(
-            f"{names_of(folder)}, of which no volume and mask can be read", supported="2 or more volumes and masks"
+            f"{names_of(folder)}, in which no volume and mask can be read", supported="2 or more volumes and masks"
         )
     values, quiet = classes_among(
         [path for _, path in pairs], [np.unique(mask) for mask in masks], training, names, background, ignore

@@ -145,7 +145,7 @@ def _reason(ranking: Ranking, name: str, order: Sequence[str]) -> str:
     else:
         ratio = ranking.seconds(name) / ranking.seconds(pick)
         apart = ranking.surely_faster(pick, name) or ranking.surely_faster(name, pick)
-        first = f"{ratio:.2f} times the time of {pick}{'' if apart else ', not told apart from it'}"
+        first = f"{ratio:.2f} times the time of {pick}{'' if apart else ', not distinguishable from it'}"
     return "; ".join([first, *(f"{need}: {found.reason}" for need, found in ranking.findings[name].items())])
 
 
@@ -157,8 +157,8 @@ def _reason_of_pick(ranking: Ranking, pick: str, rivals: Sequence[str]) -> str:
         ratio = ranking.seconds(fastest) / ranking.seconds(pick)
         return f"the fastest; {fastest} takes {ratio:.2f} times as long"
     if pick == REFERENCE:
-        return f"not surely slower than {fastest}, and gives nothing up"
-    return f"the fastest of those your results know; {fastest} is faster, but not among them"
+        return f"not clearly slower than {fastest}, and gives nothing up"
+    return f"the fastest of the mechanisms in your results; {fastest} is faster, but your results do not include it"
 
 
 def _text(ranking: Ranking, order: Sequence[str]) -> str:
@@ -172,7 +172,7 @@ def _text(ranking: Ranking, order: Sequence[str]) -> str:
     text = f"Use {pick}: at {where} {took}{mean}"
     if pick == REFERENCE:
         if len(order) > 1:
-            text += ", and nothing else that qualifies is faster beyond doubt"
+            text += ", and nothing else that qualifies is clearly faster"
     elif REFERENCE in ranking.names:
         text += f"; softmax takes {ranking.seconds(REFERENCE) / ranking.seconds(pick):.2g} times as long"
     guessed = [n for n in settings.lengths if n not in ranking.known.samples[settings.deciding][pick]]
@@ -192,7 +192,7 @@ def _changes(ranking: Ranking, pick: str | None) -> list[str]:
         needed = units.size(ranking.memory(other))
         found.append(f"With {needed} of memory: {other}, {_compared(ranking, other, pick)}.")
     if pick is not None:
-        found.append(f"Less than {units.size(ranking.memory(pick))} of memory rules {pick} out.")
+        found.append(f"Less than {units.size(ranking.memory(pick))} of memory rules out {pick}.")
     if not ranking.quality.said:
         found.append("Results of a comparison on your data (--results): quality was not measured here.")
     elif ranking.quality.behind and (other := _other(ranking, pick, replace(asked, results=False))) is not None:
@@ -225,11 +225,11 @@ def _compared(ranking: Ranking, other: str, pick: str | None) -> str:
 def _notes(ranking: Ranking, order: Sequence[str]) -> list[str]:
     known, settings, quality = ranking.known, ranking.settings, ranking.quality
     notes = [
-        "Times and memory are of one layer with its projections: multiply by the layers of your model, and add its "
+        "Times and memory are for one layer with its projections: multiply by the layers of your model, and add its "
         "embedding, feed-forward parts and weights."
     ]
     lengths = sorted({n for names in known.samples.values() for s in names.values() for n in s})
-    source = f"{known.measured} measured now in {known.seconds:.0f} s, {known.recalled} from before"
+    source = f"{known.measured} measured now in {known.seconds:.0f} s, {known.recalled} measured before"
     notes.append(
         f"Measured at {', '.join(map(str, lengths))} tokens on this machine ({source}); the rest is predicted."
     )
@@ -237,7 +237,7 @@ def _notes(ranking: Ranking, order: Sequence[str]) -> list[str]:
         cut = sorted({f"{name} {what} at {n}" for what, name, n in known.left})
         shown = "; ".join(cut[:4]) + (f" and {len(cut) - 4} more" if len(cut) > 4 else "")
         notes.append(
-            f"Not measured for lack of time or memory, so extrapolated, or not told where nothing was measured: {shown}. More "
+            f"Not measured for lack of time or memory, so extrapolated, or omitted where nothing was measured: {shown}. More "
             "--seconds would measure them."
         )
     if order:
@@ -245,13 +245,13 @@ def _notes(ranking: Ranking, order: Sequence[str]) -> list[str]:
         spread = max((own[n].spread for n in settings.lengths if n in own), default=0.0)
         if spread > DOUBTFUL:
             notes.append(
-                f"The machine was busy: calls of {order[0]} differed by {spread:.0%}. The intervals are as wide, and "
-                "nothing of it was kept; ask again on a calmer machine."
+                f"The machine was busy: calls of {order[0]} differed by {spread:.0%}. The intervals are widened "
+                "accordingly, and nothing was cached; run it again on a quieter machine."
             )
     for need in settings.needs:
         notes.append(f"{need}: {NEEDS[need]}.")
     if "recall" in settings.needs and not quality.solved:
-        notes.append("recall was judged by small models of 48 tokens; no recall result of yours was given (--results).")
+        notes.append("recall was judged with small models on 48 tokens, as no recall results were given (--results).")
     if quality.said:
         notes.append(f"Quality is that of {quality.source}.")
     if any(get_mechanism(n).prepare is not None for n in order):

@@ -24,7 +24,8 @@ def short_text(advice: Advice) -> Iterator[Any]:
         yield ""
         yield _first(advice)
         yield Text(
-            "± how well the time is known; ~ interpolated, ≈ extrapolated; memory beside weights and input", "dim"
+            "± uncertainty of the time; ~ interpolated, ≈ extrapolated; memory in addition to weights and input",
+            "dim",
         )
     more, out = max(0, len(advice.candidates) - SHOWN), len(advice.rejected)
     told = [f"{more} more qualify"] * (more > 0) + [f"{out} do not qualify"] * (out > 0)
@@ -74,7 +75,8 @@ def advice_text(advice: Advice) -> Iterator[Any]:
             yield ""
     if advice.candidates:
         yield Text(
-            "time of one layer, and memory beside weights and input; ~ interpolated, ≈ extrapolated", style="dim"
+            "time of one layer, and memory in addition to weights and input; ~ interpolated, ≈ extrapolated",
+            style="dim",
         )
         yield ""
     for candidate in advice.candidates:
@@ -82,7 +84,7 @@ def advice_text(advice: Advice) -> Iterator[Any]:
         yield Text(f"{candidate.place}. {candidate.mechanism}: {candidate.reason}.{quality}")
     if advice.rejected:
         yield ""
-        yield Text("Not in question:")
+        yield Text("Do not qualify:")
         for name, reason in advice.rejected.items():
             yield Text(f"- {name}: {reason}", style="dim")
     yield ""

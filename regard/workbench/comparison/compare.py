@@ -303,7 +303,7 @@ class _Runner:
                     rows[work.task.name] += made.rows
             if late:
                 found.left_out.append(
-                    f"No time was left for {listed(late)} in the frame {frame}; a larger --budget has it."
+                    f"No time was left for {listed(late)} in the frame {frame}; use a larger --budget."
                 )
         return rows
 
@@ -428,7 +428,7 @@ def render_report(store: Store, path: Path, run: str | None = None) -> Path:
         raise Unsupported(
             f"a report from {store.path}, which holds no finished comparison",
             supported="the output folder of a comparison that has ended",
-            nearest="regard compare with the same options, which goes on where it stopped",
+            nearest="regard compare with the same options, which resumes the comparison",
         )
     row = finished[-1]
     rows = {

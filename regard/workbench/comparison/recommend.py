@@ -116,7 +116,7 @@ def recommend(
     rest = [task for task in summary if task not in solved]
     quality = _equal_quality(kept, solved, rest, comparisons)
     text = f"Take {winner}: " + _headline(scored, kept, alike, quality, cost, why, len(summary), proven=not unproven)
-    for standing, words in (("level", "is not surely beaten"), ("behind", "is better")):
+    for standing, words in (("level", "is not clearly beaten"), ("behind", "is better")):
         if tasks := [task for task in rest if _entry(summary, task, winner).get("beside_baseline") == standing]:
             text += f" But on {listed(tasks)} a rule without training {words}: it may have learned nothing there."
     at_edge = {task: rate for (task, name), rate in (edges or {}).items() if name == winner}
@@ -134,7 +134,7 @@ def recommend(
     steps = steps or [_no_steps(scored, solved, rest, comparisons)]
     reason = "; ".join([*steps, f"{winner} {' and '.join(own)}"] if own else steps)
     if frame:
-        reason += f". All were compared in the frame {frame}"
+        reason += f". All were compared with the frame {frame}"
     return Recommendation(text, reason[0].upper() + reason[1:] + ".", winner, notes, alike)
 
 
@@ -153,8 +153,8 @@ def _headline(
     if len(scored) == 1:
         return "it is the only mechanism with a score on every task."
     if len(kept) == 1:
-        behind = "surely behind it" + ("" if proven else " or not shown to beat a rule without training")
-        return f"every other is {behind}{' on some task' if tasks > 1 else ''}."
+        behind = "clearly behind it" + ("" if proven else " or not shown to beat a rule without training")
+        return f"each of the others is {behind}{' on some task' if tasks > 1 else ''}."
     if not cost:
         return f"{quality}, and no cost was measured to decide; {why}."
     if len(alike) == 1:
@@ -174,8 +174,8 @@ def _equal_quality(
         unsure = f"with a single seed no difference in quality{where} counts"
         return f"{listed(kept)} solve {listed(solved)}, {unsure}" if solved else unsure
     if solved:
-        return f"{listed(kept)} solve {listed(solved)}, none is surely behind the best{where}"
-    return f"of {listed(kept)}, none is surely behind the best"
+        return f"{listed(kept)} solve {listed(solved)}, none is clearly behind the best{where}"
+    return f"of {listed(kept)}, none is clearly behind the best"
 
 
 def _no_steps(
@@ -184,7 +184,7 @@ def _no_steps(
     """Why no mechanism was eliminated."""
     if len(scored) == 1:
         return "there was nothing to choose between"
-    said = f"every mechanism solves {listed(solved)}, where scores decide no further" if solved else ""
+    said = f"every mechanism solves {listed(solved)}, where scores no longer decide" if solved else ""
     if rest and _single_seed(rest, comparisons):
         unsure = "two seeds or more would tell differences from chance"
         return f"{said}; {unsure}" if said else unsure
@@ -203,7 +203,7 @@ def _at_lengths(at_length: Mapping[str, int] | None) -> str:
         return ""
     if len(set(at_length.values())) == 1:
         return f" at {next(iter(at_length.values()))} tokens"
-    return " at " + listed([f"{length} tokens ({task})" for task, length in at_length.items()]) + " in the mean"
+    return " at " + listed([f"{length} tokens ({task})" for task, length in at_length.items()]) + " on average"
 
 
 def _solved(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str) -> list[str]:
@@ -302,7 +302,7 @@ def _overtaken(
             and comparisons[task].difference(name, winner).separable
         ]
         if ahead:
-            found.append(f"On {task} {winner} is surely behind {listed(ahead)}, which left for what is said above.")
+            found.append(f"On {task} {winner} is clearly behind {listed(ahead)}, eliminated for the reasons above.")
     return found
 
 
@@ -365,7 +365,7 @@ def _settled(
     if len(least) == 1:
         return least[0], why
     if "softmax" in least:
-        return "softmax", why or "softmax is the plainest of them"
+        return "softmax", why or "softmax is the simplest of them"
     open_tasks = [task for task in summary if _best(summary, metrics, task, least) is not None]
     own = {task: {name: _entry(summary, task, name)["mean"] for name in least} for task in open_tasks}
     elsewhere = {task: published[task] for task in open_tasks if least and published.get(task, {}).keys() >= set(least)}
@@ -376,7 +376,7 @@ def _settled(
         leading = [name for name in least if ahead[name] == max(ahead.values(), default=0)]
         if len(leading) == 1:
             tasks = listed([task for task, name in leads.items() if name == leading[0]])
-            return leading[0], f"{before}{leading[0]} has the best mean on {tasks}{where}, though not surely"
+            return leading[0], f"{before}{leading[0]} has the best mean on {tasks}{where}, though not by a clear margin"
     return least[0], why or "it was named first"
 
 
@@ -431,7 +431,7 @@ def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, 
         elif _longer(budget, 1):
             more = "a larger --budget has time for more"
         else:
-            more = "of the others not all have a score"
+            more = "not all of the others have a score"
         return f"{said}: with a single seed nothing can be separated; {more}."
     if not difference.mean and not difference.resolved:
         return f"On {task} all of {listed([best, *tied])} score exactly the same."

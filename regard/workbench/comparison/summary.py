@@ -156,7 +156,7 @@ def too_long(costs: Sequence[Mapping[str, Any]]) -> list[str]:
         for length in cost.get("too_long", ()):
             names.setdefault((cost["task"], length), []).append(cost["mechanism"])
     return [
-        f"{task}: no costs of {listed(those)} at {length:,} tokens, which need more memory than there was."
+        f"{task}: no costs of {listed(those)} at {length:,} tokens, which need more memory than was available."
         for (task, length), those in names.items()
     ]
 
@@ -260,7 +260,7 @@ def frames_sentences(
         if told:
             said.append(f"In the frame {frame} instead of {first}: {'; '.join(told)}.")
         if owed:
-            said.append(f"Only in the frame {first}: {'; '.join(owed)}. That is owed to the frame's parts.")
+            said.append(f"Only in the frame {first}: {'; '.join(owed)}. This is due to the frame's parts.")
         if turned:
             said.append(f"The order depends on the frame: {'; '.join(turned)}.")
     return said

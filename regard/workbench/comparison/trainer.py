@@ -159,7 +159,7 @@ class Trainer:
             first.steps = before
         else:
             told = (
-                f"{first.task.name}: {first.steps[name]} steps a run instead of {before[name]}, which is what fits: training "
+                f"{first.task.name}: {first.steps[name]} steps per run instead of {before[name]}, which is what fits: training "
                 f"has taken {self.pace:.2g} times what the calibration said"
             )
             self.say(told)

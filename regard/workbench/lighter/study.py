@@ -327,7 +327,7 @@ def caution(found: Study, tolerance: float = 0.01) -> str:
         return ""
     return (
         f"{found.items} items are few: a single one is worth {worth:.1%} of the {found.metric}, more than the tolerance of "
-        f"{100 * tolerance:.2g} %, so that small differences are chance. More data tell more."
+        f"{100 * tolerance:.2g} %, so small differences may be chance. Use more data."
     )
 
 

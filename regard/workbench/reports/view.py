@@ -213,7 +213,7 @@ class View:
             return "the mechanism and whatever its layer has of its own"
         if not differing:
             return "the mechanism alone"
-        return f"the mechanism, and of the parts around it {', '.join(differing)}, as the table of parts shows"
+        return f"the mechanism and, of the parts around it, {', '.join(differing)}, as the table of parts shows"
 
     def beside(self) -> list[dict[str, Any]]:
         """Scores in further frames next to those in the first, for each task and mechanism trained in them."""

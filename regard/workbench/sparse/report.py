@@ -19,8 +19,8 @@ from regard.workbench.sparse.study import Cell, Found, phases_of, recommend
 
 MEASURED = (
     "Every method and the dense model answer the same samples, and greedily.",
-    "A compression is safe where no task that the dense model can do shows a loss (z below 1.645, one-sided), at it and at all smaller ones.",
-    "Sparsity is counted while the model runs; times are medians of replies that were given in turns.",
+    "A compression is safe if, at it and at all smaller ones, no task that the dense model can do shows a loss (z below 1.645, one-sided).",
+    "Sparsity is counted while the model runs; times are medians of replies given in turns.",
 )
 
 
@@ -100,7 +100,7 @@ def write_page(found: Found, path: Path) -> Path:
         facts=[
             f"{units.count(found.weights)} weights",
             f"{len(found.plan.methods)} methods",
-            f"{max((len(c.scores) for c in found.cells), default=0)} samples a task",
+            f"{max((len(c.scores) for c in found.cells), default=0)} samples per task",
             *(["stopped by its budget"] if found.over else []),
         ],
         sentence=f"{sentence} {side_effects.sentence('dense', found.effects)}".strip() if found.effects else sentence,
@@ -110,7 +110,7 @@ def write_page(found: Found, path: Path) -> Path:
         tables=[
             ("Safe compressions", headings, rows),
             *([("Side effects", *effects_table(found))] if found.effects else []),
-            ("All that was measured", CELLS, [cell_row(c) for c in cells]),
+            ("All measurements", CELLS, [cell_row(c) for c in cells]),
         ],
         notes=[*filter(None, [found.beyond]), *(f"{where} is left out: {why}" for where, why in found.refused.items())],
     )
@@ -149,7 +149,7 @@ def isoflops_rows(by_length: Mapping[int, Sequence[Point]]) -> tuple[list[str], 
         for dense, rival in larger_and_sparse(points):
             row = [units.tokens(length), f"{dense.size:g}", f"{dense.score:.2f}", units.count(dense.cost)]
             if rival is None:
-                row += ["none is so cheap", "", ""]
+                row += ["none is that cheap", "", ""]
             else:
                 row += [f"{rival.size:g} at {rival.ratio:g}x", f"{rival.score:.2f}", units.count(rival.cost)]
             rows.append(row)
@@ -161,7 +161,7 @@ def isoflops_sentence(by_length: Mapping[int, Sequence[Point]], what: str) -> st
     crossing = crossing_length(by_length)
     lengths = ", ".join(units.tokens(n) for n in sorted(by_length))
     if crossing is None:
-        return f"{what}: at none of {lengths} tokens does a larger sparse model surely beat a dense one of its cost."
+        return f"{what}: at none of {lengths} tokens does a larger sparse model clearly beat a dense one of its cost."
     return f"{what}: from {units.tokens(crossing)} tokens on a larger sparse model beats a dense one of its cost."
 
 
@@ -205,7 +205,7 @@ def write_isoflops(
         sentence=sentence,
         measured=measured,
         figures=figures,
-        lede="Up is better, left is cheaper. The broad line joins what nothing beats at its cost.",
+        lede="Up is better, left is cheaper. The thick line joins what nothing beats at its cost.",
         tables=tables,
         notes=[],
     )

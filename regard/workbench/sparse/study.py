@@ -430,7 +430,7 @@ def recommend(found: Found) -> tuple[dict[str, dict[str, float]], str]:
     if not judged:
         asked = max((len(c.scores) for c in found.cells), default=0)
         reason = (
-            f"{asked} samples a task are too few (--samples {FEWEST} or more, or a longer --budget)"
+            f"{asked} samples per task are too few (--samples {FEWEST} or more, or a longer --budget)"
             if asked < FEWEST
             else f"the dense model scores below {ABLE} on every task (try --wording brief, or --tasks text)"
         )

@@ -209,7 +209,7 @@ class AttentionMonitor:
         }
         over = "" if len(rows) <= MOST_HEADS else f" The pictures have the first {MOST_HEADS} of {len(rows)} heads."
         course = Section(
-            "When attention comes to rest",
+            "When attention settles",
             "Heads are named layer.head. Entropy 1 looks at all keys alike, 0 at one; a head has snapped where its change "
             f"stays below a tenth of the fastest.{over}",
             (

@@ -146,7 +146,7 @@ def beyond(trained: int | None, asked: int) -> str:
     """A warning if a model is run on more tokens than it was trained on; otherwise empty."""
     if trained is None or asked <= trained:
         return ""
-    return f"The model was trained on {trained} tokens at a time: what it does with {asked} it has not learned."
+    return f"The model was trained on {trained} tokens at a time: it has not learned to handle {asked}."
 
 
 def read_record(place: Path) -> dict[str, Any] | None:
@@ -174,7 +174,7 @@ def _not_trained(place: Path, supported: str) -> Unsupported:
     if not place.exists():
         return Unsupported(f"{place}, which does not exist", supported=supported, nearest=nearest_path(place))
     if not place.is_dir():
-        return Unsupported(f"{place}, which is no folder", supported=supported)
+        return Unsupported(f"{place}, which is not a folder", supported=supported)
     for command, (work, last) in UNFINISHED.items():
         if (place / work).is_dir() and not (place / last).is_file():
             return Unsupported(

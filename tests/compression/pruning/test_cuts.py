@@ -218,7 +218,7 @@ def test_what_cannot_be_taken_is_refused_with_the_reason():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     for options, words in (
-        ({"plan": [("softmax", {"learn_sink": True})] * 4}, "learns numbers beside its heads"),
+        ({"plan": [("softmax", {"learn_sink": True})] * 4}, "has parameters in addition to its heads"),
         ({"positions": "alibi"}, "differ from head to head"),
         ({"plan": [("softmax", {"short_convolution": 3})] * 4}, "pass a convolution"),
     ):

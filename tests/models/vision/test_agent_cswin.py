@@ -114,7 +114,7 @@ def test_losses_of_layers_come_with_the_logits() -> None:
 
 def test_what_cannot_be_done_is_refused() -> None:
     refused("sides that 32 divides", tiny, image_size=80)
-    refused("cut by stripes", tiny, stripes=(1, 3, 2))
+    refused("not filled by whole stripes", tiny, stripes=(1, 3, 2))
     refused("another stripes=", tiny(stripes=(1, 3, 2), image_size=96), torch.zeros(1, 3, 64, 64, dtype=torch.float64))
     refused("an even number", tiny, heads=(1, 2, 4, 4))
     refused("no options", tiny, plan=[("softmax", {"softcap": 3.0}), *["softmax"] * 5])

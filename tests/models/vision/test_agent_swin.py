@@ -135,12 +135,12 @@ def test_a_map_that_windows_of_whole_smaller_maps_cut_is_refused() -> None:
     net = tiny(image_size=24, patch=2, plan=[AGENTS, AGENTS, AGENTS, AGENTS, AGENTS, "softmax", "softmax"])
     assert net.config.windows == (6, 6) and net(torch.randn(1, 3, 24, 24).double()).shape == (1, 5)
     assert net(torch.randn(1, 3, 24, 48).double()).shape == (1, 5)
-    refused("a map of 3 x 4 is cut by windows", net, torch.randn(1, 3, 24, 32).double())
+    refused("map of 3 x 4 is not filled by whole windows", net, torch.randn(1, 3, 24, 32).double())
 
 
 def test_what_cannot_be_done_is_refused() -> None:
     refused("sides that 8 divides", tiny, image_size=60)
-    refused("cut by windows", tiny, window=5)
+    refused("not filled by whole windows", tiny, window=5)
     refused("image_size=\\(48, 56\\)", tiny(), torch.zeros(1, 3, 48, 56, dtype=torch.float64))
     assert tiny(plan=[AGENTS] * 7)(torch.zeros(1, 3, 48, 56, dtype=torch.float64)).shape == (1, 5)
     refused("a number for each stage", tiny, heads=(2, 2))

@@ -71,9 +71,9 @@ def test_what_is_no_state_dict_or_several_is_refused_and_changes_nothing():
         ({name: value.numpy() for name, value in state.items()}, "without a state dict"),
         (
             {name: torch.tensor(1.0) for name in ("cls_token", *state)},
-            "weights of another network than a VisionTransformer",
+            "weights that do not belong to a VisionTransformer",
         ),
-        ({**state, "blocks.0.attn.qkv.bias": torch.zeros(2)}, "weights of another network than a VisionTransformer"),
+        ({**state, "blocks.0.attn.qkv.bias": torch.zeros(2)}, "weights that do not belong to a VisionTransformer"),
     ):
         refused(words, model.load_released, wrong)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

@@ -106,5 +106,5 @@ def test_any_sides_in_multiples_are_taken() -> None:
     model = create_segmenter("segmamba", **SMALL).eval()
     assert model(torch.randn(1, 2, 8, 4, 12)).shape == (1, 3, 8, 4, 12)
     refused("multiples of 4", model, torch.randn(1, 2, 8, 6, 8))
-    refused("one place to norm", model, torch.randn(1, 2, 4, 4, 4))
+    refused("one position, too few to norm", model, torch.randn(1, 2, 4, 4, 4))
     refused("depths", create_segmenter, "segmamba", depths=(1, 2))

@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_refused() -> None:
     refused("2 channels|3 channels", model, torch.randn(1, 3, 8, 8))
     refused("height, width", model, torch.randn(2, 8, 8))
     refused("multiples of 32", create_segmenter("vm_unet"), torch.randn(1, 3, 48, 64))
-    refused("one place", create_segmenter("unet_nano"), torch.randn(1, 1, 8, 8))
+    refused("one position", create_segmenter("unet_nano"), torch.randn(1, 1, 8, 8))
     encoder = create_segmenter("umamba_enc_2d", **{**FLAT, "image_size": (8, 8)})
     refused("image_size", encoder, torch.randn(1, 2, 8, 16))
     refused("image_size", create_segmenter, "unet_2d", mamba="encoder")

@@ -124,7 +124,7 @@ def test_frames_beyond_the_second_are_trained_where_time_is_left_and_each_that_i
     explained = re.search(r"another frame</h3>(.*?)</p>", outcome.report.read_text(), re.DOTALL)
     assert re.findall(r"<b>(\w+)</b>", explained[1]) == ["convolution"]
     late = [note for note in outcome.recommendation.notes if "No time was left" in note]
-    assert len(late) == 1 and re.search("for .* and .* in the frame unnormed; a larger --budget has it", late[0])
+    assert len(late) == 1 and re.search("for .* and .* in the frame unnormed; use a larger --budget", late[0])
     monkeypatch.setattr(Trainer, "affords", lambda *_: False)
     outcome = compare([recall()], settings(mechanisms=("linear", "softmax"), frames=frames), tmp_path / "late")
     late = [note for note in outcome.recommendation.notes if "No time was left" in note]
@@ -414,9 +414,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, capsys, one_thread):
 def test_lengths_that_are_too_long_for_the_memory_are_left_out_and_said(tmp_path):
     chosen = settings(mechanisms=("softmax", "linear"), seeds=1, lengths=(16, 10**15))
     outcome = compare([recall()], chosen, tmp_path)
-    told = (
-        "recall: no costs of softmax and linear at 1,000,000,000,000,000 tokens, which need more memory than there was."
-    )
+    told = "recall: no costs of softmax and linear at 1,000,000,000,000,000 tokens, which need more memory than was available."
     assert told in outcome.recommendation.notes
     assert outcome.report.is_file()
     assert [[length for length, *_ in row["latency"]] for row in rows(outcome, "cost")] == [[16, 32], [16, 32]]

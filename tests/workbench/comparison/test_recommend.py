@@ -75,12 +75,14 @@ def test_what_is_not_shown_to_beat_the_rule_is_not_taken_where_others_are():
     assert found.winner == "fast" and "without training" not in found.text
     assert "not shown to beat a rule without training: toy" in found.reason
     summary[1]["beside_baseline"] = "level"
-    assert "Take slow: every other is surely behind it or not shown to" in advise(text=(summary, comparison)).text
+    assert (
+        "Take slow: each of the others is clearly behind it or not shown to" in advise(text=(summary, comparison)).text
+    )
     for entry in summary:
         entry["beside_baseline"] = "level"
     found = advise(text=(summary, comparison))
     assert found.winner == "toy"
-    assert "on text a rule without training is not surely beaten: it may have learned nothing there." in found.text
+    assert "on text a rule without training is not clearly beaten: it may have learned nothing there." in found.text
     for entry in summary:
         entry["beside_baseline"] = "behind"
     assert "on text a rule without training is better" in advise(text=(summary, comparison)).text
@@ -109,7 +111,7 @@ def test_who_is_ahead_of_the_winner_on_another_task_is_said():
     """Tasks decide one after the other; a mechanism dropped after the first may lead on the second."""
     one, other = case({"slow": 1.0, "fast": 2.0, "toy": 2.0}), case({"slow": 2.0, "fast": 1.0, "toy": 3.0})
     assert advise(one=one, other=other).notes == [
-        "On other slow is surely behind fast, which left for what is said above."
+        "On other slow is clearly behind fast, eliminated for the reasons above."
     ]
     recall = case({"slow": 0.99, "fast": 0.2, "toy": 0.2}, solved={"slow"})
     assert advise(recall=recall, other=other).notes == advise(one=one, other=other).notes
@@ -124,10 +126,10 @@ def test_where_all_solve_a_task_a_sure_difference_is_not_called_noise():
     found = advise(recall=recall)
     assert found.winner == "fast"
     assert found.text == "Take fast: slow and fast solve recall, and it is the cheapest in inference at 2048 tokens."
-    assert found.reason.startswith("Every mechanism solves recall, where scores decide no further; fast solves recall")
+    assert found.reason.startswith("Every mechanism solves recall, where scores no longer decide; fast solves recall")
     found = advise(recall=recall, text=case({"slow": 1.0, "fast": 1.0}))
-    assert "slow and fast solve recall, none is surely behind the best on text, and it is" in found.text
-    assert "decide no further; on text all reached the same quality within the noise; fast" in found.reason
+    assert "slow and fast solve recall, none is clearly behind the best on text, and it is" in found.text
+    assert "scores no longer decide; on text all reached the same quality within the noise; fast" in found.reason
 
 
 def test_nobody_solving_is_said_and_does_not_exclude():
@@ -195,12 +197,12 @@ CASES = {
 def test_no_sentence_contradicts_another(name):
     """A sole winner is never called inseparable from others, and a winner that is not alone is never called sole."""
     found = CASES[name]()
-    alone = "surely behind it" in found.text or "only mechanism" in found.text
+    alone = "clearly behind it" in found.text or "only mechanism" in found.text
     tied = any("Cannot separate" in note or "exactly the same" in note for note in found.notes)
     assert found.text.startswith(f"Take {found.winner}: ")
     assert found.text.count("Take ") == 1 and found.text.endswith(".")
     assert not (alone and tied)
-    equal = "none is surely behind" in found.text or "within the noise" in found.reason
+    equal = "none is clearly behind" in found.text or "within the noise" in found.reason
     assert tied or not equal
     assert alone or equal or "single seed" in found.text or " solve " in found.text
     left = {m for m in TIMES if f"ahead of {m}" in found.reason or f"not solved by {m}" in found.reason}
@@ -224,7 +226,7 @@ def test_what_nothing_decides_is_decided_by_the_mean_whatever_was_named_first():
         for better in names:
             found = alike(names, means={better: 0.97})
             assert found.winner == better and found.alike == list(names)
-            assert "has the best mean on text, though not surely" in found.text
+            assert "has the best mean on text, though not by a clear margin" in found.text
     assert alike(("slow", "softmax"), means={"slow": 0.97}).winner == "softmax"
     bound = alike(("slow", "fast", "softmax"), elsewhere(slow=True, fast=True, softmax=False), {"fast": 0.95})
     assert bound.winner == "fast" and "in the frame own, and fast has the best mean on text" in bound.text
@@ -234,7 +236,10 @@ def test_what_one_run_cannot_tell_the_published_ranking_does_so_that_another_run
     known = {"text": {"slow": 2.8, "fast": 2.9, "softmax": 2.7}, "recall": {"slow": 0.5}}
     for better in ("slow", "fast"):
         found = alike(means={better: 0.97}, published=known)
-        assert found.winner == "slow" and "in the ranking that regard publishes, though not surely" in found.text
+        assert (
+            found.winner == "slow"
+            and "in the ranking that regard publishes, though not by a clear margin" in found.text
+        )
     assert alike(("fast", "softmax"), published=known).winner == "softmax"
     for unknown in ({"text": {"slow": 1.0}}, {"recall": known["text"]}):  # not all mechanisms; not this task
         assert alike(means={"fast": 0.97}, published=unknown).winner == "fast"
@@ -288,9 +293,9 @@ def test_the_frame_is_named_and_what_it_does_is_not_the_mechanism_s():
     beside = {"recall": [slow, fast]}
     said = " ".join(frames_sentences(beside, {"recall": ACCURACY}, "convolution"))
     assert "on recall (accuracy) slow 0.25 instead of 1" in said
-    assert "Only in the frame convolution: slow solves recall. That is owed to the frame's parts." in said
+    assert "Only in the frame convolution: slow solves recall. This is due to the frame's parts." in said
     assert "The order depends on the frame: slow and fast change places on recall." in said
-    assert "in the frame bare" in advise(text=case(LEVEL)).reason
+    assert "with the frame bare" in advise(text=case(LEVEL)).reason
     unsure = {**slow, "mean": 0.8, "separable": False, "overtaken": []}
     said = " ".join(frames_sentences({"recall": [unsure, fast]}, {"recall": ACCURACY}, "convolution"))
     assert "slow 0.8 instead of 1, not solved by every seed" in said

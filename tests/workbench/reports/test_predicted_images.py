@@ -85,7 +85,7 @@ def test_the_page_shows_them_with_names_that_are_text():
     page = render(Measured(**given))
     assert page.count('class="picture wrong"') > 2 * MISTAKES and "<script>x" not in page
     assert "&lt;script&gt;x" in page and page.count("Which classes are taken for which") == 2
-    assert f"of the first {found['images']} images" in page
+    assert f"among the first {found['images']} images" in page
     assert "What the models see" not in render(Measured(**example(tasks=1, mechanisms=2)))
 
 

@@ -253,7 +253,7 @@ def test_of_many_mechanisms_all_are_marked_and_the_important_ones_named(monkeypa
     important = front | {"softmax", many["run"]["recommendation"]["winner"]}
     assert section(page, "quality").count("point") == 2 * 12
     assert section(page, "quality").count("label") == 2 * len(important) < 2 * 12
-    assert "Of so many mechanisms" in Page(page).text
+    assert "With this many mechanisms" in Page(page).text
 
 
 def test_an_empty_comparison_renders():
@@ -371,7 +371,7 @@ def test_terminal_table_has_every_cell(rows):
 
 
 def test_what_a_task_tells_beside_its_score_is_shown_for_each_mechanism(rows):
-    assert figures_table(rows["summary"]) is None and "Beside the score" not in render(Measured(**rows))
+    assert figures_table(rows["summary"]) is None and "Further figures for" not in render(Measured(**rows))
     told = copy.deepcopy(rows)
     first, second, *_ = told["summary"]["recall"]
     first["figures"], second["figures"] = {"error <far> out": 0.125}, {"error <far> out": None}
@@ -379,9 +379,9 @@ def test_what_a_task_tells_beside_its_score_is_shown_for_each_mechanism(rows):
     assert "error <far> out" in text and "0.125" in text and "—" in text
     page = render(Measured(**told))
     assert (
-        "Beside the score of recall" in page
+        "Further figures for recall" in page
         and "error &lt;far&gt; out" in page
-        and page.count("Beside the score of") == 1
+        and page.count("<h3>Further figures for") == 1
     )
 
 

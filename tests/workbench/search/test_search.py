@@ -373,7 +373,7 @@ def test_a_search_leads_to_a_plan_that_train_and_compare_take_and_goes_on_where_
     assert found["verdict"].split(" has ")[0] in page
     assert page.count("<svg") >= 2
     assert "tried on 6 held-out items" in page
-    assert "the 18 items that chose nothing" in page
+    assert "the 18 items that were not used for choosing" in page
 
     variant = read_variant(str(place / "plan.json"))
     one = space(task=create_task("recall", length=20, pairs=3, queries=8, evaluation_items=24))

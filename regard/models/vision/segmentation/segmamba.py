@@ -110,7 +110,8 @@ class SegMamba(Segmenter):
         super().check_size(config, size)
         if tuple(size) == cls.multiples(config):
             raise Unsupported(
-                f"images of {' x '.join(map(str, size))}, of which {len(config.widths)} stages leave one place to norm",
+                f"images of {' x '.join(map(str, size))}, which {len(config.widths)} stages reduce to one position, too few to "
+                "norm",
                 supported="larger images, or fewer stages",
                 nearest=f"widths={list(config.widths[:-1])},depths={list(config.depths[:-1])}",
             )
