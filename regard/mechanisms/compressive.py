@@ -473,7 +473,5 @@ MECHANISM = Mechanism(
     module=CompressiveLayer,
     projection=Compression,
     sample_inputs=sample_inputs,
-    waivers=(
-        Waiver("layer_lengths", "its number of segments is fixed when the program is compiled"),
-    ),
+    waivers=(Waiver("layer_lengths", "its number of segments is fixed when the program is compiled"),),
 )

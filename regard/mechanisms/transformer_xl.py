@@ -316,7 +316,5 @@ MECHANISM = Mechanism(
     module=SegmentLayer,
     projection=RelativeScores,
     sample_inputs=sample_inputs,
-    waivers=(
-        Waiver("layer_lengths", "its number of segments is fixed when the program is compiled"),
-    ),
+    waivers=(Waiver("layer_lengths", "its number of segments is fixed when the program is compiled"),),
 )
