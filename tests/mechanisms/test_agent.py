@@ -400,7 +400,7 @@ def test_options_that_a_layer_s_pattern_or_grid_lacks_are_refused():
     ("call", "words"),
     [
         ({"agent_source": "learned"}, "without agents"),
-        ({"agent_source": "pool_q", "agents": randn(2, 5, 4)}, "beside"),
+        ({"agent_source": "pool_q", "agents": randn(2, 5, 4)}, "together"),
         ({"grid": (3, 4), "num_agents": 5}, "square"),
         ({"grid": (3, 3), "num_agents": 4}, "grid"),
         ({"grid": (4, 4), "num_agents": 4}, "grid"),
@@ -409,9 +409,9 @@ def test_options_that_a_layer_s_pattern_or_grid_lacks_are_refused():
         ({"pattern": "causal-self", "agents": randn(2, 5, 4), "roles": torch.zeros(2, 12, dtype=torch.long)}, "roles"),
         ({"agents": randn(2, 5, 4), "scale": -1.0, "second_scale_exponent": 0.3}, "scale"),
         ({"agent_source": "conv"}, "without row_agents"),
-        ({"agent_source": "pool_q", "row_agents": randn(2, 2, 5, 4)}, "beside"),
-        ({"agent_source": "learned", "agents": randn(2, 5, 4), "row_agents": randn(2, 2, 5, 4)}, "row_agents beside"),
-        ({"agent_source": "token_merge", "agents": randn(2, 5, 4)}, "agents beside"),
+        ({"agent_source": "pool_q", "row_agents": randn(2, 2, 5, 4)}, "together"),
+        ({"agent_source": "learned", "agents": randn(2, 5, 4), "row_agents": randn(2, 2, 5, 4)}, "row_agents together"),
+        ({"agent_source": "token_merge", "agents": randn(2, 5, 4)}, "agents together"),
         ({"agent_source": "conv", "row_agents": randn(2, 2, 5, 4), "grid": (3, 4)}, "square"),
     ],
 )

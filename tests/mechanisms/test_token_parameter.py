@@ -446,6 +446,6 @@ def test_sizes_that_a_config_cannot_say_are_refused_before_anything_changes():
     before = copy.deepcopy(model.state_dict())
     refused("one number for all projections of a layer's mixer", grow, model, {"blocks.0.mixer.query": 20})
     mamba = EncoderConfig(num_classes=3, vocab_size=11, dim=16, plan=[("mamba", {"linear": "pattention"})])
-    refused(r"config of an Encoder cannot say.*linear_options", grow, Encoder(mamba), 99)
+    refused(r"config of an Encoder cannot express.*linear_options", grow, Encoder(mamba), 99)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

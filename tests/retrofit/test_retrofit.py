@@ -276,7 +276,7 @@ BAD = {
     "unknown tokens": (lambda _: {"data": tokens() + 40}, "token ids up to"),
     "text without a tokenizer": (lambda _: {"data": __file__}, "without a tokenizer"),
     "a small budget": (lambda _: {"budget": "20 steps"}, "3 steps of the first steps of all layers.*try 54 steps"),
-    "a short time": (lambda _: {"budget": "0.01s"}, "left for"),
+    "a short time": (lambda _: {"budget": "0.01s"}, "leaves only"),
     "a layer out of range": (lambda _: {"keep_layers": [0, 7]}, "layer 7 of a model of 2 layers"),
     "all layers kept": (lambda _: {"keep_layers": "auto:1.0"}, "leaves no layer"),
     "a layer of its own": (lambda _: {"mechanism": "mamba2:d_state=16"}, "a layer of its own.*gated_linear:gate=step"),
