@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Shaped
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 
 def pad_tokens(x: Shaped[Tensor, "..."], before: int, after: int, axis: int = 2) -> Shaped[Tensor, "..."]:
