@@ -80,3 +80,16 @@ def test_commands_and_training_start_without_what_takes_seconds_to_import():
     code = f"import sys, regard.cli.app, regard.training; print(sorted({slow} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_nothing_is_imported_that_only_tests_install():
+    """Shapes in annotations are jaxtyping's, which is imported for type checkers and tests alone."""
+    found = [
+        f"{path.name}: {name}"
+        for path in (ROOT / "regard").rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or node.names[0].name]
+        if name.split(".")[0] in {"jaxtyping", "hypothesis", "pytest"}
+    ]
+    assert not found
