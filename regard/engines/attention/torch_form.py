@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.backends.operators import transformed
+from regard.core.padding import pad_tokens
 from regard.core.precision import wide_dtype
 from regard.core.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
 from regard.engines.attention.problem import Problem
@@ -269,8 +270,8 @@ class Band:
     def queries(self, x: Tensor, axis: int) -> Tensor:
         """Split an axis of query slots into (blocks, size)."""
         axis %= x.ndim
-        padding = (0, 0) * (x.ndim - 1 - axis) + (self.lead, -(self.lead + x.shape[axis]) % self.size)
-        return F.pad(x, padding).unflatten(axis, (-1, self.size))
+        after = -(self.lead + x.shape[axis]) % self.size
+        return pad_tokens(x, self.lead, after, axis).unflatten(axis, (-1, self.size))
 
     def keys(self, x: Tensor, axis: int, offset: int, count: int, fill: int = 0) -> Tensor:
         """Overlapping windows of an axis of key slots: a view (..., blocks, ..., extent) with the windows last."""
