@@ -21,7 +21,9 @@ from regard.contract import Context, Mechanism, Result, Unsupported
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures"
 WANT_STATE = Context(want=frozenset({"state"}))
-GRAPH = "aot_eager" if os.environ.get("REGARD_TEST_ALL") else "eager"
+ALL = bool(os.environ.get("REGARD_TEST_ALL"))
+"""Whether this is `make test-all`."""
+GRAPH = "aot_eager" if ALL else "eager"
 """Backend that compiles models built from mechanisms. "eager" runs the captured graph as it is, which is twice as fast to
 compile as with AOTAutograd; mechanisms and their operators go through AOTAutograd in tests of their own."""
 

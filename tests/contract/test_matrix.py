@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from support import ALL
 
 from regard import get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern, Unsupported
 from regard.workbench.verification.verify import PROGRAMS, PROPERTIES, Place, check, plan, verified_backends
-
-ALL = bool(os.environ.get("REGARD_TEST_ALL"))
-"""Whether to try every compiled program in every pattern, as `make test-all` and `make matrix` do; takes an hour."""
 
 SHARE = {
     "compile": (8, 1),

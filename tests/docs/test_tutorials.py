@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from pathlib import Path
 
 import pytest
 from command_line import run
+from support import ALL
 
 from regard import catalogue
 from regard.workbench.verification.verify import PROGRAMS, PROPERTIES
@@ -19,7 +19,6 @@ NEEDS = {"swap": ("timm", "transformers")}
 PLUGINS = ("relu",)
 SHOWN_ONLY = {"report"}
 """Pages whose commands read an output folder that another page creates."""
-ALL = bool(os.environ.get("REGARD_TEST_ALL"))
 
 
 @pytest.mark.parametrize("page", [p for p in TUTORIALS if p.stem not in SHOWN_ONLY], ids=lambda p: p.stem)

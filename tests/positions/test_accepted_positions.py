@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
+from support import ALL
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import ACTS_LIKE, TURNED_BEFORE, Kind, Pattern, Unsupported
@@ -30,7 +30,7 @@ REFUSED = [(name, s) for name in ATTENTION for s in list_positions() if s not in
 def decoded(name, scheme, patterns):
     """One of the patterns that decode, a different one for each scheme, so that each pattern meets all kinds of schemes."""
     some = [pattern for pattern in patterns if pattern is not Pattern.NONCAUSAL_SELF]
-    if os.environ.get("REGARD_TEST_ALL") or not some:
+    if ALL or not some:
         return some
     return [some[(ATTENTION.index(name) + INSIDE.index(scheme)) % len(some)]]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import answer, run
+from support import ALL
 
 from regard import catalogue
 from regard.reproductions.framework import runs
@@ -41,7 +42,6 @@ SHORTER = {
     ],
 }
 """Presets reduced for `make test`, which does not check what was learned; `make test-all` has the full presets."""
-ALL = bool(os.environ.get("REGARD_TEST_ALL"))
 
 
 def told(asked, *given):

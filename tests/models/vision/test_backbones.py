@@ -6,12 +6,11 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import os
 import re
 
 import pytest
 import torch
-from support import GRAPH, close, refused
+from support import ALL, GRAPH, close, refused
 
 from regard import backends
 from regard.catalogue import find_mechanism
@@ -153,9 +152,7 @@ SHALLOW: list[tuple[str, dict[str, object]]] = [
 """Models with one layer of each kind, since compilation takes longer with more layers."""
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [(name, {}) for name in SMALLEST] if os.environ.get("REGARD_TEST_ALL") else SHALLOW
-)
+@pytest.mark.parametrize(("name", "options"), [(name, {}) for name in SMALLEST] if ALL else SHALLOW)
 def test_a_compiled_backbone_is_the_eager_one(name: str, options: dict[str, object]) -> None:
     torch.compiler.reset()  # the shared method would be recompiled too often
     model = create_backbone(name, num_classes=5, image_size=WIDE, **options).eval()
@@ -251,7 +248,7 @@ GIGA = {
 """Published giga multiply-adds for an image of 224 x 224 pixels, rounded to tenths."""
 
 
-@pytest.mark.parametrize("name", GIGA if os.environ.get("REGARD_TEST_ALL") else ["agent_swin_t"])
+@pytest.mark.parametrize("name", GIGA if ALL else ["agent_swin_t"])
 def test_an_image_takes_as_many_multiply_adds_as_are_published(name: str) -> None:
     """Counts those of matrix products and convolutions, and those of TransNeXt's published code that ours need not do: the
     first layer of its networks of distances for each pair of distances."""

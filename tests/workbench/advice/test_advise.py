@@ -3,13 +3,12 @@
 import io
 import json
 import math
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
-from support import watched
+from support import ALL, watched
 
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.store import Store
@@ -325,7 +324,7 @@ def test_what_is_to_be_pasted_runs(pattern, use):
         pytest.skip("not served")
     settings = LayerSettings(pattern, **SMALL) if use == "train" else LayerSettings(pattern, 32, 2, 8, 2, "float64")
     names = mixing(pattern)
-    if use != "serve" and not os.environ.get("REGARD_TEST_ALL"):
+    if use != "serve" and not ALL:
         names = names[use == "infer" :: 2]  # half of them train, half infer
     for name in names:
         if use == "serve" and not LayerWork(get_mechanism(name), settings).decodes:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import replace
 
 import pytest
 from command_line import answer, run
+from support import ALL
 
 from regard.contract import Unsupported
 from regard.measurement.budget import Budget
@@ -42,7 +42,7 @@ def settings(*names, quantity="parameters"):
 
 def test_small_backbones_come_within_a_tenth_of_another_ones_parameters(task):
     names = ["van_nano", "tnt_nano", "biformer_nano", "vmamba_nano"]
-    if os.environ.get("REGARD_TEST_ALL"):
+    if ALL:
         names = [name for name in list_backbones() if name.endswith("_nano")]
     asked = settings("van_nano", *(name for name in names if name != "van_nano"))
     found = match(task, asked)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+from support import ALL
 
 from regard import list_mechanisms
 from regard.integrations import heads
 from regard.workbench.verification import swapped
 from regard.workbench.verification.swap_hosts import HOSTS, hosts
 from regard.workbench.verification.swapped import check_swap, swap_cells, swap_variants
-
-ALL = bool(os.environ.get("REGARD_TEST_ALL"))
-"""Whether to try every mechanism and set of options in every model, as `make test-all` does; takes ten minutes."""
 
 
 def tried():
