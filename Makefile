@@ -10,7 +10,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
 
 compare: $(VENV)/.data  ## Train four mechanisms on embedded data and say which to take (under 10 minutes on 2 cores)
-	$(BIN)/regard compare --budget 8m --output runs/compare
+	$(BIN)/regard compare --budget 7m --output runs/compare
 
 # The kernels' own tests are built while the Python packages are fetched and installed. OMP_WAIT_POLICY: waiting threads
 # would spin on the core that the other worker needs. PYTHONDONTWRITEBYTECODE: subprocesses in tests reuse the bytecode.

@@ -30,7 +30,7 @@ class Layer(nn.Module):
             Unsupported: if the mechanism cannot continue from a state, or for more axes than (B, C).
         """
         if isinstance(x_t, Tensor) and x_t.ndim != 2:
-            raise Unsupported(f"a step on x_t of shape {tuple(x_t.shape)}", supported="one token a row, (B, C)")
+            raise Unsupported(f"a step on x_t of shape {tuple(x_t.shape)}", supported="one token per row, (B, C)")
         result = self(x_t[:, None], context=STEP, state=state)
         return result.output[:, 0], result.state
 

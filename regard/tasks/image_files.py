@@ -187,7 +187,7 @@ def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[
     if len(classes) < 2:
         raise Unsupported(
             f"{folder} with {len(classes)} sub-folders",
-            supported="a folder with one sub-folder a class, 2 or more of them",
+            supported="a folder with one sub-folder per class, 2 or more of them",
         )
     paths: list[Path] = []
     labels: list[int] = []

@@ -24,7 +24,7 @@ NAMED = ("digits", FASHION_MNIST)
 DIGITS = tuple("0123456789")
 FOLDER_SIDE = 32
 """Side to which images from a folder are resized by default."""
-_SUPPORTED = f"digits, {FASHION_MNIST}, a folder with one sub-folder a class, or a folder of MNIST's four IDX files"
+_SUPPORTED = f"digits, {FASHION_MNIST}, a folder with one sub-folder per class, or a folder of MNIST's four IDX files"
 
 
 def load_images(data: Any, validation: Any, size: int | None, channels: int | None, *, skip_unreadable: bool) -> Images:
@@ -75,7 +75,7 @@ def _load_digits() -> Images:
     except ImportError:
         raise Unsupported(
             "images data=digits without scikit-learn, which holds them",
-            supported="a folder with one sub-folder a class, or the extra",
+            supported="a folder with one sub-folder per class, or the extra",
             nearest="pip install 'regard[data]'",
         ) from None
     digits = load_digits()

@@ -134,5 +134,5 @@ def test_a_step_without_a_state_is_the_first_token(name):
 
 
 def test_a_step_takes_one_token_a_row():
-    with pytest.raises(Unsupported, match=r"step on x_t of shape \(2, 5, 16\); supported: one token a row, \(B, C\)"):
+    with pytest.raises(Unsupported, match=r"step on x_t of shape \(2, 5, 16\); supported: one token per row, \(B, C\)"):
         create_layer("gated_linear", 16, 2).step(X)

@@ -219,7 +219,7 @@ def broken(folder, name):
         ("fractions", "values that are no classes, such as 0.5"),
         ("slice", "images/1.nii.gz, a single slice of 10 x 10 voxels"),
         ("thin", "a single slice of 10 x 10 x 1 voxels; supported: volumes of three axes; try --task segmentation"),
-        ("several", "1.nii.gz of 10 x 10 x 10 x 17 voxels; supported: one volume a file"),
+        ("several", "1.nii.gz of 10 x 10 x 10 x 17 voxels; supported: one volume per file"),
         ("others", "1.nii.gz of 3 channels; supported: volumes of 1 channel, as 0.nii.gz has"),
         ("nan", "with 2 voxels that are no finite numbers"),
         ("small", "of 10 x 7 x 10 voxels, smaller than crops of 8 x 8 x 8; supported: volumes as large as a crop"),

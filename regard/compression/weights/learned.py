@@ -86,7 +86,7 @@ def learn_codes(
     """Train the weights and steps of some layers on the model's loss; return their codes, and a sentence on the result.
     The layers themselves are restored.
 
-    Training uses Adam with a cosine schedule down to 0, one batch a step, in turn. Adam ignores the scale of gradients,
+    Training uses Adam with a cosine schedule down to 0, one batch per step, in turn. Adam ignores the scale of gradients,
     so the learning rate of a step is scaled by the size of steps relative to weights, in place of the factor on its
     gradient. Everything else in the model is left alone, and the model is in evaluation mode.
 

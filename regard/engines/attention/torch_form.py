@@ -310,7 +310,7 @@ def _in_bands(
     query_ranks = band.queries(ranks.queries, 1).expand(shared, -1, -1)
     key_ranks = band.keys(ranks.keys, 1, ranks.offset, count, fill=-1).expand(shared, -1, -1)
     if bias is not None:
-        # (shared, c, h, s, 1): one number a query, or the same for all
+        # (shared, c, h, s, 1): one number per query, or the same for all
         bias = band.queries(bias, 2) if bias.shape[2] > 1 else bias[:, :, None].expand(-1, -1, count, -1, -1)
         bias = bias.transpose(1, 2).expand(shared, -1, -1, -1, -1)
     by_row_sink = None if sink is None else sink.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]

@@ -166,7 +166,7 @@ def _volume(path: Path, channels: int) -> Nifti:
     if not voxels.size or voxels.ndim > 4 or (voxels.ndim == 4 and voxels.shape[3] > channels):
         raise Unsupported(
             f"{path} of {stored.sides} voxels",
-            supported="one volume a file: three axes, and "
+            supported="one volume per file: three axes, and "
             + (f"up to {channels} channels along a fourth" if channels > 1 else "one number a voxel"),
         )
     return Nifti(path, voxels, stored.affine)

@@ -237,8 +237,9 @@ def frames_sentences(
 ) -> list[str]:
     """Sentences that separate the effects of frame and mechanism: one per further frame, and what follows from them."""
     said = []
+    owed: dict[str, list[str]] = {}  # what is solved in the first frame, and the frames in which it is not
     for frame in dict.fromkeys(entry["frame"] for entries in beside.values() for entry in entries):
-        told, owed, turned = [], [], []
+        told, turned = [], []
         for task, entries in beside.items():
             own = [entry for entry in entries if entry["frame"] == frame]
             changed = [e for e in own if e["separable"]]
@@ -253,14 +254,17 @@ def frames_sentences(
                 words.append(f"{' and '.join(same)} the same within the noise")
             if words:
                 told.append(f"on {task} ({metrics[task][0]}) {', '.join(words)}")
-            owed += [f"{e['mechanism']} solves {task}" for e in changed if e["first_solved"] and not e["solved"]]
+            for e in changed:
+                if e["first_solved"] and not e["solved"]:
+                    owed.setdefault(f"{e['mechanism']} solves {task}", []).append(frame)
             for i, one in enumerate(own):
                 after = [e["mechanism"] for e in own[i + 1 :] if e["mechanism"] in one["overtaken"]]
                 turned += [f"{one['mechanism']} and {name} change places on {task}" for name in after]
         if told:
             said.append(f"In the frame {frame} instead of {first}: {'; '.join(told)}.")
-        if owed:
-            said.append(f"Only in the frame {first}: {'; '.join(owed)}. This is due to the frame's parts.")
         if turned:
             said.append(f"The order depends on the frame: {'; '.join(turned)}.")
+    if owed:
+        solved = "; ".join(f"{what} (not in {' or '.join(frames)})" for what, frames in owed.items())
+        said.append(f"Due to the parts of the frame {first}: {solved}.")
     return said

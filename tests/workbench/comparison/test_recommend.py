@@ -293,13 +293,20 @@ def test_the_frame_is_named_and_what_it_does_is_not_the_mechanism_s():
     beside = {"recall": [slow, fast]}
     said = " ".join(frames_sentences(beside, {"recall": ACCURACY}, "convolution"))
     assert "on recall (accuracy) slow 0.25 instead of 1" in said
-    assert "Only in the frame convolution: slow solves recall. This is due to the frame's parts." in said
+    assert "Due to the parts of the frame convolution: slow solves recall (not in bare)." in said
     assert "The order depends on the frame: slow and fast change places on recall." in said
     assert "with the frame bare" in advise(text=case(LEVEL)).reason
     unsure = {**slow, "mean": 0.8, "separable": False, "overtaken": []}
     said = " ".join(frames_sentences({"recall": [unsure, fast]}, {"recall": ACCURACY}, "convolution"))
     assert "slow 0.8 instead of 1, not solved by every seed" in said
-    assert "Only in the frame" not in said and "slow the same" not in said
+    assert "Due to" not in said and "slow the same" not in said
+
+
+def test_what_is_solved_in_the_first_frame_alone_is_told_once_for_all_others():
+    told = {"mechanism": "slow", "mean": 0.25, "first": 1.0, "separable": True, "overtaken": []}
+    rows = [{**told, "frame": frame, "first_solved": True, "solved": False} for frame in ("bare", "unnormed")]
+    said = frames_sentences({"recall": rows}, {"recall": ACCURACY}, "convolution")
+    assert said[2:] == ["Due to the parts of the frame convolution: slow solves recall (not in bare or unnormed)."]
 
 
 def test_equal_ranks_are_those_of_a_group_that_cannot_be_told_apart():
