@@ -26,6 +26,7 @@ from regard.contract import (
     Unsupported,
     valid_from_lengths,
 )
+from regard.core.grids import image_of, tokens_of
 from regard.core.ragged import Gathering, gathering, gathering_in_place, values_known
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class GridConvolution(Merge):
     def _convolved(self, placed: Float[Tensor, "b n c"], sides: tuple[int, int]) -> Float[Tensor, "b n c"]:
         """Convolve the places of a whole grid, given row by row."""
         assert self.convolution is not None
-        return self.convolution(placed.mT.unflatten(-1, sides)).flatten(2).mT
+        return tokens_of(self.convolution(image_of(placed, sides)))
 
     @staticmethod
     def _layout(x: Tensor, context: Context, lengths: Tensor | None) -> Gathering:
@@ -124,8 +125,8 @@ def leading(n: int, grid: tuple[int, ...] | None, roles: Int[Tensor, "b n"] | No
         return 0 if places == n else None
     if not roles.is_cpu or not values_known(roles):
         return None
-    on = roles == int(Role.TOKEN)
-    return n - places if bool(on[:, n - places :].all()) and not bool(on[:, : n - places].any()) else None
+    on = roles.numpy() == int(Role.TOKEN)  # each operator of PyTorch would take as long as all of this
+    return n - places if on[:, n - places :].all() and not on[:, : n - places].any() else None
 
 
 def grid_tokens(context: Context, x: Tensor, lengths: Tensor | None) -> Bool[Tensor, "b n"] | None:

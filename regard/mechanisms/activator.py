@@ -58,6 +58,7 @@ from regard.contract import (
     one_of,
     state_field,
 )
+from regard.core.grids import image_of, tokens_of
 from regard.core.precision import wide
 from regard.engines.layers import short_convolution
 from regard.engines.linear import linear
@@ -265,8 +266,8 @@ def _convolve(call: Call, x: Float[Tensor, "b n d"], taps: Tensor, bias: Tensor 
     grid, side = tuple(call.grid or ()), _side(call, taps)
     filters = taps.to(x.dtype).unflatten(1, (side,) * len(grid))[:, None]
     bias = None if bias is None else bias.to(x.dtype)
-    image = x.mT.unflatten(2, grid)
-    return CONVOLUTIONS[len(grid)](image, filters, bias, padding=side // 2, groups=x.shape[-1]).flatten(2).mT
+    image = image_of(x, grid)
+    return tokens_of(CONVOLUTIONS[len(grid)](image, filters, bias, padding=side // 2, groups=x.shape[-1]))
 
 
 class ActivatorLayer(MixerLayer):

@@ -42,8 +42,9 @@ from torch.nn import functional as F
 
 from regard.compression.distillation.losses import channel_loss, context_loss, place_loss, positive
 from regard.contract import Unsupported, at_least, one_of
+from regard.core.grids import tokens_of
 from regard.layers.norms import LayerNorm
-from regard.models.vision.backbone import map_of, tokens_of
+from regard.models.vision.backbone import map_of
 from regard.models.vision.mit import MiT, MiTConfig
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from regard.contract import (
     Unsupported,
     valid_from_lengths,
 )
+from regard.core.grids import image_of
 from regard.core.precision import wide, without_autocast
 from regard.core.ragged import gathering, place_queries, take_queries
 from regard.engines import softmax_scan as scan
@@ -197,7 +198,7 @@ def _pooled(
 ) -> Float[Tensor, "b h a d"]:
     """Means over the bins of adaptive pooling (see :func:`_bins`), for a grid that the tokens fill."""
     # channels-last, as layers lay out their heads, is the layout in which pooling is fastest
-    maps = x.transpose(1, 2).flatten(2).mT.unflatten(-1, grid or (x.shape[2],))
+    maps = image_of(x.transpose(1, 2).flatten(2), grid or (x.shape[2],))
     pooled = F.adaptive_avg_pool2d(maps, sides) if len(sides) == 2 else F.adaptive_avg_pool1d(maps, sides[0])
     return pooled.flatten(2).unflatten(1, (x.shape[1], x.shape[3])).mT
 

@@ -17,6 +17,7 @@ from regard.contract import (
     Tensors,
     Unsupported,
 )
+from regard.core.grids import image_of, tokens_of
 from regard.core.precision import wide, wide_dtype
 from regard.layers.grid_convolution import GridConvolution, grid_tokens, leading
 from regard.mechanisms.agent.definition import Config, agent_sides
@@ -80,15 +81,20 @@ class BiasTables(nn.Module):
     def on_map(self, rows: int, columns: int, off: int = 0) -> Float[Tensor, "h a n"]:
         """The bias of `off` tokens outside the grid, then of each place of a map, row by row: equal to :meth:`forward`
         where every place has a token, at a lower cost."""
-        found = 0 * wide(self.other)[..., None, None]  # `other` gets a gradient of 0, not none
+        terms = []
+        if self.rows is not None and self.columns is not None:
+            terms.append(_resized(self.rows, rows)[..., None] + _resized(self.columns, columns)[..., None, :])
         if self.block is not None:
-            found = found + F.interpolate(wide(self.block), (rows, columns), mode="bilinear", align_corners=False)
-        if self.rows is not None:
-            found = found + F.interpolate(wide(self.rows), rows, mode="linear", align_corners=False)[..., None]
-        if self.columns is not None:
-            found = found + F.interpolate(wide(self.columns), columns, mode="linear", align_corners=False)[..., None, :]
-        on = found.flatten(2).to(self.other.dtype)
-        return torch.cat([self.other[..., None].expand(-1, -1, off), on], -1) if off else on
+            terms.append(F.interpolate(wide(self.block), (rows, columns), mode="bilinear", align_corners=False))
+        on = sum(terms[1:], terms[0]).flatten(2).to(self.other.dtype)
+        if off:
+            return torch.cat([self.other[..., None].expand(-1, -1, off), on], -1)
+        return on + 0 * self.other[..., None]  # `other` gets a gradient of 0, not none
+
+
+def _resized(line: Float[Tensor, "h a old"], size: int) -> Float[Tensor, "h a size"]:
+    line = wide(line)
+    return line if line.shape[-1] == size else F.interpolate(line, size, mode="linear", align_corners=False)
 
 
 def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Float[Tensor, "b n size"]:
@@ -131,7 +137,7 @@ class ConvolvedAgents(nn.Module):
         bins = tuple(self.stride * side for side in sides)
         inside = _bins(bins, places, extents, tokens).to(x.dtype)
         means = inside / inside.sum(-1, keepdim=True).clamp(min=1) @ x
-        agents = self.linear(self.convolution(means.mT.unflatten(-1, bins)).flatten(2).mT)
+        agents = self.linear(tokens_of(self.convolution(image_of(means, bins))))
         return agents.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 

@@ -23,6 +23,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.grids import image_of, tokens_of
 from regard.core.precision import wide
 from regard.layers.attention import LayerState
 from regard.layers.convolution import ShortConvolution
@@ -259,11 +260,11 @@ class GridConvolution(nn.Module):
         """Convolve `x`, which is 0 at invalid places; the scans ignore what the bias and neighbours write there."""
         if x.numel() == 0:
             return x
-        image, filters = x.mT.unflatten(2, sides), self.weight.to(x.dtype).unflatten(1, (self.side,) * self.axes)
+        image, filters = image_of(x, sides), self.weight.to(x.dtype).unflatten(1, (self.side,) * self.axes)
         convolve = GRID_CONVOLUTIONS[self.axes]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = convolve(image, filters[:, None], bias, padding=self.side // 2, groups=x.shape[-1])
-        return F.silu(y.flatten(2).mT)
+        return F.silu(tokens_of(y))
 
 
 def _total(tensors: Sequence[Tensor]) -> Tensor:

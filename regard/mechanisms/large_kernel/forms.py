@@ -15,6 +15,7 @@ from regard.contract import (
     State,
     state_field,
 )
+from regard.core.grids import image_of, tokens_of
 from regard.core.precision import wide, wide_dtype, without_autocast
 from regard.engines.linear import linear
 from regard.mechanisms.large_kernel.definition import CONVOLUTIONS, GATINGS, Config, _sides
@@ -134,7 +135,7 @@ def _convolve(
     filters = weight.to(a.dtype).unflatten(1, (side,) * len(sides))[:, None]
     bias = None if bias is None else bias.to(a.dtype)
     with without_autocast(a.device):  # torch computes wrong gradients of 3-D convolutions in bfloat16
-        return _convolved(a.mT.unflatten(2, sides), filters, bias, side, dilation).flatten(2).mT
+        return tokens_of(_convolved(image_of(a, sides), filters, bias, side, dilation))
 
 
 def _convolved(

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Pattern, Result, Unsupported, at_least
+from regard.core.grids import tokens_of
 from regard.create import create_layer
 from regard.functional import softmax_attention
 from regard.layers.drop_path import drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.vision.backbone import Level, map_of, tokens_of
+from regard.models.vision.backbone import Level, map_of
 from regard.models.vision.patch_tokens import (
     agent_table,
     check_divisible,

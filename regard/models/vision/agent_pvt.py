@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
 from regard.contract import Context, LayerCall, Loss, Merge, Pattern, Projection, Result, Tensors, Unsupported, one_of
+from regard.core.grids import tokens_of
 from regard.create import create_layer
 from regard.layers.attention import AttentionLayer
 from regard.layers.base import Layer
@@ -42,7 +43,7 @@ from regard.layers.norms import LayerNorm
 from regard.mechanisms.agent import BiasTables
 from regard.models.layer_plan import read_plan
 from regard.models.losses import add_losses
-from regard.models.vision.backbone import Level, map_of, tokens_of
+from regard.models.vision.backbone import Level, map_of
 from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import (
     agent_table,

@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Context, Mask, Pattern, Result, Unsupported, at_least
+from regard.core.grids import tokens_of
 from regard.create import create_layer
 from regard.layers.drop_path import drop_path_rates
 from regard.layers.norms import LayerNorm
 from regard.models.layer_plan import mixing_card
-from regard.models.vision.backbone import Level, tokens_of
+from regard.models.vision.backbone import Level
 from regard.models.vision.patch_tokens import (
     agent_table,
     check_divisible,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Result, Unsupported, an_instance, at_least, check_types
+from regard.core.grids import image_of
 from regard.layers.checks import check_repeatable
 from regard.layers.linear import make_linear
 from regard.models.vision.blocks import Blocks
@@ -310,13 +311,8 @@ class Pyramid(Backbone):
         return x, maps
 
 
-def tokens_of(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-    """Return a map as tokens, row by row; a view if the map is channels-last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
 def map_of(tokens: Float[Tensor, "b n c"], grid: Sequence[int]) -> Float[Tensor, "b c h w"]:
     """Return tokens, row by row, as a channels-last map; raises Unsupported if their number differs (merged tokens)."""
     if tokens.shape[1] != math.prod(grid):
         raise Unsupported(f"a map of {tokens.shape[1]} tokens", supported=" x ".join(map(str, grid)) + " tokens")
-    return tokens.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
+    return image_of(tokens, grid)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from regard.contract import Loss, Result
+from regard.core.grids import tokens_of
 from regard.layers.norms import LayerNorm
 from regard.models.losses import add_losses
 from regard.models.vision import agent_pvt
-from regard.models.vision.backbone import tokens_of
 from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import initialise_convolution
 from regard.models.vision.van import ConvolutionalMLP

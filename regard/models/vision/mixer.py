@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Context, Unsupported, at_least
+from regard.core.grids import tokens_of
 from regard.core.precision import wide
 from regard.create import create_layer
 from regard.layers.drop_path import DropPath, drop_path_rates
@@ -36,7 +37,7 @@ from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
 from regard.layers.residual import add_feed_forward
 from regard.mechanisms.mlp_mixer import lecun_normal_
-from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of
 from regard.models.vision.blocks import Blocks
 
 if TYPE_CHECKING:

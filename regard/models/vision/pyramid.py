@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from regard.contract import Context, Loss, Pattern, Result, at_least
+from regard.core.grids import tokens_of
 from regard.layers.drop_path import DropPath
 from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
 from regard.layers.residual import add_feed_forward
 from regard.models.layer_plan import check_plan, read_plan
 from regard.models.losses import add_losses
-from regard.models.vision.backbone import BackboneConfig, Pyramid, check_stages, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Pyramid, check_stages, map_of
 from regard.models.vision.blocks import Blocks
 
 if TYPE_CHECKING:

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from regard.catalogue import resolve
 from regard.contract import Context, Mask, Result, Unsupported
+from regard.core.grids import tokens_of
 from regard.layers.drop_path import drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.vision.backbone import Backbone, BackboneConfig, Level, check_stages, map_of, tokens_of
+from regard.models.vision.backbone import Backbone, BackboneConfig, Level, check_stages, map_of
 from regard.models.vision.blocks import Blocks
 from regard.models.vision.tnt import (
     BLOCK_NAMES,

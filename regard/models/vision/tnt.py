@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Context, Pattern, Unsupported, at_least, one_of
+from regard.core.grids import tokens_of
 from regard.core.precision import wide_dtype
 from regard.create import create_layer
 from regard.layers.attention import AttentionLayer
@@ -35,7 +36,7 @@ from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
 from regard.layers.residual import add_feed_forward, fused_attention
 from regard.models.layer_plan import check_plan, read_plan
-from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of
 from regard.models.vision.blocks import Blocks
 
 if TYPE_CHECKING:

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Context, LayerCall, LayerSpec, Pattern, Result, Unsupported, at_least
+from regard.core.grids import tokens_of
 from regard.core.precision import wide_dtype
 from regard.engines.aggregated_attention import Problem, aggregated_attention, biases_of_places
 from regard.functional import softmax_attention
@@ -46,7 +47,7 @@ from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
 from regard.mechanisms.mixture_of_heads import Config as HeadConfig
 from regard.mechanisms.mixture_of_heads import HeadRouter
-from regard.models.vision.backbone import BackboneConfig, Level, check_stages, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Level, check_stages, map_of
 from regard.models.vision.patch_tokens import check_divisible, initialise_convolution, initialise_linear
 from regard.models.vision.pyramid import PyramidWithLosses, Stage, StagesConfig
 from regard.models.vision.vmamba import ConvNorm

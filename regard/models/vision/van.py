@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Context
+from regard.core.grids import tokens_of
 from regard.create import create_layer
 from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm, LayerScale
-from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of
 from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import initialise_convolution
 

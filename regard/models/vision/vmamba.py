@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Unsupported, at_least, one_of
+from regard.core.grids import tokens_of
 from regard.create import create_layer
 from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
 from regard.layers.residual import add_feed_forward
-from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of
 from regard.models.vision.blocks import Blocks
 
 if TYPE_CHECKING:

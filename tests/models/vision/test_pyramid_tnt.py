@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import close, load, recorded_state, refused, shaken
 
-from regard.models.vision.backbone import tokens_of
+from regard.core.grids import tokens_of
 from regard.models.vision.pyramid_tnt import Merge, PyramidTNT, PyramidTNTConfig
 
 SMALL: dict[str, Any] = {

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard.contract import Context
+from regard.core.grids import tokens_of
 from regard.models.vision import create_backbone
-from regard.models.vision.backbone import tokens_of
 from regard.models.vision.tnt import TNT, TNTConfig, TransformerBlock, cut, resize_positions
 
 SMALL: dict[str, Any] = {

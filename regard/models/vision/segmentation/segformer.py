@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import at_least
+from regard.core.grids import tokens_of
 from regard.layers.linear import make_linear
 from regard.models.vision import mit
-from regard.models.vision.backbone import map_of, tokens_of
+from regard.models.vision.backbone import map_of
 from regard.models.vision.segmentation.base import Segmenter, SegmenterConfig
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported
+from regard.core.grids import tokens_of
 from regard.layers.drop_path import drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
 from regard.models.vision import vmamba
-from regard.models.vision.backbone import check_stages, map_of, tokens_of
+from regard.models.vision.backbone import check_stages, map_of
 from regard.models.vision.segmentation.base import Segmenter, SegmenterConfig
 
 if TYPE_CHECKING:
