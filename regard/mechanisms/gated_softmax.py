@@ -237,7 +237,8 @@ class GatePredictor(Projection):
                 )
             logits = _mean_over_tokens(logits, context)
         dtype = wide_dtype(logits)
-        return heads | {"log_gate": F.logsigmoid(logits.to(dtype))}
+        # a compiler takes the result of logsigmoid for contiguous, whatever its argument was
+        return heads | {"log_gate": F.logsigmoid(logits.to(dtype).contiguous())}
 
     def _logits(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n"]:
         if self.logit is not None:

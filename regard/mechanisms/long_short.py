@@ -62,6 +62,7 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
+from regard.core.padding import pad_tokens
 from regard.core.precision import wide, without_autocast
 from regard.core.ragged import values_known
 from regard.core.sampling import normals
@@ -268,7 +269,7 @@ def _near(
     w = call.config.width(call.pattern)
     side, n = max(1, w // 2), q.shape[2]
     count = -(-n // w)
-    queries = wide(F.pad(q, (0, 0, 0, count * w - n))).unflatten(2, (count, w)).transpose(1, 2).flatten(0, 1)
+    queries = wide(pad_tokens(q, 0, count * w - n)).unflatten(2, (count, w)).transpose(1, 2).flatten(0, 1)
     keys, values = (
         F.pad(x, (0, 0, side, count * w - n + side)).unfold(2, w + 2 * side, w).permute(0, 2, 1, 4, 3).flatten(0, 1)
         for x in (k, v)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import calls, check_recorded, close, load, qkv, refused
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regard.catalogue import get_mechanism
 from regard.contract import ALL_PATTERNS, Context, LayerCall, Mask
@@ -147,6 +148,15 @@ def test_parity_with_the_authors_layer(name):
     close(gate, arrays["gate"])
     output = layer(x, context=Context(mask=mask)).output
     check_recorded(arrays | {"out": arrays["core_out"]}, output, {"x": x})
+
+
+@pytest.mark.parametrize("predictor", ["linear", "all_features"])
+def test_gates_have_the_strides_that_a_compiled_program_expects(predictor):
+    """torch's logsigmoid gives contiguous memory whatever it is given; its fake version keeps the strides."""
+    gates, x = make(predictor=predictor).projection, torch.randn(2, 5, 8, dtype=torch.float64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        expected = gates.inputs({}, LayerCall(mode.from_tensor(x), None, Context()))["log_gate"]
+    assert gates.inputs({}, LayerCall(x, None, Context()))["log_gate"].stride() == expected.stride()
 
 
 @pytest.mark.parametrize(

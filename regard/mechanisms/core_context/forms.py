@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regard.contract import (
@@ -19,6 +18,7 @@ from regard.contract import (
     state_field,
     valid_from_lengths,
 )
+from regard.core.padding import pad_tokens
 from regard.core.precision import wide
 from regard.core.ragged import values_known
 from regard.core.visibility import CountedRanks, block_numbers
@@ -100,12 +100,12 @@ def parallel(
     lengths = lengths_after(None, call.memory_lengths, k.shape[0], m, device)
     count = -(-m // g)
     exists = valid_from_lengths(lengths, count * g).unflatten(-1, (count, g))
-    groups = [F.pad(x, (0, 0, 0, count * g - m)).unflatten(2, (count, g)) for x in (k, v)]
+    groups = [pad_tokens(x, 0, count * g - m).unflatten(2, (count, g)) for x in (k, v)]
     queries = None
     if config.pool == "cca" and not call.pattern.cross:
         asking = wide(q)
         if config.pool_query == "mean":
-            padded = F.pad(asking, (0, 0, 0, count * g - m)).unflatten(2, (count, g))
+            padded = pad_tokens(asking, 0, count * g - m).unflatten(2, (count, g))
             queries = padded.sum(3) / exists.sum(-1).clamp(min=1)[:, None, :, None]
         else:
             last = torch.minimum(torch.arange(1, count + 1, device=device) * g, lengths[:, None]) - 1
