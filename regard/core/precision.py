@@ -12,14 +12,19 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped
 
 
+WIDE = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
+"""Dtypes that are their own wide dtype."""
+
+
 def wide_dtype(x: Tensor | torch.dtype) -> torch.dtype:
     """The dtype in which to accumulate numbers like `x` (a tensor or a dtype): its own, or float32 if that is wider."""
-    return torch.promote_types(x.dtype if isinstance(x, Tensor) else x, torch.float32)
+    dtype = x if isinstance(x, torch.dtype) else x.dtype
+    return dtype if dtype in WIDE else torch.promote_types(dtype, torch.float32)
 
 
 def wide(x: Shaped[Tensor, ...]) -> Shaped[Tensor, ...]:
     """`x` in at least float32."""
-    return x.to(wide_dtype(x))
+    return x if x.dtype in WIDE else x.to(wide_dtype(x))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
