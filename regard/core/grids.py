@@ -15,7 +15,7 @@ def image_of(tokens: Shaped[Tensor, "b n c"], sides: Sequence[int]) -> Shaped[Te
     """Return the n = prod(sides) tokens of each row as an image with contiguous channels, a view.
 
     A batch of one image has the strides that PyTorch recognises as channels-last, which ``tokens.mT.unflatten(2, sides)``
-    does not: depthwise convolutions and pooling would take 3 to 15 times as long.
+    does not: depthwise convolutions and pooling would take 2 to 20 times as long.
     """
     return tokens.unflatten(1, tuple(sides)).movedim(-1, 1)
 
