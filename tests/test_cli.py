@@ -384,6 +384,13 @@ def test_links_in_a_circle_are_refused_like_what_is_not_there(capsys, tmp_path, 
     assert code == 2 and words in message and "try loop" not in message, messages
 
 
+@pytest.mark.parametrize("word", ["images", "recall:pairs=4"])
+def test_a_task_in_the_place_of_data_is_told_its_option(capsys, tmp_path, monkeypatch, word):
+    monkeypatch.chdir(tmp_path)
+    code, _, messages = run(capsys, f"compare {word}")
+    assert code == 2 and f"{word}, which does not exist" in messages and f"try --task {word}" in messages
+
+
 def test_a_full_disk_is_told_in_a_sentence(capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "table.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -233,6 +234,11 @@ def describe_tasks(
         name, _, rest = described.partition(":")
         named.append((name, read_options(rest, name)))
     if not chosen:
+        for word in data or ():
+            if word.partition(":")[0] in TASKS and not Path(word).exists():
+                raise Unsupported(
+                    f"{word}, which does not exist", supported="files and folders", nearest=f"--task {word}"
+                )
         named = [recognise(data)] if data else [("text", {})]
         name, options = named[0]
         if named != [("text", {})]:
