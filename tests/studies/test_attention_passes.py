@@ -174,7 +174,7 @@ def test_all_rows_of_the_authors_tables():
         estimate("binding", WORKLOADS["BERT"], 1000)
     with pytest.raises(Unsupported, match="whose traffic was recorded"):
         estimate("flat", WORKLOADS["BERT"], 1024, side=64)
-    with pytest.raises(Unsupported, match="whose traffic nobody recorded"):
+    with pytest.raises(Unsupported, match="whose traffic was not recorded"):
         estimate("flat", WORKLOADS["BERT"], 512)
 
 

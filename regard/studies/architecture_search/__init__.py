@@ -200,8 +200,8 @@ def make(chosen: Chosen) -> Reproduction:
             ),
         ),
         left_out=(
-            "WMT'14 En-De and CIFAR-10, which cannot be had here",
-            "cross attention to the last one, two or three encoder layers: the encoder-decoder here reads the last alone",
+            "WMT'14 En-De and CIFAR-10, which are not available here",
+            "cross attention to the last one, two or three encoder layers: the encoder-decoder here reads only the last",
             "that the ranker is orders of magnitude faster than earlier searches: none of those is here",
         ),
         timings=frozenset({"time"}),
@@ -266,7 +266,7 @@ def sections(chosen: Chosen, cells: Cells) -> list[Section]:
     ]
     if learned:
         says = (
-            "Kendall's tau on networks held out, and the loss, with the supernet's weights, of what each method found."
+            "Kendall's tau on held-out networks, and the loss, with the supernet's weights, of what each method found."
         )
         found.append(Section("Ranker and searchers", says, rows=learned))
     return found

@@ -154,7 +154,7 @@ def _three_passes(design: str, workload: Workload, length: int) -> Estimate:
     products = (workload.dim + workload.dim_value) * scores / machine.cells / machine.clock_hz
     if (design, workload.name, length) not in recorded():
         raise Unsupported(
-            f"{design} of {workload.name} at {length} tokens, whose traffic nobody recorded",
+            f"{design} of {workload.name} at {length} tokens, whose traffic was not recorded",
             supported=f"lengths {', '.join(map(str, LENGTHS))} of {', '.join(WORKLOADS)}",
         )
     moved = recorded()[design, workload.name, length].bytes

@@ -274,7 +274,7 @@ def _reductions(words: Words) -> dict[str, str]:
             )
         asked[rank] = operation
     if len(set(asked.values())) > 1:
-        words.place.refuse("two kinds of reduction", supported="one kind a statement: their order would matter")
+        words.place.refuse("two kinds of reduction", supported="one kind per statement, since their order would matter")
     return asked
 
 

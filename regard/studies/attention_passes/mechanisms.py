@@ -18,8 +18,8 @@ from regard.workbench.verification.subjects import Subject
 
 SCALE = 0.3
 """Scale of the scores when a cascade is compared with a definition."""
-UNWRITTEN = "nobody wrote one: put it into the mechanism's file as CASCADE, or give it as a file"
-UNDEFINED = "a module without a card has no definition to compare one with: give it as a file"
+UNWRITTEN = "none is written: put it in the mechanism's file as CASCADE, or give it as a file"
+UNDEFINED = "a module without a card has no definition to compare it with: give it as a file"
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,19 @@ def _of_classes(chosen: Chosen, known: Mapping[str, Measurements]) -> list[Secti
             remarks += [{"cascade": name, "remark": found.written.remark}] if found.written.remark else []
     rows.sort(key=lambda row: (row["passes"], row["cascade"]))
     says = (
-        f"Walks over the keys that each mechanism needs, and what it costs at {TOKENS} queries and keys with the 64 sequences "
-        "and 12 heads of BERT's workload. A cascade that equals its mechanism's definition is off by rounding alone. "
+        f"How often each mechanism passes over its keys, and what it costs at {TOKENS} queries and keys with the 64 sequences "
+        "and 12 heads of BERT's workload. A cascade that equals its mechanism's definition differs from it by rounding alone. "
         "Mcycles are of both arrays together, and of full arrays: the steps of a recurrence, which wait for each other, are counted side by side."
     )
     return [
         Section("Classes", says, (), rows),
         Section("Remarks", "What the table does not say.", (), remarks),
-        Section("Without a cascade", "Mechanisms that the language cannot say, or that nobody wrote.", (), without),
+        Section(
+            "Without a cascade",
+            "Mechanisms that the language cannot express, or whose cascade is not written.",
+            (),
+            without,
+        ),
     ]
 
 
@@ -118,7 +123,7 @@ def _of_designs(known: Mapping[str, Measurements]) -> Section | None:
     }
     pictures = [
         Curves(
-            f"Time of attention a pair of query and key, {models[0]}",
+            f"Time of attention per pair of query and key, {models[0]}",
             "tokens",
             "picoseconds",
             a_pair,
@@ -148,7 +153,7 @@ def _of_designs(known: Mapping[str, Measurements]) -> Section | None:
         )
     )
     says = (
-        "Five designs on equal area, each with one idea more. One pass alone gains nothing on a machine whose cells cannot "
+        "Five designs of equal area, each adding one idea. One pass alone gains nothing on a machine whose cells cannot "
         "exponentiate. What the first two move, and energies, are recorded numbers of the authors."
     )
     return Section("Designs", says, pictures, rows)
@@ -188,7 +193,7 @@ def _of_tiles(known: Mapping[str, Measurements]) -> Section | None:
     curves = {shown: list(zip(map(float, told["tiles"]), told[name], strict=True)) for name, shown in names.items()}
     return Section(
         "Interleaving",
-        "Cycles a tile of the one-pass cascade, scheduled on both arrays.",
+        "Cycles per tile of the one-pass cascade, scheduled on both arrays.",
         [Curves("Cycles a tile", "tiles", "cycles", curves, log_x=True, rising=False)],
     )
 

@@ -120,7 +120,7 @@ def _laid_out(name: str, pattern: Pattern, without: tuple[str, ...] = (), **opti
         f"{TILES}inputs: q[p, e], k[m, e], v[m, f], seen[p, m], scale[]\n{SCALED}"
         f"D[p, m] = qs[p, e] * k[m, e]\nS[p, m] = where(seen[p, m] > 0, D[p, m], -inf){online()}"
     )
-    remark = "its layout is read as a mask, most of its bytes; all pairs are counted, the hidden ones too"
+    remark = "its layout is read as a mask, which is most of its bytes; all pairs are counted, including hidden ones"
     return Written(text, pattern, options, without=without, prepare=seen, remark=remark)
 
 
@@ -495,16 +495,16 @@ WRITTEN: dict[str, Written] = {
 }
 
 CHOOSES = "which keys a query reads is chosen by its data (largest few, sorting, hashing)"
-PARTS = "its parts are over other tokens each (near ones, summaries of far ones), as long as no rank is"
+PARTS = "each of its parts is over other tokens (near ones, summaries of far ones), as long as no rank is"
 
 REASONS: dict[str, str] = {
     **dict.fromkeys(("bilevel_routing", "hard_softmax", "moba", "probsparse", "reformer", "routing", "sea"), CHOOSES),
-    "kernelized_rpe": "its weights are looked up by the offset of key and query, which no plain index says",
+    "kernelized_rpe": "its weights are looked up by the offset of key and query, which a plain index cannot express",
     **dict.fromkeys(("combiner", "compressive", "core_context", "landmark", "lolcats", "long_short"), PARTS),
     "sinkhorn": "its permutation of blocks is found by normalising rows and columns in turn",
     "nystrom": "the inverse of its matrix of landmarks is found by iteration",
     "lara": "its features are drawn at random around means of unequal segments",
-    "positional_attention": "its scores are made of places, by maps of encodings; from scores on it is softmax",
+    "positional_attention": "its scores are computed from positions, by maps of encodings; from the scores on it is softmax",
     "s4d": "its state is of complex numbers",
     "bidirectional_mamba": "it scans along several paths; each of them is mamba's cascade",
     "large_kernel": "a convolution: each token reads its neighbours by offset",

@@ -103,7 +103,7 @@ def refuses(mechanism: str) -> str | None:
     if card.kind not in MIXING:
         return f"it is a {card.kind.value}, and gives no output for each token"
     if card.prepare is not None:
-        return "it inserts tokens of its own into the text"
+        return "it inserts its own tokens into the text"
     return None
 
 

@@ -125,7 +125,7 @@ def _leaderboard(
             )
     says = (
         "The index is the mean of a task's standardised metrics, averaged over tasks: 0 is the mean of those that entered, "
-        "1 a deviation better. ± is its standard error over seeds; rank is the mean place, which one failure does not stretch."
+        "1 a deviation better. ± is its standard error over seeds; rank is the mean rank, which a single failure does not distort."
     )
     return Section("Leaderboards", says, [], rows)
 
@@ -285,7 +285,7 @@ def _benefit(
             )
     says = (
         f"The same backbone with zeros ({NOTHING}) in the place of what attention within a sequence gives. ± is the standard "
-        "error over seeds; whether attention helps is told where the difference is more than two of it."
+        "error over seeds; whether attention helps is stated where the difference is more than two of them."
     )
     return Section("Was attention needed?", says, [], rows)
 
@@ -333,9 +333,7 @@ def _beside(found: Mapping[Pattern, ScoresOf]) -> Section:
                     "here": None if here is None else found[pattern][here].get(AVERAGE),
                 }
             )
-    says = (
-        "The paper's average index beside the one of this table: other data, other competitors; places may be compared."
-    )
+    says = "The paper's average index beside the one in this table: the data and the competitors differ, so only ranks can be compared."
     return Section("Beside the published leaderboards", says, [], rows)
 
 

@@ -264,7 +264,7 @@ def make(chosen: Chosen) -> Reproduction:
         left_out=(
             f"LLaMA-2 and GPT-4 compete with nearest neighbours: {words if installed else f'for SmolLM2-135M: {PACKAGES}'}",
             "frozen layers of GPT-2 and LLaMA: those of the control are frozen as they were drawn",
-            "LSTM, GRU and Hyena: no mechanisms of the catalogue",
+            "LSTM, GRU and Hyena: not mechanisms of the catalogue",
             *(
                 ()
                 if of_fixed_state(chosen)

@@ -57,7 +57,7 @@ class Prompt:
         zero, one = (self._ids(f" {label}") for label in "01")
         if len(zero) != len(one) or zero[:-1] != one[:-1] or zero[-1] == one[-1]:
             raise Unsupported(
-                "a tokenizer whose 0 and 1 differ in more than a token", supported="one token for a digit"
+                "a tokenizer whose 0 and 1 differ in more than one token", supported="one token for a digit"
             )
         self.shared, self.labels = zero[:-1], (zero[-1], one[-1])
 

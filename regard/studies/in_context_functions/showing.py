@@ -112,7 +112,7 @@ def _beyond(cells: Cells, functions: Sequence[str], mechanisms: Sequence[str]) -
                 curves[one] = curve(cells, setting, "longer curve")
     return Section(
         "Beyond training",
-        "The same models on longer contexts than they were trained on, and on inputs that are drawn otherwise.",
+        "The same models on longer contexts than they were trained on, and on inputs drawn from other distributions.",
         [_drawn(f"{functions[0]}: twice as many examples as in training", curves)] if curves else [],
         rows,
     )

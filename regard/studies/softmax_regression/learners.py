@@ -103,7 +103,7 @@ def refuses(mechanism: str) -> str | None:
     try:
         kind = get_mechanism(known_name(mechanism)).kind
         if kind not in ENTER:
-            return f"a layer from tokens to tokens, and no {kind}"
+            return f"a layer from tokens to tokens, not a {kind}"
         with torch.random.fork_rng():
             tasks = Tasks.draw(2, KEYS, WIDTH, torch.Generator().manual_seed(0))
             learner = Learner(mechanism, WIDTH + 1)

@@ -88,7 +88,7 @@ def _bounds(cells: Cells) -> Section:
                 curves[f"{which}, {radius}"] = [(i / max(1, len(values) - 1), v) for i, v in enumerate(values)]
     says = (
         "How far the target moves over what the bounds allow, in sorted draws. The paper's bound cannot fail in practice: it "
-        "allows powers of ten more than anything does, so that its holding says little; the tight one does say something."
+        "allows powers of ten more than anything does, so it tells little that it holds; the tight one does tell something."
     )
     pictures = (
         Curves("Over the tight bound", "share of draws", "ratio", tight),

@@ -100,7 +100,7 @@ def _following(cells: Cells) -> Section | None:
     says = (
         "How far z is from the solution of the equation of infinitely long contexts, over how far that one has gone. "
         + ("" if power is None else f"The error falls as the batch to the power {power:.2f}; ")
-        + "what is left at large batches is of the finite contexts and of the step."
+        + "what is left at large batches is due to the finite contexts and the step size."
     )
     rows = [{"batch": int(size), "error": error} for size, error in zip(sizes, errors, strict=True)]
     errors_by_size: Curve = list(zip(sizes, errors, strict=True))
