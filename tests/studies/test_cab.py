@@ -261,7 +261,7 @@ def test_a_plugin_enters_and_what_cannot_is_refused():
         unregister(card.name)
     for name, why in (
         ("low_rank_pooling", "pooling"),
-        ("landmark", "inserts tokens"),
+        ("landmark", "inserts its own tokens"),
         ("token_parameter", "projection"),
     ):
         with pytest.raises(Unsupported, match=why):
