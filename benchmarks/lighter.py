@@ -28,6 +28,7 @@ from regard.compression import compress, text_windows
 from regard.compression.sparse import at_compression, sparsely
 from regard.core.files import write_text_atomically
 from regard.integrations.transformers import CACHE
+from regard.layers.quantized import QuantizedLinear
 from regard.measurement import provenance
 from regard.measurement.timing import calm_clock, rounds
 from regard.models.weights import weights_bytes
@@ -119,6 +120,12 @@ def quality(model: Any, windows: list[Tensor]) -> float:
     return math.exp(nats / (SCORED * len(windows)))
 
 
+def parameters(model: nn.Module) -> int:
+    """Number of weights, whatever their format; a table of embeddings that is also the head counts once."""
+    packed = sum(x.in_features * x.out_features for x in model.modules() if isinstance(x, QuantizedLinear))
+    return packed + sum(x.numel() for x in model.parameters())
+
+
 def cache_bytes(model: Any, ids: Tensor) -> int:
     """Bytes of the cache that a sequence continues from after a prompt."""
     with torch.inference_mode():
@@ -152,7 +159,7 @@ def measured(
     with nullcontext(model) if row is None else row.change(model, data) as changed:
         found: dict[str, Any] = {
             "perplexity": quality(changed, windows),
-            "parameters": sum(p.numel() for p in changed.parameters()),
+            "parameters": parameters(changed),
             "weights": weights_bytes(changed),
             "cache": cache_bytes(changed, windows[0]),
             "milliseconds": {},

@@ -45,7 +45,17 @@ def lighter_page(data: Mapping[str, Any] | None) -> list[str]:
     families = list(dict.fromkeys(row["family"] for row in data["rows"]))
     ordered = sorted(data["rows"], key=lambda row: families.index(row["family"]))
     rows += [_row(row["name"], row["family"], row, original) for row in ordered]
-    headings = ("what", "family", "perplexity", "lost", "weights", "cache", "prefill, faster", "decode, faster")
+    headings = (
+        "what",
+        "family",
+        "perplexity",
+        "lost",
+        "parameters",
+        "weights",
+        "cache",
+        "prefill, faster",
+        "decode, faster",
+    )
     parts += [_picture(data), table(headings, rows)]
     commands = dict.fromkeys(row["command"] for row in data["rows"])
     parts += [
@@ -69,6 +79,7 @@ def _row(name: str, family: str, row: Mapping[str, Any], original: Mapping[str, 
         family,
         f"{row['perplexity']:.2f}",
         share,
+        units.count(row["parameters"]),
         units.size(row["weights"]),
         units.size(row["cache"]),
         *faster,
