@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from support import close
 
 from regard.core.padding import pad_tokens
+from regard.create import create_layer
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -27,3 +29,15 @@ def test_a_program_for_any_length_splits_a_length_that_needs_no_zeros():
     for n in (7, 10):
         x = torch.randn(2, n, 3, 4, requires_grad=True)
         assert torch.equal(compiled(x), blocks(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("core_context", {"pool": "mean", "group": 4}), ("routing", {"window": 4, "clusters": 2})]
+)
+def test_a_layer_compiled_for_any_length_takes_a_memory_that_needs_no_zeros(name, options):
+    layer = create_layer(name, 8, 2, pattern="causal-cross", **options).double().eval()
+    torch.compiler.reset()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
+    for n, m in ((5, 3), (3, 8)):
+        x, memory = (torch.randn(2, length, 8, dtype=torch.float64) for length in (n, m))
+        close(compiled(x, memory).output, layer(x, memory).output)

@@ -259,11 +259,3 @@ def test_what_a_pattern_lacks_is_refused():
     refused("with a gate", run, qkv(6) | {"gate": torch.zeros(2).double()}, Config())
     refused("N = M", run, qkv(6, 9), Config())
     refused("a query for each key", run, qkv(1, 2), Config(), state=state_of(qkv(6), Config()))
-
-
-def test_a_program_for_every_length_takes_groups_that_need_no_padding():
-    layer = create_layer("core_context", 8, 2, pattern="causal-cross", pool="mean", group=4).double()
-    program = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
-    for n, m in ((5, 6), (3, 8)):
-        x, memory = (torch.randn(2, length, 8, dtype=torch.float64) for length in (n, m))
-        close(program(x, memory).output, layer(x, memory).output)

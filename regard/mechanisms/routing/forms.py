@@ -17,6 +17,7 @@ from regard.contract import (
     lengths_after,
     state_field,
 )
+from regard.core.padding import pad_tokens
 from regard.core.precision import wide, wide_dtype
 from regard.core.ragged import group_queries, take_tokens
 from regard.core.visibility import CountedRanks
@@ -137,7 +138,7 @@ def absorb(
     scores = _visible_scores(_scores(k, centroids), call.valid_keys(k.shape[2]))
     window, missing = call.config.window, max(0, call.config.window - k.shape[2])
     score, chosen = F.pad(scores, (0, missing), value=-torch.inf).topk(window)
-    k, v = (take_tokens(F.pad(x, (0, 0, 0, missing)), chosen.flatten(2)).unflatten(2, chosen.shape[2:]) for x in (k, v))
+    k, v = (take_tokens(pad_tokens(x, 0, missing), chosen.flatten(2)).unflatten(2, chosen.shape[2:]) for x in (k, v))
     past: RoutingState | None = call.state
     if past is not None:
         score, chosen = torch.cat([past.score, score.to(past.score.dtype)], -1).topk(window)
