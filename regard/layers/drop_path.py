@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from regard.contract import Unsupported
+from regard.core.draws import uniform
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,7 +38,7 @@ class DropPath(nn.Module):
         """Drop rows of `x` and scale up the rest; `generator`, if given, is used for the draws."""
         if not self.training or self.probability == 0:
             return x
-        draw = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), generator=generator, device=x.device)
+        draw = uniform((x.shape[0], *(1,) * (x.ndim - 1)), generator, device=x.device)
         return torch.where(draw >= self.probability, x / (1 - self.probability), x.new_zeros(()))
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Loss, Unsupported, at_least, closest, one_of
+from regard.core.draws import uniform
 from regard.core.precision import wide, without_autocast
 from regard.engines.layers import gated_product
 from regard.layers.linear import is_linear, list_linears, make_linear
@@ -41,7 +42,7 @@ def dropout(
         return x
     if generator is None:
         return F.dropout(x, probability)
-    draw = torch.rand(x.shape, generator=generator, device=x.device)
+    draw = uniform(x.shape, generator, device=x.device)
     return torch.where(draw >= probability, x / (1 - probability), x.new_zeros(()))
 
 

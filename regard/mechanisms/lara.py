@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Shape, Unsupported, Waiver, at_least
+from regard.core.draws import normal
 from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.segments import segment_means
 
@@ -137,7 +138,7 @@ def _noise(call: Call, q: Tensor) -> Float[Tensor, "b h c d"] | None:
     if not (call.training and config.noise):
         return None
     shape = (*q.shape[:2], config.landmarks, q.shape[3])
-    drawn = torch.randn(shape, generator=call.generator, device=q.device, dtype=torch.float32)
+    drawn = normal(shape, call.generator, device=q.device, dtype=torch.float32)
     return config.noise * drawn.to(wide_dtype(q))
 
 

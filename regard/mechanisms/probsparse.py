@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Shape, Waiver, at_least
+from regard.core.draws import uniform
 from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.attention import Visibility, attention, ranks
 
@@ -143,7 +144,7 @@ def _places(call: Call, u: int, device: torch.device) -> Float[Tensor, " u"]:
     """The position of each sampled key within its stratum, from 0 to 1."""
     if not (call.training and call.config.jitter):
         return torch.full((u,), 0.5, device=device, dtype=torch.float64)
-    return torch.rand(u, generator=call.generator, device=device, dtype=torch.float64)
+    return uniform((u,), call.generator, device=device, dtype=torch.float64)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

@@ -65,6 +65,7 @@ from regard.contract import (
     at_least,
     state_field,
 )
+from regard.core.draws import uniform
 from regard.core.padding import pad_tokens
 from regard.core.precision import wide_dtype, without_autocast
 from regard.core.ragged import take_tokens, values_known
@@ -232,8 +233,8 @@ def _noisy(call: Call, scores: Float[Tensor, "b h rows columns"]) -> Float[Tenso
     """A, the logits of P. Every form draws the noise in float32."""
     logits = (scores + EPS).log()
     if call.training and call.config.noise:
-        uniform = torch.rand(scores.shape, generator=call.generator, device=scores.device).clamp(1e-6, 1 - 1e-6)
-        logits = logits - (-uniform.to(scores.dtype).log()).log()
+        drawn = uniform(scores.shape, call.generator, device=scores.device).clamp(1e-6, 1 - 1e-6)
+        logits = logits - (-drawn.to(scores.dtype).log()).log()
     return logits / call.config.temperature
 
 

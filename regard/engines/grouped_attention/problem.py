@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import BlockMask
+from regard.core.draws import uniform
 from regard.core.precision import wide
 from regard.core.visibility import PositionBias, Ranks
 
@@ -39,14 +40,14 @@ class Dropout:
         """Drop some of the weights and scale up the rest."""
         if self.weights == 0:
             return weights
-        kept = torch.rand(weights.shape, generator=self.generator, device=weights.device, dtype=weights.dtype)
+        kept = uniform(weights.shape, self.generator, device=weights.device, dtype=weights.dtype)
         return weights * (kept >= self.weights) / (1 - self.weights)
 
     def of_gates(self, shape: torch.Size, like: Tensor) -> Tensor | None:
         """Factors of 0 or 1 / (1 - gates) for each gate; None if no gate is dropped."""
         if self.gates == 0:
             return None
-        kept = torch.rand(shape, generator=self.generator, device=like.device, dtype=wide(like).dtype) >= self.gates
+        kept = uniform(shape, self.generator, device=like.device, dtype=wide(like).dtype) >= self.gates
         return kept / (1 - self.gates)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Role, Unsupported, at_least, one_of
+from regard.core.draws import uniform
 from regard.core.precision import wide
 from regard.core.visibility import Ranks, Visibility, masked_scores_bias, ranks
 from regard.engines.grouped_attention import Dropout, product
@@ -185,7 +186,7 @@ def controlled_by_miss(call: Call, landmark: Bool[Tensor, "..."], miss: Tensor |
     """Landmarks of a whole call that the miss key controls: a random share in training, else none."""
     if miss is None or not call.training:
         return torch.zeros_like(landmark)
-    draw = torch.rand(landmark.shape, generator=call.generator, device=landmark.device)
+    draw = uniform(landmark.shape, call.generator, device=landmark.device)
     return landmark & (draw < call.config.miss_share)
 
 

@@ -15,6 +15,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.draws import normal
 from regard.core.precision import wide
 
 if TYPE_CHECKING:
@@ -204,6 +205,6 @@ def prepare_logits(call: Call, routed: Tensor | None) -> Tensor | None:
         logits = logits * variance.clamp(min=config.eps**2).rsqrt()
     logits = call.scale * logits
     if config.noise and call.training:
-        draw = torch.randn(logits.shape, generator=call.generator, dtype=logits.dtype, device=logits.device)
+        draw = normal(logits.shape, call.generator, device=logits.device, dtype=logits.dtype)
         logits = logits + config.noise * draw
     return logits

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Loss, Pattern, Result, State, Unsupported, lengths_after, state_field
+from regard.core.draws import uniform
 from regard.core.precision import wide
 from regard.core.visibility import Ranks, ranks
 from regard.engines.cache import append
@@ -190,7 +191,7 @@ def _draw_jitter(call: Call, batch: int, m: int, device: torch.device) -> Float[
     config: Config = call.config
     if not call.training or config.jitter == 0:
         return None
-    draw = torch.rand(batch, m + 1, generator=call.generator, device=device, dtype=torch.float64)
+    draw = uniform((batch, m + 1), call.generator, device=device, dtype=torch.float64)
     return (1.5 * draw[:, 1:] - 0.75) * (draw[:1, :1] < config.jitter)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.draws import normal, uniform
 from regard.engines.attention import (
     Ranks,
     Visibility,
@@ -166,7 +167,7 @@ def draw_keys(call: Call, ratio: float, keys: Int[Tensor, "#b m"], batch: int) -
     if call.config.per_sample or call.config.mode == "bernoulli":
         keys = keys.expand(batch, -1)
     exists = keys >= 0
-    draw = torch.rand(keys.shape, generator=call.generator, device=keys.device, dtype=torch.float64)
+    draw = uniform(keys.shape, call.generator, device=keys.device, dtype=torch.float64)
     return exists & (draw < ratio) if call.config.mode == "bernoulli" else _lowest(draw, exists, ratio)
 
 
@@ -214,7 +215,7 @@ def draw_windows(call: Call, ratio: float, keys: Int[Tensor, "#b m"], batch: int
     queries = F.pad(torch.arange(n, device=keys.device), (0, number * width - n), value=-1).view(number, width)
     windows = F.pad(order, (0, number * width - n), value=-1).view(rows, number, width)
     if config.mode != "local":
-        draw = torch.rand(windows.shape, generator=call.generator, device=keys.device, dtype=torch.float64)
+        draw = uniform(windows.shape, call.generator, device=keys.device, dtype=torch.float64)
         kept = _slots(_lowest(draw, windows >= 0, ratio), ratio)
         return _Windows(queries, torch.where(kept < 0, -1, windows.gather(-1, kept.clamp(min=0))))
     if config.neighbours:
@@ -257,10 +258,9 @@ def _noise(call: Call, shape: tuple[int, ...], width: int, device: torch.device)
     """Draw noise of standard deviation sigma."""
     config: Config = call.config
     sigma = width if config.sigma is None else config.sigma
-    where: Any = {"generator": call.generator, "device": device, "dtype": torch.float64}
     if config.noise == "normal":
-        return sigma * torch.randn(shape, **where)
-    centred = 2 * torch.rand(shape, **where) - 1
+        return sigma * normal(shape, call.generator, device=device, dtype=torch.float64)
+    centred = 2 * uniform(shape, call.generator, device=device, dtype=torch.float64) - 1
     if config.noise == "uniform":
         return sigma * math.sqrt(3) * centred
     size = torch.finfo(torch.float64).tiny

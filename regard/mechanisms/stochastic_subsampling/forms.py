@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Pattern, Result, Unsupported
+from regard.core.draws import uniform
 from regard.core.precision import wide_dtype
 from regard.core.ragged import take_queries
 from regard.core.visibility import DistanceBias, PositionBias
@@ -247,6 +248,6 @@ def _with_own_key(
     joins = joins & (score != -torch.inf)
     share = torch.where(joins, torch.sigmoid(torch.where(joins, score, 0) - lse.to(dtype)), 0)[..., None]
     if call.dropout:
-        draw = torch.rand(share.shape, generator=call.generator, device=share.device)
+        draw = uniform(share.shape, call.generator, device=share.device)
         v = torch.where(draw < call.dropout, 0, v / (1 - call.dropout))
     return ((1 - share) * output.to(dtype) + share * v).to(output.dtype)

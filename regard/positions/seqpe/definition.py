@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Loss, Unsupported
+from regard.core.draws import uniform
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -156,7 +157,7 @@ class DigitEncoder(nn.Module):
     def _dropped(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.training or self.dropout == 0:
             return x
-        draw = torch.rand(x.shape, generator=generator, device=x.device)
+        draw = uniform(x.shape, generator, device=x.device)
         return torch.where(draw >= self.dropout, x / (1 - self.dropout), 0)
 
 

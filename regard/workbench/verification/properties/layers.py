@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -266,6 +267,20 @@ def sequences(layer: LayerSubject, n: int, **more: Any) -> tuple[tuple[Tensor, .
     return inputs, layer.context(n, layer.roles(m), generator=None, **more)
 
 
+def drawing_alike(*calls: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """A function that returns the results of all `calls`, each of which draws the same numbers from PyTorch's generator."""
+
+    def call_all(*arguments: Any, **options: Any) -> list[Any]:
+        found = []
+        with torch.random.fork_rng(devices=[]):
+            for call in calls:
+                torch.manual_seed(0)
+                found.append(call(*arguments, **options))
+        return found
+
+    return call_all
+
+
 def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
     """The difference between the layer compiled without a graph break and the eager one."""
     layer = LayerSubject(subject, dtype)
@@ -276,7 +291,7 @@ def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eage
 
     torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend=backend)
-    return relative_error(compiled(inputs, context), call(inputs, context))
+    return relative_error(*drawing_alike(compiled, call)(inputs, context))
 
 
 def layer_recompile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
@@ -295,7 +310,7 @@ def layer_recompile(subject: Subject, dtype: torch.dtype, backend: str = "aot_ea
     errors = []
     for n in (10, 17, 6):
         inputs, context = sequences(layer, n, mask=Mask(lengths=torch.tensor([n, 4])), want=want)
-        (found, after), (expected, wanted) = compiled(inputs, context), call(inputs, context)
+        (found, after), (expected, wanted) = drawing_alike(compiled, call)(inputs, context)
         errors.append(relative_error(found, expected))
         if want:  # states may differ in their empty slots
             errors.append(relative_error(*(layer.layer.step(inputs[0][:, 0], state)[0] for state in (after, wanted))))
@@ -314,9 +329,9 @@ def layer_export(subject: Subject, dtype: torch.dtype) -> float:
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
     inputs, context = sequences(layer, 10)
-    program = export(layer.layer, *inputs, context=context, lengths=False)
-    expected = layer.layer(*inputs, context=context).output
-    return relative_error(program.module()(*inputs, context=context).output, expected)
+    program = export(layer.layer, *inputs, context=context, lengths=False).module()
+    found, expected = drawing_alike(program, layer.layer)(*inputs, context=context)
+    return relative_error(found.output, expected.output)
 
 
 def layer_lengths(subject: Subject, dtype: torch.dtype) -> float:
@@ -329,8 +344,8 @@ def layer_lengths(subject: Subject, dtype: torch.dtype) -> float:
     errors = []
     for n in (10, 150):
         inputs, context = sequences(layer, n)
-        expected = layer.layer(*inputs, context=context).output
-        errors.append(relative_error(program(*inputs, context=context).output, expected))
+        found, expected = drawing_alike(program, layer.layer)(*inputs, context=context)
+        errors.append(relative_error(found.output, expected.output))
     return worst(errors)
 
 
