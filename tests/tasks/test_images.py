@@ -302,7 +302,7 @@ def linked(folder):
         (lambda folder: folder.parent / "pet", "pets"),
         (lambda folder: folder / "cat" / "0.png", "is not a folder"),
         (lambda folder: "digit", "try digits"),
-        (lambda folder: [folder], "sub-folder a class"),
+        (lambda folder: [folder], "sub-folder per class"),
     ],
 )
 def test_unusable_folders_are_refused_with_what_is_wrong(folder, make, told):

@@ -248,7 +248,6 @@ MECHANISM = Mechanism(
             Waiver(name, "keys are drawn for one call, of the length and the rows that it has", variants=DRAWING)
             for name in ("layer_padding", "layer_packing", "layer_decoding")
         ),
-        Waiver("layer_onnx", "ONNX Runtime draws other numbers", variants=DRAWING),
     ),
 )
 

@@ -359,13 +359,15 @@ def layer_onnx(subject: Subject, dtype: torch.dtype) -> float:
 
     layer = LayerSubject(subject, dtype)
     inputs, context = sequences(layer, 20)
+    expected = layer.layer(*inputs, context=context).output
+    if not torch.equal(layer.layer(*inputs, context=context).output, expected):  # it draws, as ONNX Runtime does not
+        raise NotApplicable
     program = export_onnx(layer.layer, *inputs, context=context, lengths=False, optimize=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options)
     tensors = (x for x in (*inputs, context.roles) if x is not None)
     given = {x.name: t.numpy() for x, t in zip(session.get_inputs(), tensors, strict=True)}
-    expected = layer.layer(*inputs, context=context).output
     return relative_error(torch.from_numpy(session.run(None, given)[0]), expected)
 
 
