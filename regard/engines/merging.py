@@ -22,7 +22,8 @@ def merge(
 ) -> Float[Tensor, "b h n v"]:
     """The output over all keys, each of which is in one part; 0 for a query that sees none, with finite gradients.
 
-    Without gradients, the first of `outputs` is overwritten with the result.
+    Without gradients, the first of `outputs` is overwritten with the result, except in a program, which may be run with
+    gradients later.
 
     Args:
         factors: c of each part; ones when None.
@@ -36,7 +37,7 @@ def merge(
     shares = torch.where(empty, 0, torch.where(nothing, 0, lse).softmax(0)).to(outputs[0].dtype)[..., None]
     if factors is not None:
         shares = torch.stack([share * c[..., None] for share, c in zip(shares, factors, strict=True)])
-    if any(part.requires_grad for part in (shares, *outputs)):
+    if torch.compiler.is_compiling() or any(part.requires_grad for part in (shares, *outputs)):
         total = shares[0] * outputs[0]
         for share, output in zip(shares[1:], outputs[1:], strict=True):
             total = torch.addcmul(total, share, output)

@@ -55,6 +55,7 @@ from regard.contract import (
     Shape,
     at_least,
 )
+from regard.core.visibility import surely
 from regard.engines import attention_forms
 from regard.engines.attention import Visibility, attention_reference, masked_scores_bias, ranks
 
@@ -115,10 +116,13 @@ def _blocks(call: Call, q: Tensor) -> BlockMask | None:
     """The block layout of each row; None if every row is too short to have hidden pairs."""
     _, heads, n, _ = q.shape
     config: Config = call.config
-    if n < config.shortest:
+    if surely(n < config.shortest):
         return None
     lengths = torch.full((1,), n, device=q.device) if call.lengths is None else call.lengths
-    return BlockMask(visible_blocks(config, lengths, math.ceil(n / config.block), heads), config.block)
+    count = math.ceil(n / config.block)
+    if torch.compiler.is_compiling():
+        count = max(2, count)  # if there were one, the program would serve no other number
+    return BlockMask(visible_blocks(config, lengths, count, heads), config.block)
 
 
 def visible_blocks(
@@ -140,8 +144,7 @@ def visible_blocks(
     # the number of blocks is hashed too, so that rows of different lengths are drawn differently
     draws = _hash(_hash(_hash(_hash(head + (config.seed & 0xFFFFFFFF)) + beta) + gamma) + blocks[:, None])
     draws = draws.masked_fill(seen | (gamma >= blocks)[:, None], 1 << 32)
-    chosen = draws.argsort(dim=-1, stable=True)[..., : config.random_blocks]
-    drawn = torch.zeros_like(draws, dtype=torch.bool).scatter(-1, chosen, True)
+    drawn = draws.argsort(dim=-1, stable=True).argsort(dim=-1) < config.random_blocks
     return seen | (drawn & (draws < 1 << 32))
 
 

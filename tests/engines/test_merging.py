@@ -66,3 +66,17 @@ def test_factors_multiply_the_weights_of_their_parts_and_not_the_normaliser():
     with torch.no_grad():
         close(merge([o.clone() for o in outputs], lses, factors), expected)
         close(merge(outputs[:1], lses[:1], factors[:1]), factors[0][..., None] * outputs[0])
+
+
+def test_a_program_made_without_gradients_runs_with_them():
+    class Merged(torch.nn.Module):
+        def forward(self, outputs, lses):
+            return merge(outputs.unbind(0), lses.unbind(0))
+
+    outputs, lses = torch.randn(2, 1, 2, 3, 4), torch.randn(2, 1, 2, 3)
+    program = torch.export.export(Merged(), (outputs, lses)).module()
+    given = outputs.clone().requires_grad_()
+    found = program(given, lses)
+    close(found, merge([part.clone() for part in outputs], list(lses)), 1e-6)
+    found.sum().backward()
+    assert given.grad is not None and given.grad.abs().sum() > 0

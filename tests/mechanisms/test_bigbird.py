@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regard.contract import Mask
 from regard.create import create_layer
+from regard.integrations.export import export
 from regard.mechanisms.bigbird import MECHANISM, Config, visible_blocks
 
 SMALL = {"block": 2, "random_blocks": 1}
@@ -118,3 +119,12 @@ def test_parity_with_transformers():
     close(result.extras["weights"], arrays["attn"], 1e-10)
     output = result.output.transpose(1, 2).reshape(arrays["out"].shape)
     check_recorded(arrays, output, tensors, 1e-10)
+
+
+@pytest.mark.parametrize("options", [SMALL, {}])
+def test_a_program_serves_lengths_with_and_without_hidden_blocks(options):
+    layer = create_layer("bigbird", 8, 2, pattern="noncausal-self", **options).double().eval()
+    program = export(layer, torch.randn(2, 7, 8, dtype=torch.float64)).module()
+    for n in (3, 40, Config(**options).shortest + 5):
+        x = torch.randn(2, n, 8, dtype=torch.float64)
+        close(program(x).output, layer(x).output)
