@@ -31,6 +31,7 @@ from regard.integrations.transformers import CACHE
 from regard.layers.quantized import QuantizedLinear
 from regard.measurement import provenance
 from regard.measurement.timing import calm_clock, rounds
+from regard.models.parameters import count_parameters
 from regard.models.weights import weights_bytes
 from regard.tasks.packaged import package_folder, read_verse_pairs
 from regard.training import keep_freed_memory
@@ -123,7 +124,7 @@ def quality(model: Any, windows: list[Tensor]) -> float:
 def parameters(model: nn.Module) -> int:
     """Number of weights, whatever their format; a table of embeddings that is also the head counts once."""
     packed = sum(x.in_features * x.out_features for x in model.modules() if isinstance(x, QuantizedLinear))
-    return packed + sum(x.numel() for x in model.parameters())
+    return packed + count_parameters(model)
 
 
 def cache_bytes(model: Any, ids: Tensor) -> int:

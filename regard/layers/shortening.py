@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Context, Unsupported, at_least, one_of, valid_from_lengths
+from regard.core.grids import image_of, tokens_of
 from regard.core.ragged import Gathering, inner_mask
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
@@ -127,7 +128,7 @@ class Windows(Shortening):
         if self.kind == "convolution" and x.shape[1] == 0:
             y = x.new_zeros(x.shape[0], 0, self.out_dim)  # torch cannot convolve inputs shorter than the filter
         elif self.kind == "convolution":
-            y = self.projection(x.mT.unflatten(2, sides)).flatten(2).mT
+            y = tokens_of(self.projection(image_of(x, sides)))
             y = self.norm(y)
         elif self.kind == "merge":
             y = self.projection(self.norm(windows(x, sides, self.size).flatten(2)))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.backends.operators import transformed
+from regard.core.draws import uniform
 from regard.core.padding import pad_tokens
 from regard.core.precision import wide_dtype
 from regard.core.visibility import PositionBias, Ranks, Visibility, masked_scores_bias
@@ -108,7 +109,7 @@ class Weighting:
         kept, largest = weights, self.problem.largest
         if self.problem.dropout > 0:
             generator = None if seed is None else torch.Generator(q.device).manual_seed(seed)
-            keep = torch.rand(weights.shape, generator=generator, device=q.device, dtype=dtype) >= self.problem.dropout
+            keep = uniform(weights.shape, generator, device=q.device, dtype=dtype) >= self.problem.dropout
             kept = weights * keep / (1 - self.problem.dropout)
         if largest is not None:
             kept, weights = only_largest(kept, largest), only_largest(weights, largest)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.contract import Call, Pattern, Result
+from regard.core.draws import uniform
 from regard.core.precision import wide_dtype
 from regard.core.ragged import check_pairs
 from regard.core.visibility import DistanceBias
@@ -233,7 +234,7 @@ def _mixer(
         kept = weights
         if call.dropout > 0:
             generator = None if seed is None else torch.Generator(q.device).manual_seed(seed)
-            keep = torch.rand(weights.shape, generator=generator, device=q.device, dtype=q.dtype) >= call.dropout
+            keep = uniform(weights.shape, generator, device=q.device, dtype=q.dtype) >= call.dropout
             kept = weights * keep / (1 - call.dropout)
         output = (kept @ v).masked_fill(~some, 0)
         if "weights" not in call.want:
