@@ -267,7 +267,7 @@ MECHANISM = Mechanism(
     },
     config=Config,
     variants={
-        "fixed length": {"length": 100, "eps": 1e-3},
+        "fixed length": {"length": 200, "eps": 1e-3},
     },
     engine="gated_recurrence",
     state=CosformerState,

@@ -251,7 +251,7 @@ MECHANISM = Mechanism(
     forms={"reference": reference, "parallel": parallel, "absorb": absorb, "read": read},
     config=Config,
     variants={
-        "one mixture for keys and values": {"sharing": "key-value", "projected": 3, "length": 150},
+        "one mixture for keys and values": {"sharing": "key-value", "projected": 3, "length": 200},
         "mixtures of their own": {"sharing": "none", "projected": 5, "length": 200},
     },
     engine="attention",

@@ -341,16 +341,20 @@ def _windows(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, dilation
     n, m = q.shape[2], k.shape[2]
     output = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
-    for residue in range(min(dilation, n)):
+    any_length = isinstance(n, torch.SymInt)  # for an exported program
+    for residue in range(dilation if any_length else min(dilation, n)):
         # among the slots of one residue, a dilated window is an ordinary window
         start = (m - n + residue) % dilation
         part, keys = slice(residue, None, dilation), slice(start, None, dilation)
         offset = (m - n + residue - start) // dilation
-        count = torch.arange(len(range(start, m, dilation)), device=q.device)
-        exists = torch.where(where.keys[:, keys] >= 0, count, -1)
-        queries = torch.arange(len(range(residue, n, dilation)), device=q.device)[None] + offset
+        exists = where.keys[:, keys] >= 0
+        exists = torch.where(exists, torch.arange(exists.shape[1], device=q.device), -1)
+        queries = torch.arange(q[:, :, part].shape[2], device=q.device)[None] + offset
         there = Ranks(queries, exists, offset, None, plain=False)
-        found = attend_to_part(call, q[:, :, part], k[:, :, keys], v[:, :, keys], there, rule)
+        own, near, values = q[:, :, part], k[:, :, keys], v[:, :, keys]
+        if any_length:  # a slice's strides would tie the program to one length
+            own, near, values = own.contiguous(), near.contiguous(), values.contiguous()
+        found = attend_to_part(call, own, near, values, there, rule)
         output[:, :, part], lse[:, :, part] = found
     return output, lse
 

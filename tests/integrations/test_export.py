@@ -112,6 +112,20 @@ def test_onnx_of_torch_alone_solves_the_equations_of_the_delta_rule():
         close(torch.from_numpy(found), layer(x).output, 1e-5)
 
 
+def test_a_dilated_window_is_a_program_for_every_length_above_its_dilation():
+    layer = create_layer("longformer", 8, 2, window=2, dilation=(1, 4)).double().eval()
+    program = export(layer, torch.randn(2, 20, 8).double()).module()
+    for n in (9, 23, 64):
+        x = torch.randn(2, n, 8).double()
+        close(program(x).output, layer(x).output, 1e-12)
+
+
+def test_rounds_of_merging_are_a_program_for_one_length():
+    layer = create_layer("agent", 8, 2, pattern="noncausal-self", agent_source="token_merge", num_agents=3).eval()
+    with pytest.raises(Unsupported, match=r"for every length with agent_source='token_merge'.*lengths=False"):
+        export(layer, torch.randn(2, 20, 8))
+
+
 def test_training_is_not_exported():
     with pytest.raises(Unsupported, match="training mode"):
         export(create_layer("softmax", 16, 2), torch.randn(2, 20, 16))

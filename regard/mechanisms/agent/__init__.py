@@ -190,6 +190,7 @@ MECHANISM = Mechanism(
             patterns=(Pattern.NONCAUSAL_CROSS,),
             variants=("pooled",),
         ),
+        Waiver("layer_lengths", "its rounds of merging are fixed when the program is compiled", variants=("merged",)),
     ),
 )
 

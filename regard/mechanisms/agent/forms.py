@@ -224,6 +224,12 @@ def _bins(
 def _merged(tokens: Bool[Tensor, "b n"] | None, q: Float[Tensor, "b h n d"], number: int) -> Bool[Tensor, "b a n"]:
     """Mask of the tokens in each agent after rounds of bipartite merging down to `number`."""
     batch, _, n, _ = q.shape
+    if isinstance(n, torch.SymInt):
+        raise Unsupported(
+            "a program for every length with agent_source='token_merge' (its rounds are fixed when it is compiled)",
+            supported="one length",
+            nearest="lengths=False",
+        )
     layout = gathering(None if tokens is None else Mask(valid=tokens), batch, n, q.device)
     # the cosine of two means is that of their sums, so sizes need not be carried along
     sums = layout.gather(_float(q).transpose(1, 2).flatten(2), axis=1)

@@ -319,8 +319,7 @@ def layer_recompile(subject: Subject, dtype: torch.dtype, backend: str = "aot_ea
 
 def _one_length(subject: Subject) -> bool:
     """Whether a program serves only the length of its example, according to the card or because it works on a grid."""
-    waived = (w for w in subject.card.waivers if not w.variants)
-    return subject.on_grid or any(w.concerns("layer_lengths", subject.pattern) for w in waived)
+    return subject.on_grid or subject.waives("layer_lengths")
 
 
 def layer_export(subject: Subject, dtype: torch.dtype) -> float:
