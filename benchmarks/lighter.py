@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from regard.compression import compress, text_windows
 from regard.compression.sparse import at_compression, sparsely
 from regard.core.files import write_text_atomically
-from regard.integrations.transformers import CACHE
+from regard.integrations.transformers import CACHE, unfuse_layers
 from regard.layers.quantized import QuantizedLinear
 from regard.measurement import provenance
 from regard.measurement.timing import calm_clock, rounds
@@ -51,7 +51,7 @@ class Row:
     Attributes:
         family: the survey's family of methods.
         name: the method, as regard's commands spell it.
-        command: the command that applies it.
+        command: the command that applies it; empty if there is none.
         change: a context manager that yields the changed model, for as long as the block runs.
     """
 
@@ -59,6 +59,14 @@ class Row:
     name: str
     command: str
     change: Callable[[nn.Module, list[Any]], Any]
+
+
+@contextmanager
+def own_code(model: nn.Module, data: list[Any]) -> Iterator[nn.Module]:
+    """The same model as transformers runs it; `subject.load` has fused its layers."""
+    changed = copy.deepcopy(model)
+    unfuse_layers(changed)
+    yield changed
 
 
 @contextmanager
@@ -80,7 +88,8 @@ def rows() -> list[Row]:
         "pruning": ("wanda:ratio=0.5", "sparsegpt:ratio=0.5", "structured:neurons=0.2", "structured:layers=2"),
         "both": ("structured:neurons=0.2 + int8",),
     }
-    found = [
+    found = [Row("unchanged", "transformers", "", own_code)]
+    found += [
         Row(family, recipe, f'regard compress MODEL --recipe "{recipe}" --output small/', _recipe(recipe))
         for family, own in recipes.items()
         for recipe in own

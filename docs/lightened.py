@@ -38,8 +38,9 @@ def lighter_page(data: Mapping[str, Any] | None) -> list[str]:
         f"{setting['model']} on {setting['data']}: perplexity of {setting['scored']} tokens, each read after a prompt of "
         f"{setting['prompt']} and those before it, through the cache; the same windows for every row. {setting['calibration']} other "
         f'windows calibrate. Prefill is the prompt, decode a token after it; "faster" is the median of the ratios to the '
-        f"original, in turns in one process ({setting['cpu']}, {setting['threads']} threads, torch {setting['torch']}). The model's "
-        f"weights come from a 4-bit file, so that 4 bits lose less here than elsewhere."
+        f"original, in turns in one process ({setting['cpu']}, {_threads(setting['threads'])}, torch {setting['torch']}). All rows but "
+        f"`transformers`, which is the model's own code, decode as `regard generate` does, in few native calls where the layers "
+        f"allow it. The model's weights come from a 4-bit file, so that 4 bits lose less here than elsewhere."
     )
     rows = [_row("original", "", original, original)]
     families = list(dict.fromkeys(row["family"] for row in data["rows"]))
@@ -57,7 +58,7 @@ def lighter_page(data: Mapping[str, Any] | None) -> list[str]:
         "decode, faster",
     )
     parts += [_picture(data), table(headings, rows)]
-    commands = dict.fromkeys(row["command"] for row in data["rows"])
+    commands = dict.fromkeys(row["command"] for row in data["rows"] if row["command"])
     parts += [
         "Weights and cache are bytes in memory, the cache that of the prompt. Zeros in weights save "
         "nothing here, sparse methods keep the cache unless they say so, and a method that costs more time to choose than it saves "
@@ -68,6 +69,10 @@ def lighter_page(data: Mapping[str, Any] | None) -> list[str]:
         "```sh\n" + "\n".join(commands) + "\n```",
     ]
     return parts
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _row(name: str, family: str, row: Mapping[str, Any], original: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -12,6 +13,8 @@ import torch
 from byte_tokenizer import save_byte_tokenizer
 from command_line import answer, run
 
+from regard.backends.native import library
+from regard.compression import compress
 from regard.compression.recipes import read_recipes
 from regard.contract import Unsupported
 from regard.measurement.budget import Budget
@@ -20,6 +23,7 @@ from regard.workbench.lighter import study as studies
 from regard.workbench.lighter.report import cells
 from regard.workbench.lighter.study import Row, Study, caution, loss_of, recommend, study
 from regard.workbench.lighter.subjects import open_subject
+from regard.workbench.lighter.subjects.language import CausalModel
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs\n" * 400
 
@@ -191,6 +195,19 @@ def test_a_model_of_transformers_is_compressed_and_used_on_the_command_line(caps
     assert score["metric"] == "perplexity" and abs(score["score"] / found["original"]["quality"] - 1) < 0.1
     original = answer(capsys, "evaluate", model, text)
     assert original["score"] != score["score"] and abs(original["score"] / score["score"] - 1) < 0.1
+
+
+@pytest.mark.skipif(library.why_missing() is not None, reason="no native library")
+def test_recipes_are_timed_as_the_commands_decode_with_all_layers_in_one_native_call(causal, monkeypatch):
+    subject = CausalModel(causal[0], [str(causal[1])], 64)
+    original, seen, call = subject.load(), [], library.call
+    small = compress(copy.deepcopy(original), "int8").model
+    monkeypatch.setattr(library, "call", lambda arguments: (seen.append(arguments.kernel), call(arguments)))
+    for model in (original, small):
+        decode = subject.timed(model)["decode"]
+        seen.clear()
+        decode()
+        assert seen.count("decoder_layers") == 1 and "attention" not in " ".join(seen)
 
 
 def test_times_are_those_of_the_device_that_is_asked_for(causal, monkeypatch):
