@@ -87,6 +87,8 @@ def _type_name(hint: Any) -> str:
     arms, origin = typing.get_args(hint), typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(_type_name, arms))
+    if origin is tuple and arms[1:] == (...,):
+        return f"a tuple of {_type_name(arms[0])}"
     if origin is tuple:
-        return f"({', '.join('...' if arm is ... else _type_name(arm) for arm in arms)})"
+        return f"({', '.join(map(_type_name, arms))})"
     return "None" if hint is type(None) else getattr(origin or hint, "__name__", str(hint))

@@ -14,6 +14,7 @@ from regard.catalogue import list_mechanisms
 from regard.create import build_layer
 from regard.functional import function_name
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
+from regard.models.vision.van import VANConfig
 from regard.workbench.verification.subjects import Subject
 
 WRONG = [3, -1, 2.5, float("nan"), "x", (1, 2), [1], {}, {"weights"}, True, None, object()]
@@ -136,3 +137,9 @@ def test_a_step_without_a_state_is_the_first_token(name):
 def test_a_step_takes_one_token_a_row():
     with pytest.raises(Unsupported, match=r"step on x_t of shape \(2, 5, 16\); supported: one token per row, \(B, C\)"):
         create_layer("gated_linear", 16, 2).step(X)
+
+
+@pytest.mark.parametrize(("option", "wanted"), [("widths", "a tuple of int"), ("image_size", "int")])
+def test_the_type_that_an_option_takes_is_said_in_words(option, wanted):
+    with pytest.raises(Unsupported, match=rf"{option}='x' of a VANConfig; supported: {wanted}"):
+        VANConfig(**{option: "x"})

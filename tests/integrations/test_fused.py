@@ -14,6 +14,7 @@ from support import GRAPH
 
 import regard
 from regard.backends.native import library
+from regard.compression.sparse import sparsely
 from regard.contract import Recurrence
 from regard.engines.decoder_layer import Places, State, Weight, unfit
 from regard.integrations.collecting import collect_losses
@@ -87,6 +88,46 @@ def _wide(make):
         return make()
     finally:
         SIZES.update(before)
+
+
+@pytest.mark.parametrize(
+    ("method", "fused"),
+    [
+        ("dense", True),
+        ("block_sparse:size=8,blocks=3", True),
+        ("local_sinks:window=16", True),
+        ("snapkv:capacity=24,window=8,local=4,prefix=1", True),
+        ("block_sparse:size=8,blocks=3 + snapkv:capacity=24,window=8,local=4,prefix=1", True),
+        ("pyramidkv:capacity=24,window=8,local=4,prefix=1", False),  # layers of different lengths
+        ("quest:budget=16,page=8", False),
+        ("streaming:capacity=24,sinks=2", False),
+    ],
+)
+def test_sparse_models_that_read_their_whole_cache_decode_in_one_native_call(method, fused, calls):
+    model, tokens = llama(), ids(2, 150)
+    disturb(model)
+
+    def run():
+        with sparsely(model, method) as sparse, torch.inference_mode():
+            found = [model(tokens[:, :60], use_cache=True)]
+            cache = getattr(found[0], bridge.CACHE)
+            for end in (61, *range(63, 140), 150):  # beyond the reserved memory, several at once
+                start = cache.get_seq_length()
+                found.append(model(tokens[:, start:end], **{bridge.CACHE: cache}, use_cache=True))
+            left = cache.layers[0].state.mechanism.select(torch.tensor([1]))
+        return torch.cat([x.logits for x in found], 1), sparse.measured(), left
+
+    expected, counted, state = run()
+    bridge.fuse_layers(model)
+    calls.clear()
+    found, again, left = run()
+    near(found, expected)
+    assert again == pytest.approx(counted)
+    assert calls.count("decoder_layers") == (78 if fused else 0)  # 20 rows of tokens are more than the kernel takes
+    if fused:
+        assert torch.equal(left.ranks[..., :90], state.ranks[..., :90]) and left.even() == state.even() > 90
+        near(left.k[:, :, : left.even()], state.k[:, :, : state.even()])
+    bridge.unfuse_layers(model)
 
 
 @pytest.mark.parametrize("make", [llama, mistral, qwen2])

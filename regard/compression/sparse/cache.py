@@ -94,6 +94,25 @@ class HeadCache(MethodCache):
                 cache.weight[cache._each(0)] = 0
         return dataclasses.replace(cache, counts=cache.counts + 1, length=cache.length + 1)
 
+    def even(self) -> int | None:
+        """The number of tokens that every row and head holds; None if it differs, or if there is more than float32 keys
+        and values to keep on the CPU."""
+        least, most = self._extent()
+        extra = (self.weight, self.low, self.high)
+        plain = type(self) is HeadCache and all(x is None for x in extra)
+        alike = all(x.is_cpu and x.dtype == torch.float32 for x in (self.k, self.v))
+        return most if plain and alike and least == most else None
+
+    def extended(self, tokens: int) -> Self:
+        """The cache after more tokens in every row, whose keys and values the caller writes in the slots after
+        :meth:`even`."""
+        used, cache = int(self.counts.flatten()[0]), self
+        while used + tokens > cache.k.shape[2]:
+            cache = cache._grown()
+        later = torch.arange(tokens, device=cache.length.device)
+        cache.ranks.narrow(2, used, tokens).copy_((cache.length[:, None] + later)[:, None])
+        return dataclasses.replace(cache, counts=cache.counts + tokens, length=cache.length + tokens)
+
     def without(self, slots: Int[Tensor, "b g"], where: Tensor) -> HeadCache:
         """Remove one slot in each row and head where `where` (B, G) is true: the last token moves into it."""
         row, head, last = self._each(-1)

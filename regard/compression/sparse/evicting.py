@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.compression.sparse.cache import HeadCache, with_room
-from regard.compression.sparse.method import Method, Place, count_reads
+from regard.compression.sparse.method import Method, Place, count_whole
 from regard.compression.sparse.prefilling import asked
 from regard.compression.sparse.scores import grouped, key_sums, pooled, top
 from regard.contract import Unsupported, at_least
@@ -172,7 +172,7 @@ class StreamingLLM(Method):
 
     def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
         cache = _evict(cache, self.capacity, _worth(cache, self.sinks))
-        count_reads(q, cache, place, float(cache.counts.sum()), cache.counts.numel())
+        count_whole(cache, place, q.shape[1])
         return cache.read(q, place.scale), cache
 
 
@@ -255,7 +255,7 @@ class H2O(Method):
 
 def _weigh(q: Tensor, cache: HeadCache, place: Place) -> tuple[Float[Tensor, "b g r s"], Tensor]:
     """Softmax weights of a token's queries over the cache, and the attention output."""
-    count_reads(q, cache, place, float(cache.counts.sum()), cache.counts.numel())
+    count_whole(cache, place, q.shape[1])
     weights = grouped(cache.scores(q, place.scale).softmax(-1), cache.k.shape[1])
     values = cache.v[:, :, : weights.shape[-1]].to(weights.dtype)
     return weights, (weights @ values).flatten(1, 2)[:, :, None].to(q.dtype)

@@ -109,8 +109,13 @@ class Method:
         self, q: Float[Tensor, "b h 1 d"], cache: HeadCache, place: Place
     ) -> tuple[Float[Tensor, "b h 1 e"], HeadCache]:
         """The third hook: attention of one token, whose key and value are already cached, and the cache after it."""
-        count_reads(q, cache, place, float(cache.counts.sum()), cache.counts.numel())
+        count_whole(cache, place, q.shape[1])
         return cache.read(q, place.scale), cache
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the third hook reads the whole cache, as softmax attention does."""
+        return type(self).decode is Method.decode
 
 
 @dataclass(frozen=True)
@@ -132,13 +137,22 @@ class Combined(Method):
     def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
         return self.second.decode(q, cache, place)
 
+    @property
+    def reads_all(self) -> bool:
+        return self.second.reads_all
 
-def count_reads(q: Tensor, cache: HeadCache, place: Place, tokens: float, lines: int, more: float = 0.0) -> None:
+
+def count_reads(cache: HeadCache, place: Place, heads: int, tokens: float, lines: int, more: float = 0.0) -> None:
     """Count the reads of one token in the meter: `tokens` keys and values over all `lines`, plus `more` other numbers.
-    A line is a (row, kv head) if query heads read together, else a (row, query head)."""
-    batch, heads = q.shape[:2]
+    A line is a (row, kv head) if the query `heads` read together, else a (row, query head)."""
+    batch = len(cache.length)
     place.meter.count("decode", tokens * (batch * heads / max(lines, 1)), float(sum(cache.length.tolist())) * heads)
     place.meter.read += tokens * (cache.k.shape[-1] + cache.v.shape[-1]) + more
+
+
+def count_whole(cache: HeadCache, place: Place, heads: int) -> None:
+    """Count one token's reads of the whole cache by the query `heads`."""
+    count_reads(cache, place, heads, float(cache.counts.sum()), cache.counts.numel())
 
 
 def call(

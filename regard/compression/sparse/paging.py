@@ -65,12 +65,12 @@ class Quest(Method):
         batch, heads, _, width = q.shape
         groups = cache.k.shape[1]
         if past <= wanted:
-            count_reads(q, cache, place, float(batch * groups * used), batch * groups)
+            count_reads(cache, place, q.shape[1], float(batch * groups * used), batch * groups)
             return cache.read(q, place.scale), cache
         lines = batch * (groups if self.share else heads)
         place.meter.index["decode"] += 4.0 * batch * heads * past * width
         tokens = float(lines * (used - (past - wanted) * self.page))
-        count_reads(q, cache, place, tokens, lines, 2.0 * batch * groups * past * width)
+        count_reads(cache, place, q.shape[1], tokens, lines, 2.0 * batch * groups * past * width)
         output = quest_attention(
             q.to(cache.k.dtype),
             cache.k,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Never
 
 import torch
@@ -152,6 +152,25 @@ class StateLayer(CacheLayerMixin):
         self.state: LayerState | None = None
         self.tokens = 0
         self.shift: Tensor | None = None
+        self._slots: tuple[Any, Any] = (None, None)
+
+    def room(self, count: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`GrowingLayer.room`, for a state with all the keys and values that decoding reads."""
+        assert self.state is not None
+        held = self.state.mechanism.extended(count)
+        self.take(replace(self.state, mechanism=held, length=self.state.length + count), count, self.shift)
+        if self._slots[0] is not held.k:
+            self._slots = held.k, held.v
+        return self._slots
+
+    def is_alike(self, rows: int, length: int) -> bool:
+        """As :meth:`GrowingLayer.is_alike`."""
+        return self.state is not None and len(self.state.length) == rows and self.held() == length
+
+    def held(self) -> int | None:
+        """The number of tokens of which the state holds keys and values; None for other states."""
+        even = None if self.state is None else getattr(self.state.mechanism, "even", None)
+        return None if even is None else even()
 
     def take(self, state: LayerState | None, tokens: int, shift: Tensor | None) -> None:
         """Store the state after `tokens` more tokens."""
@@ -220,7 +239,8 @@ class StateLayer(CacheLayerMixin):
 def places(cache: Any, layers: Sequence[int], rows: int, tokens: int) -> Places | None:
     """The keys and values of these layers in a cache, with room for `tokens` more in each row, which count as present
     from now on. None where the cache lacks the keys of a layer, or has them in another form (kind of cache, length,
-    dtype or device); nothing is changed then.
+    dtype or device); nothing is changed then. A state of a sparse method (:mod:`regard.compression.sparse`) that
+    decoding reads as a whole counts as keys and values.
 
     A cache of another kind may have its own method `places(layers, rows, tokens)`.
     """
@@ -230,8 +250,9 @@ def places(cache: Any, layers: Sequence[int], rows: int, tokens: int) -> Places 
         return found
     if type(cache) not in (DynamicCache, GrowingCache) or len(cache.layers) <= max(layers):
         return None
-    length = cache.layers[layers[0]].get_seq_length()
-    if length == 0 or any(type(cache.layers[i]) not in (DynamicLayer, GrowingLayer) for i in layers):
+    first = cache.layers[layers[0]]
+    length = first.held() if isinstance(first, StateLayer) else first.get_seq_length()
+    if not length or any(type(cache.layers[i]) not in (DynamicLayer, GrowingLayer, StateLayer) for i in layers):
         return None
     for i in layers:
         cache.layers[i] = GrowingLayer.of(cache.layers[i])

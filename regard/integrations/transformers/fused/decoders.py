@@ -82,6 +82,7 @@ class Stack(NamedTuple):
         indices: cache indices of all layers with softmax attention in runs.
         recurrences: all layers with a recurrence; None where there are none.
         apart: the parts when each layer with a recurrence runs alone.
+        counted: mechanisms of layers with softmax that count what is read of their caches.
     """
 
     seen: Snapshot
@@ -90,6 +91,7 @@ class Stack(NamedTuple):
     indices: list[int]
     recurrences: Recurrences | None = None
     apart: Sequence[Part] = ()
+    counted: Sequence[Any] = ()
 
 
 class FusedDecoder:
@@ -155,6 +157,8 @@ class FusedDecoder:
                     x = alone.layer.decode(alone.native, x, told)
         if stack.recurrences is not None and states is not None:
             stack.recurrences.take(cache, states, tokens)
+        for placed in stack.counted:
+            placed.config.count(cache.layers[placed.placement.layer].state.mechanism, placed.spec.heads, tokens)
         x = x if isinstance(parts[-1], Run) else decoder.norm(x)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
@@ -196,9 +200,11 @@ class FusedDecoder:
         if parts is None:
             return found
         recurring = [(x.layer.self_attn, x.recurrence) for x in members if x.recurrence is not None]
-        indices = [x.self_attn.layer_idx for x in layers if _by_softmax(x, attention)]
+        softmax = [x.self_attn for x in layers if _by_softmax(x, attention)]
+        indices = [x.layer_idx for x in softmax]
         if not recurring:
-            return Stack(seen, attention, parts, indices)
+            counted = [x.regard for x in softmax if is_swapped(x) and not x.regard.chosen.plain]
+            return Stack(seen, attention, parts, indices, counted=counted)
         apart = _parts([x._replace(recurrence=None) for x in members], attention, ends) or []
         return Stack(seen, attention, parts, indices, Recurrences(*zip(*recurring, strict=True)), apart)
 
@@ -255,7 +261,9 @@ def _by_softmax(layer: Any, attention: str) -> bool:
     if attention != SWAPPED:
         return attention in SOFTMAX and not is_swapped(layer.self_attn)
     placed = getattr(layer.self_attn, PLACE, UNPLACED)
-    return placed is None or (placed is not UNPLACED and placed.chosen.plain)
+    if placed is None or placed is UNPLACED:
+        return placed is None
+    return placed.chosen.plain or getattr(placed.config, "reads_all", False)
 
 
 def _slots(member: Member, attention: str) -> int | None:
