@@ -77,7 +77,7 @@ def _threads(count: int) -> str:
 
 
 def _row(name: str, family: str, row: Mapping[str, Any], original: Mapping[str, Any]) -> list[str]:
-    lost = row["perplexity"] / original["perplexity"] - 1
+    lost = round(row["perplexity"] / original["perplexity"] - 1, 3) or 0.0  # no -0.0
     faster = [f"{row['faster'][what]:.2f}x" if row["faster"] else "" for what in ("prefill", "decode")]
     share = "" if row is original else f"{lost:+.1%}"
     return [

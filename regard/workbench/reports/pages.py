@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
 from regard.measurement import units
 from regard.version import VERSION
@@ -30,10 +31,16 @@ def pages(*folders: Path) -> Environment:
         "milliseconds": or_dash(units.milliseconds),
         "duration": or_dash(units.duration),
         "tick": or_dash(units.tick),
+        "words": in_words,
         "sortable": lambda value: value if is_number(value) else "",
     }
     environment.globals |= {"colours": range(COLOURS), "version": VERSION}
     return environment
+
+
+def in_words(command: str) -> Markup:
+    """HTML of a command that breaks between its words; a word breaks only if it is longer than the line."""
+    return Markup(" ").join(Markup('<span class="word">{}</span>').format(word) for word in command.split(" "))
 
 
 def or_dash(form: Formatter) -> Any:

@@ -22,6 +22,7 @@ from regard.workbench.reports import charts, view
 from regard.workbench.reports.charts import Series
 from regard.workbench.reports.labels import place_labels, spread
 from regard.workbench.reports.markers import numbers
+from regard.workbench.reports.pages import pages
 from regard.workbench.reports.report import render, write_report
 from regard.workbench.reports.scales import Axis
 from regard.workbench.reports.view import Measured
@@ -468,3 +469,8 @@ def test_a_mechanism_has_the_same_colour_in_every_report_and_no_two_are_alike():
     many = numbers(["softmax", "local:window=8", "aaren", "local", "local+softmax", "mine"], catalogue)
     assert {name: many[name] for name in few} == few
     assert len(set(many.values())) == 6
+
+
+def test_a_command_breaks_between_its_words_alone():
+    page = pages().from_string("{{ 'a <b> --output x' | words }}").render()
+    assert page == " ".join(f'<span class="word">{word}</span>' for word in ("a", "&lt;b&gt;", "--output", "x"))
