@@ -24,7 +24,7 @@ lint: $(VENV)/.dev  ## Lint, check types and import order
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-all:  ## `make test` with every compiled and exported program of every mechanism in every pattern: more than an hour
+test-all:  ## `make test` with every compiled and exported program of every mechanism in every pattern, and of all variants: hours
 	REGARD_TEST_ALL=1 $(MAKE) test
 
 native: $(VENV)/.dev  ## Build the kernels again after a change; only what changed is compiled

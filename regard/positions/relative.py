@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
+def check_buckets(num_buckets: int, max_distance: int) -> None:
+    """Raise Unsupported for numbers that :class:`Relative` does not take."""
+    at_least("num_buckets", num_buckets, 4)
+    if num_buckets % 2:
+        raise Unsupported(
+            f"num_buckets={num_buckets}", supported="an even number", nearest=f"num_buckets={num_buckets + 1}"
+        )
+    at_least("max_distance", max_distance, num_buckets // 2 + 1)
+
+
 def bucket_starts(buckets: int, max_distance: int) -> list[int]:
     """Return the smallest distance of each bucket except the first, in one direction."""
     exact = buckets // 2
@@ -47,13 +57,8 @@ class Relative(Positions):
     def __init__(self, *, heads: int, num_buckets: int = 32, max_distance: int = 128, std: float = 0.02) -> None:
         super().__init__()
         at_least("heads", heads, 1)
-        at_least("num_buckets", num_buckets, 4)
         at_least("std", std, 0.0)
-        if num_buckets % 2:
-            raise Unsupported(
-                f"num_buckets={num_buckets}", supported="an even number", nearest=f"num_buckets={num_buckets + 1}"
-            )
-        at_least("max_distance", max_distance, num_buckets // 2 + 1)
+        check_buckets(num_buckets, max_distance)
         self.num_buckets, self.max_distance, self.std = num_buckets, max_distance, std
         self.table = nn.Parameter(torch.empty(num_buckets, heads))
         for way, buckets in (("causal", num_buckets), ("noncausal", num_buckets // 2)):

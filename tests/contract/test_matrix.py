@@ -115,6 +115,17 @@ def test_properties_hold_for_every_variant(name, variant, pattern):
     assert not failures, f"in {pattern}: " + "; ".join(failures)
 
 
+@pytest.mark.parametrize(("name", "variant"), VARIANTS if ALL else ())
+def test_programs_hold_for_every_variant(name, variant):
+    """In `make test-all`, each in the last of its patterns."""
+    card = get_mechanism(name)
+    places = [
+        Place(card, card.patterns_of(variant)[-1], prop, prop.dtypes_on("torch")[0], "torch", variant)
+        for prop in OF_PROGRAMS
+    ]
+    assert not [f"{c.property}: {c.detail}" for c in map(check, places) if c and c.status == "fail"]
+
+
 @pytest.mark.parametrize("name", list_mechanisms())
 def test_card_is_complete(name):
     card = get_mechanism(name)

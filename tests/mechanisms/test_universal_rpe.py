@@ -404,3 +404,9 @@ def test_equals_the_official_code(name):
     close(softmax_weights[valid], recorded["weights"].transpose(1, 2)[valid])
     leaves = {"x": x, "b": made.positions.table, "c": made.projection.table.table, "q_weight": made.query.weight}
     check_gradients(recorded, result.output, leaves)
+
+
+def test_buckets_of_a_function_compile_whole():
+    call = torch.compile(lambda x: run(x, {"factors": "bucketed"}).output, fullgraph=True, backend="aot_eager")
+    given = {name: x for name, x in inputs(7).items() if name != "factors"}
+    close(call(given), run(given, {"factors": "bucketed"}).output, 1e-12)

@@ -15,7 +15,7 @@ from regard.contract import Call, Unsupported, at_least, one_of
 from regard.core.visibility import DistanceBias, PositionBias
 from regard.engines.attention import attention_reference, masked_scores_bias, ranks
 from regard.engines.attention_forms import by_pattern
-from regard.positions.relative import Relative
+from regard.positions.relative import check_buckets
 from regard.positions.toeplitz import at_offsets
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Config:
                 nearest=f"max_distance={max(sides)}",
             )
         if self.factors == "bucketed":
-            Relative(heads=1, num_buckets=self.num_buckets, max_distance=sides[0])  # refuses invalid options
+            check_buckets(self.num_buckets, sides[0])
 
 
 def reference(
