@@ -75,8 +75,11 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "waiver"), REFUSED, ids=[f"{n}-{w.property}" for n, w in REFUSED])
 def test_what_a_card_waives_is_refused_with_its_reason(name, waiver):
-    pattern = (waiver.patterns or get_mechanism(name).patterns)[0]
-    layer = create_layer(name, 16, 2, pattern=pattern).eval()
+    card = get_mechanism(name)
+    options, patterns = {}, card.patterns
+    if waiver.variants:
+        options, patterns = card.variants[waiver.variants[0]], card.patterns_of(waiver.variants[0])
+    layer = create_layer(name, 16, 2, pattern=(waiver.patterns or patterns)[0], **options).eval()
     make = export if waiver.property == "layer_lengths" else export_onnx
     with pytest.raises(Unsupported, match=waiver.reason):
         make(layer, torch.randn(2, 20, 16))
@@ -118,12 +121,6 @@ def test_a_dilated_window_is_a_program_for_every_length_above_its_dilation():
     for n in (9, 23, 64):
         x = torch.randn(2, n, 8).double()
         close(program(x).output, layer(x).output, 1e-12)
-
-
-def test_rounds_of_merging_are_a_program_for_one_length():
-    layer = create_layer("agent", 8, 2, pattern="noncausal-self", agent_source="token_merge", num_agents=3).eval()
-    with pytest.raises(Unsupported, match=r"for every length with agent_source='token_merge'.*lengths=False"):
-        export(layer, torch.randn(2, 20, 8))
 
 
 def test_training_is_not_exported():

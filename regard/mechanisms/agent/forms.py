@@ -226,7 +226,8 @@ def _merged(tokens: Bool[Tensor, "b n"] | None, q: Float[Tensor, "b h n d"], num
     batch, _, n, _ = q.shape
     if isinstance(n, torch.SymInt):
         raise Unsupported(
-            "a program for every length with agent_source='token_merge' (its rounds are fixed when it is compiled)",
+            "a program for every length of agent with agent_source='token_merge' (its rounds of merging are fixed when "
+            "the program is compiled)",
             supported="one length",
             nearest="lengths=False",
         )
