@@ -228,9 +228,10 @@ class Trainer:
             runs.cells["quality"][i] = self._key(longer, *run)
             again.setdefault(name, []).append(row["seed"])
         for name, seeds in again.items():
+            others = f"seed{'s' if len(seeds) > 1 else ''} {listed([str(s) for s in seeds])}"
             runs.longer.append(
-                f"{work.task.name}: {name} solves it in some runs; in the others (seeds {listed([str(s) for s in seeds])}) it had "
-                f"{longer.steps[name]} steps instead of {work.steps[name]}."
+                f"{work.task.name}: {name} solves it in some runs of {work.steps[name]} steps; {others} did not and had "
+                f"{longer.steps[name]}."
             )
 
     def _try(self, work: Work, name: str, rate: float, runs: Runs) -> Row:

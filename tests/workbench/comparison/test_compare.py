@@ -208,7 +208,7 @@ def test_runs_get_more_steps_where_others_of_their_mechanism_solve_the_task(tmp_
     assert steps == {(n, s, 20) for n in chosen.names for s in range(3)} | {("softmax", 0, 40), ("softmax", 2, 40)}
     solved = {entry["mechanism"]: entry["solved"] for entry in outcome.summary["recall"]}
     assert solved == {"softmax": True, "linear": False}
-    told = "recall: softmax solves it in some runs; in the others (seeds 0 and 2) it had 40 steps instead of 20."
+    told = "recall: softmax solves it in some runs of 20 steps; seeds 0 and 2 did not and had 40."
     assert told in outcome.recommendation.notes
     (run,) = rows(outcome, "run")
     assert sorted(key["steps"] for key in run["cells"]["quality"]) == [20] * 4 + [40] * 2
