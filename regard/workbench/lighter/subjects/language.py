@@ -50,11 +50,7 @@ class CausalModel:
         self.described = f"{path.name} on {names_of(data)} ({tokens:,} tokens, windows of {length})"
 
     def load(self) -> nn.Module:
-        from regard.integrations.transformers.folders import load_model
-        from regard.integrations.transformers.fused import fuse_layers
-
-        model: nn.Module = load_model(self.path, supported=MODELS)
-        fuse_layers(model)  # so that it is timed as it is run by the commands
+        model: nn.Module = load_causal_model(self.path, supported=MODELS)
         return model
 
     def calibration(self, count: int) -> list[Any]:
