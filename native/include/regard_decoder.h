@@ -110,7 +110,9 @@ typedef struct {
 /* Layers in sequence, and optionally a norm of the last one's output; token i of row b has the number lengths_b + i in
  * its row. Without pages all rows have room for as many tokens as the longest, and the first `padding_b` tokens of a
  * row may be padding, which is never visible; with pages, token t of row b is stored as in regard_attention_decode.
- * Nothing is written if an argument is bad. */
+ * Caches of layers that have dropped tokens hold fewer: in layer i, token t of a row is stored as token t - fewer_i. Where
+ * slots_i is not negative, a single new token (n = 1) of each row goes there instead, in place of a token that the layer
+ * drops, and sees all of its lengths_b - fewer_i + 1 slots. Nothing is written if an argument is bad. */
 typedef struct {
   int64_t size;
   int64_t threads;
@@ -122,6 +124,7 @@ typedef struct {
   const int64_t *padding;         /* (batch,); NULL for none. Not with pages */
   const int64_t *pages;           /* (batch, pages_stride); NULL for none */
   int64_t pages_stride, page_size;
+  const int64_t *fewer, *slots;   /* (count,), the former at most any length; NULL: 0 and -1. Not with pages or padding */
   const float *cosine, *sine;     /* (batch, n, head_width) contiguous */
   float eps;
   const float *norm;              /* (width,); NULL for none */

@@ -114,10 +114,17 @@ void add(int64_t count, const float* x, float* y) {
   });
 }
 
-// Writes new keys or values, (batch, n, heads, width), to the cache.
-void put_tokens(const regard_decoder_layers_args& a, const float* from, int64_t heads, float* to, const int64_t (&strides)[3]) {
+int64_t fewer_in(const regard_decoder_layers_args& a, int64_t layer) { return a.fewer == nullptr ? 0 : a.fewer[layer]; }
+
+int64_t slot_in(const regard_decoder_layers_args& a, int64_t layer) { return a.slots == nullptr ? -1 : a.slots[layer]; }
+
+// Writes new keys or values, (batch, n, heads, width), to the cache of a layer.
+void put_tokens(const regard_decoder_layers_args& a, int64_t layer, const float* from, int64_t heads, float* to,
+                const int64_t (&strides)[3]) {
+  const int64_t fewer = fewer_in(a, layer), slot = slot_in(a, layer);
   for (int64_t b = 0; b < a.batch; ++b)
-    for (int64_t t = a.lengths[b]; t < a.lengths[b] + a.n; ++t) {
+    for (int64_t i = 0; i < a.n; ++i) {
+      const int64_t t = slot < 0 ? a.lengths[b] - fewer + i : slot;
       float* place = a.pages == nullptr ? to + b * strides[0] + t * strides[2]
                                         : to + a.pages[b * a.pages_stride + t / a.page_size] * strides[0] +
                                               t % a.page_size * strides[2];
@@ -395,8 +402,13 @@ bool wrong(const regard_decoder_recurrence& r, const regard_decoder_state& state
 bool wrong(const regard_decoder_layers_args& a) {
   if (a.threads < 1 || a.batch < 0 || a.n < 0 || a.count < 0 || a.width < 1 || a.head_width < 2 || a.head_width % 2) return true;
   if (a.pages != nullptr && (a.page_size < 1 || a.padding != nullptr)) return true;
+  if ((a.fewer != nullptr || a.slots != nullptr) && (a.pages != nullptr || a.padding != nullptr)) return true;
   const regard_decoder_state* state = a.states;
   for (int64_t i = 0; i < a.count; ++i) {
+    const int64_t fewer = fewer_in(a, i), slot = slot_in(a, i);
+    if (fewer < 0 || slot < -1 || (slot >= 0 && (a.n != 1 || a.layers[i].left >= 0))) return true;
+    for (int64_t b = 0; b < a.batch; ++b)
+      if (fewer > a.lengths[b] || slot > a.lengths[b] - fewer) return true;
     const auto& w = a.layers[i].weights;
     const int64_t heads = w[0].n / a.head_width, kv_heads = w[1].n / a.head_width;
     if (w[0].n % a.head_width || w[1].n % a.head_width || kv_heads < 1 || heads % kv_heads || w[2].n != w[1].n) return true;
@@ -488,13 +500,9 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   int64_t* const ranks = workspace.take<int64_t>(static_cast<size_t>(tokens));
   int64_t* const lengths = workspace.take<int64_t>(static_cast<size_t>(a.batch));
   int64_t* const keys_there = workspace.take<int64_t>(static_cast<size_t>(slots));
-  for (int64_t b = 0; b < a.batch; ++b) {
-    for (int64_t t = 0; t < a.n; ++t) ranks[b * a.n + t] = a.lengths[b] + t;
-    lengths[b] = a.lengths[b] + a.n;
-  }
   for (int64_t i = 0; i < slots; ++i) {
     const int64_t b = i / longest, slot = i % longest;
-    keys_there[i] = slot < a.padding[b] || slot >= lengths[b] ? -1 : slot;
+    keys_there[i] = slot < a.padding[b] || slot >= a.lengths[b] + a.n ? -1 : slot;
   }
 
   regard_decoder_inputs_args before{};
@@ -518,7 +526,6 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   attention.out = attended;
   attention.batch = a.batch;
   attention.n = a.n;
-  attention.m = longest;
   attention.width = attention.value_width = a.head_width;
   attention.rule = REGARD_SOFTMAX;
   attention.visibility.query_ranks = ranks;
@@ -538,11 +545,18 @@ int decoder_layers(const regard_decoder_layers_args* args) {
     attention.visibility.key_ranks_stride = longest;
   }
 
-  const auto attend = [&](const regard_decoder_layer& layer) {
+  const auto attend = [&](int64_t i) {
+    const regard_decoder_layer& layer = a.layers[i];
+    const int64_t fewer = fewer_in(a, i);
+    for (int64_t b = 0; b < a.batch; ++b) {
+      lengths[b] = a.lengths[b] - fewer + a.n;
+      for (int64_t t = 0; t < a.n; ++t) ranks[b * a.n + t] = lengths[b] - a.n + t;
+    }
+    attention.m = longest - fewer;
     attention.heads = layer.weights[0].n / a.head_width;
     attention.kv_heads = layer.weights[1].n / a.head_width;
-    put_tokens(a, k, attention.kv_heads, layer.keys, layer.keys_strides);
-    put_tokens(a, v, attention.kv_heads, layer.values, layer.values_strides);
+    put_tokens(a, i, k, attention.kv_heads, layer.keys, layer.keys_strides);
+    put_tokens(a, i, v, attention.kv_heads, layer.values, layer.values_strides);
     attention.k = layer.keys;
     attention.v = layer.values;
     attention.q_strides[0] = attention.out_strides[0] = a.n * layer.weights[0].n;
@@ -575,7 +589,7 @@ int decoder_layers(const regard_decoder_layers_args* args) {
     before.normed = layer.recurrence == nullptr ? nullptr : normed;
     int status = decoder_inputs(&before);
     if (status != REGARD_OK) return status;
-    status = layer.recurrence == nullptr ? attend(layer) : recur(a, layer, *state++, normed, q, k, v, attended);
+    status = layer.recurrence == nullptr ? attend(i) : recur(a, layer, *state++, normed, q, k, v, attended);
     if (status != REGARD_OK) return status;
 
     after.eps = layer.eps[1];

@@ -162,12 +162,14 @@ void check(int64_t bits, int64_t m, int64_t threads) {
 }
 
 // Layers of 4 query heads and 2 key heads, after rows of different lengths, the second layer with a window; without
-// pages and with few bits the first row begins with padding.
-void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
+// pages and with few bits the first row begins with padding. Where the second layer has dropped tokens, its caches lack
+// two; for a single token it has no window then, and the token replaces another one.
+void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dropped = false) {
   const int64_t batch = 2, width = 70, head = 10, hidden = 90, heads = 4, kv = 2, tokens = batch * n, page_size = 3, most = 3;
-  const int64_t lengths[] = {5, 2}, lefts[] = {-1, 3}, pages[] = {4, 0, 3, 1, 2, 5};
+  const int64_t lengths[] = {5, 2}, lefts[] = {-1, dropped && n == 1 ? -1 : 3}, pages[] = {4, 0, 3, 1, 2, 5};
+  const int64_t fewer[] = {0, dropped ? 2 : 0}, replaced[] = {-1, dropped && n == 1 ? 0 : -1};
   const int64_t slots = paged ? page_size : 9, places = paged ? 6 : batch, padding[] = {paged || bits == 32 ? 0 : 4, 0};
-  now("layers, %d bits, %d tokens, %s", int(bits), int(n), paged ? "pages" : "rows");
+  now("layers, %d bits, %d tokens, %s", int(bits), int(n), paged ? "pages" : dropped ? "dropped tokens" : "rows");
   Floats x = numbers(tokens * width);
   const Floats cosine = numbers(tokens * head), sine = numbers(tokens * head);
   Doubles expected(x.begin(), x.end());
@@ -204,7 +206,7 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
       to[2] = head;
     }
     for (int64_t b = 0; b < batch; ++b)
-      for (int64_t t = 0; t < lengths[b]; ++t)
+      for (int64_t t = 0; t < lengths[b] - fewer[i] + (replaced[i] >= 0); ++t)
         for (int64_t h = 0; h < kv; ++h)
           for (int64_t d = 0; d < head; ++d)
             for (int j = 0; j < 2; ++j) caches[2 * i + j][slot(b, t, h) + d] = uniform();
@@ -219,14 +221,14 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
         for (int64_t t = 0; t < n; ++t)
           for (int64_t h = 0; h < kv; ++h)
             for (int64_t d = 0; d < head; ++d)
-              cached[j][slot(b, lengths[b] + t, h) + d] = (j ? v : k)[((b * n + t) * kv + h) * head + d];
+              cached[j][slot(b, replaced[i] < 0 ? lengths[b] - fewer[i] + t : replaced[i], h) + d] = (j ? v : k)[((b * n + t) * kv + h) * head + d];
       written.push_back(cached[j]);
     }
     Doubles attended(tokens * heads * head);
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t t = 0; t < n; ++t)
         for (int64_t h = 0; h < heads; ++h) {
-          const int64_t at = lengths[b] + t, from = lefts[i] < 0 ? padding[b] : std::max(padding[b], at - lefts[i]);
+          const int64_t at = lengths[b] - fewer[i] + t, from = lefts[i] < 0 ? padding[b] : std::max(padding[b], at - lefts[i]);
           const size_t query = ((b * n + t) * heads + h) * head;
           double total = 0;
           for (int64_t j = from; j <= at; ++j) {
@@ -255,6 +257,10 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
   a.pages = paged ? pages : nullptr;
   a.pages_stride = most;
   a.page_size = page_size;
+  if (dropped) {
+    a.fewer = fewer;
+    a.slots = replaced;
+  }
   a.cosine = cosine.data();
   a.sine = sine.data();
   a.x = x.data();
@@ -265,6 +271,18 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
     expected = normed(expected, norm, a.eps);
     a.padding = padding;
     must("padding beside pages", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
+    a.padding = nullptr;
+  }
+  if (dropped) {
+    const int64_t more[] = {0, 3}, beyond[] = {-1, 9};
+    a.fewer = more;
+    must("a cache that lacks more than there are", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
+    a.fewer = fewer;
+    a.slots = beyond;
+    must("a slot beyond the cache, or for several tokens", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
+    a.slots = replaced;
+    a.padding = padding;
+    must("padding of caches that have dropped tokens", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
     a.padding = nullptr;
   }
   std::swap(layers[1].weights[5].n, layers[1].weights[5].k);
@@ -520,6 +538,7 @@ int main() {
         check(bits, m, m == 1 ? 1 : 3);
         check_layers(bits, m == 1 ? 1 : 4, m == 1, m == 1 ? 1 : 3);
       }
+    for (int64_t n : {1, 4}) check_layers(32, n, false, n == 1 ? 1 : 3, true);
     for (int kind = 0; kind < KINDS; ++kind)
       for (int64_t n : {1, 3}) check_recurrences(kind == RATES ? 8 : 32, n, kind, n == 1 ? 1 : 3);
   });

@@ -93,14 +93,15 @@ def _wide(make):
 @pytest.mark.parametrize(
     ("method", "fused"),
     [
-        ("dense", True),
-        ("block_sparse:size=8,blocks=3", True),
-        ("local_sinks:window=16", True),
-        ("snapkv:capacity=24,window=8,local=4,prefix=1", True),
-        ("block_sparse:size=8,blocks=3 + snapkv:capacity=24,window=8,local=4,prefix=1", True),
-        ("pyramidkv:capacity=24,window=8,local=4,prefix=1", False),  # layers of different lengths
-        ("quest:budget=16,page=8", False),
-        ("streaming:capacity=24,sinks=2", False),
+        ("dense", 78),
+        ("block_sparse:size=8,blocks=3", 78),
+        ("local_sinks:window=16", 78),
+        ("snapkv:capacity=24,window=8,local=4,prefix=1", 78),
+        ("block_sparse:size=8,blocks=3 + snapkv:capacity=24,window=8,local=4,prefix=1", 78),
+        ("pyramidkv:capacity=24,window=8,local=4,prefix=1", 78),  # layers of different lengths
+        ("streaming:capacity=24,sinks=2", 77),  # full: one token at a time
+        ("streaming:capacity=90,sinks=2", 78),  # full later
+        ("quest:budget=16,page=8", 0),
     ],
 )
 def test_sparse_models_that_read_their_whole_cache_decode_in_one_native_call(method, fused, calls):
@@ -123,10 +124,12 @@ def test_sparse_models_that_read_their_whole_cache_decode_in_one_native_call(met
     found, again, left = run()
     near(found, expected)
     assert again == pytest.approx(counted)
-    assert calls.count("decoder_layers") == (78 if fused else 0)  # 20 rows of tokens are more than the kernel takes
+    assert calls.count("decoder_layers") == fused  # 22 new tokens are more than the kernel takes
     if fused:
-        assert torch.equal(left.ranks[..., :90], state.ranks[..., :90]) and left.even() == state.even() > 90
-        near(left.k[:, :, : left.even()], state.k[:, :, : state.even()])
+        held = left.even(0)
+        assert held == state.even(0) >= 24
+        assert torch.equal(left.ranks[..., :held], state.ranks[..., :held])
+        near(left.k[:, :, :held], state.k[:, :, :held])
     bridge.unfuse_layers(model)
 
 
@@ -225,6 +228,14 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
         (Places(pools, [4, 4], table + 1), "pages that do not exist"),
         (Places(pools, [4, 4], table - 1), "pages that do not exist"),
         (Places([pools[0], caches[0]], [1, 1], table), "pages that do not exist"),
+        (Places(caches, [3, 2], fewer=[0, 3]), "dropped"),
+        (Places(caches, [3, 2], fewer=[0, -1]), "dropped"),
+        (Places(caches, [3, 2], fewer=[0]), "a number for each cache"),
+        (Places(caches, [3, 2], replaced=[-1, 3]), "slots of the caches"),
+        (Places(caches, [3, 2], replaced=[-2, 0]), "slots of the caches"),
+        (Places(caches, [70, 70], fewer=[0, 69]), "slots of the caches"),
+        (Places(caches, [2, 2], fewer=[1, 0], padding=[1, 0]), "without pages and padding"),
+        (Places(pools, [4, 4], table, fewer=[1, 0]), "without pages and padding"),
     ):
         with pytest.raises(regard.Unsupported, match=said):
             layers(x, turned, turned, places)

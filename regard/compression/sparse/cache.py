@@ -94,18 +94,21 @@ class HeadCache(MethodCache):
                 cache.weight[cache._each(0)] = 0
         return dataclasses.replace(cache, counts=cache.counts + 1, length=cache.length + 1)
 
-    def even(self) -> int | None:
-        """The number of tokens that every row and head holds; None if it differs, or if there is more than float32 keys
-        and values to keep on the CPU."""
+    def even(self, tokens: int) -> int | None:
+        """The number of tokens that every row and head holds beside the next `tokens`; None if it differs, or if there is
+        more than float32 keys and values to keep on the CPU."""
         least, most = self._extent()
-        extra = (self.weight, self.low, self.high)
-        plain = type(self) is HeadCache and all(x is None for x in extra)
+        plain = all(x is None for x in (self.weight, self.low, self.high))
         alike = all(x.is_cpu and x.dtype == torch.float32 for x in (self.k, self.v))
         return most if plain and alike and least == most else None
 
+    def replaced(self) -> int:
+        """The slot of a token, the same in all rows and heads, that the next one replaces; -1 if it goes behind all."""
+        return -1
+
     def extended(self, tokens: int) -> Self:
-        """The cache after more tokens in every row, whose keys and values the caller writes in the slots after
-        :meth:`even`."""
+        """The cache after more tokens in every row, whose keys and values the caller writes: a single token in the slot
+        :meth:`replaced`, others in the slots after :meth:`even`."""
         used, cache = int(self.counts.flatten()[0]), self
         while used + tokens > cache.k.shape[2]:
             cache = cache._grown()
@@ -177,6 +180,50 @@ class HeadCache(MethodCache):
             if name in ("k", "v", "ranks", "weight", "low", "high") and x is not None
         }
         return dataclasses.replace(self, **longer)
+
+
+@dataclass(frozen=True)
+class RollingCache(HeadCache):
+    """The first tokens and the last ones: a new token replaces the oldest that is not among the first.
+
+    Attributes:
+        capacity: tokens that it holds when it is full.
+        sinks: first tokens, which stay.
+        full_at: number of tokens in the sequence from which on it is full.
+    """
+
+    capacity: int = 1
+    sinks: int = 0
+    full_at: int = 1
+
+    def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"]) -> Self:
+        slot = self.replaced()
+        if slot < 0:
+            return super().appended(k, v)
+        with torch.no_grad():
+            for where, x in ((self.k, k), (self.v, v)):
+                where.narrow(2, slot, 1).copy_(x)
+        return self.extended(1)
+
+    def even(self, tokens: int) -> int | None:
+        held = super().even(tokens)
+        if held is None or held + tokens <= self.capacity:
+            return held
+        return held - 1 if tokens == 1 and self.replaced() >= 0 else None
+
+    def replaced(self) -> int:
+        length = int(self.length[0]) if len(self.length) else 0
+        if length < self.full_at:
+            return -1
+        return self.sinks + (length - self.full_at) % (self.capacity - self.sinks)
+
+    def extended(self, tokens: int) -> Self:
+        slot = self.replaced()
+        if slot < 0:
+            return super().extended(tokens)
+        with torch.no_grad():
+            self.ranks.narrow(2, slot, 1).copy_(self.length.view(-1, 1, 1))
+        return dataclasses.replace(self, length=self.length + 1)
 
 
 def with_room(x: Tensor) -> Tensor:

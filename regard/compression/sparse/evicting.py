@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from regard.compression.sparse.cache import HeadCache, with_room
+from regard.compression.sparse.cache import HeadCache, RollingCache, with_room
 from regard.compression.sparse.method import Method, Place, count_whole
 from regard.compression.sparse.prefilling import asked
 from regard.compression.sparse.scores import grouped, key_sums, pooled, top
 from regard.contract import Unsupported, at_least
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,11 @@ class StreamingLLM(Method):
         j = torch.arange(n, device=k.device)
         return ((j < self.sinks) | (j >= n - (self.capacity - self.sinks))).expand(batch, groups, n)
 
-    def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
-        cache = _evict(cache, self.capacity, _worth(cache, self.sinks))
-        count_whole(cache, place, q.shape[1])
-        return cache.read(q, place.scale), cache
+    def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> HeadCache:
+        made = super().compress(q, k, v, place)
+        held = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+        full_at = max(k.shape[2], self.capacity)
+        return RollingCache(**held, capacity=self.capacity, sinks=self.sinks, full_at=full_at)
 
 
 @dataclass(frozen=True)
@@ -261,18 +262,10 @@ def _weigh(q: Tensor, cache: HeadCache, place: Place) -> tuple[Float[Tensor, "b 
     return weights, (weights @ values).flatten(1, 2)[:, :, None].to(q.dtype)
 
 
-def _worth(cache: HeadCache, sinks: int) -> Int[Tensor, "b g s"]:
-    """Worth of tokens in a rolling window: later ones are worth more, and the first tokens most."""
-    used = int(cache.counts.max()) if cache.counts.numel() else 0
-    ranks = cache.ranks[..., :used]
-    return torch.where(ranks < sinks, torch.iinfo(torch.int64).max, ranks)
-
-
 def _evict(cache: HeadCache, capacity: int, worth: Tensor) -> HeadCache:
     """Evict the token with the least worth from heads above the capacity."""
     over = cache.counts > capacity
     if not bool(over.any()):
         return cache
     empty = torch.arange(worth.shape[-1], device=worth.device) >= cache.counts.to(worth.device)[..., None]
-    most = math.inf if worth.is_floating_point() else torch.iinfo(worth.dtype).max
-    return cache.without(worth.masked_fill(empty, most).argmin(-1), over.to(worth.device))
+    return cache.without(worth.masked_fill(empty, math.inf).argmin(-1), over.to(worth.device))

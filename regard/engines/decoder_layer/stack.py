@@ -39,6 +39,10 @@ class Places(NamedTuple):
         table: (B, most) int64, contiguous: the pages of each row in order; None without pages.
         states: state of each layer with a recurrence.
         padding: how many of the `lengths` slots of each row precede its first token and are hidden; None with pages.
+        fewer: how many of the `lengths` tokens each of the caches has dropped; None if all hold all. Not with pages or
+            padding.
+        replaced: the slot of each cache that a single new token takes, in place of a token that is dropped, or -1 for the
+            first free slot; such a cache holds one token more than `lengths` and `fewer` say. None for -1 everywhere.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
@@ -46,6 +50,13 @@ class Places(NamedTuple):
     table: Int[Tensor, "b most"] | None = None
     states: Sequence[State] = ()
     padding: Sequence[int] | None = None
+    fewer: Sequence[int] | None = None
+    replaced: Sequence[int] | None = None
+
+    def of(self, caches: slice, states: slice) -> Places:
+        """The places of some of the layers."""
+        fewer, replaced = (None if x is None else x[caches] for x in (self.fewer, self.replaced))
+        return self._replace(caches=self.caches[caches], states=self.states[states], fewer=fewer, replaced=replaced)
 
 
 class _Layer(ctypes.Structure):
@@ -81,6 +92,8 @@ class DecoderLayersArguments(library.Arguments):
         ("pages", ctypes.c_void_p),
         ("pages_stride", ctypes.c_int64),
         ("page_size", ctypes.c_int64),
+        ("fewer", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
         ("cosine", ctypes.c_void_p),
         ("sine", ctypes.c_void_p),
         ("eps", ctypes.c_float),
@@ -145,6 +158,7 @@ class DecoderLayers:
         cosine, sine, y, table = of_rows(cosine, batch), of_rows(sine, batch), x.clone(), places.table
         lengths = (ctypes.c_int64 * batch)(*places.lengths)
         padding = None if places.padding is None else (ctypes.c_int64 * batch)(*places.padding)
+        fewer, replaced = self._of_layers(places.fewer, 0), self._of_layers(places.replaced, -1)
         library.call(
             DecoderLayersArguments(
                 threads=torch.get_num_threads(),
@@ -160,6 +174,8 @@ class DecoderLayers:
                 pages=pointer(table),
                 pages_stride=0 if table is None else table.shape[1],
                 page_size=pointed.slots,
+                fewer=None if fewer is None else ctypes.addressof(fewer),
+                slots=None if replaced is None else ctypes.addressof(replaced),
                 cosine=pointer(cosine),
                 sine=pointer(sine),
                 x=pointer(y),
@@ -167,6 +183,15 @@ class DecoderLayers:
             )
         )
         return y
+
+    def _of_layers(self, numbers: Sequence[int] | None, others: int) -> Any:
+        """An array with the caches' numbers for the layers with softmax, and with `others` for the rest."""
+        if numbers is None:
+            return None
+        found = (ctypes.c_int64 * len(self._layers))(*[others] * len(self._layers))
+        for i, number in zip(self._attending, numbers, strict=True):
+            found[i] = number
+        return found
 
     def _pointed_at(self, caches: Sequence[tuple[Tensor, Tensor]]) -> _Pointed:
         """The layers' structs with pointers to the caches, reused as long as the caches stay the same. Existing structs
@@ -186,8 +211,8 @@ class DecoderLayers:
                     )
             layer.keys, layer.values = pointer(keys), pointer(values)
             layer.keys_strides[:], layer.values_strides[:] = keys.stride()[:3], values.stride()[:3]
-        rows, slots = ({x.shape[axis] for pair in caches for x in pair} for axis in (0, 2))
-        found = _Pointed(caches, layers, min(rows, default=0), min(slots, default=0), len(slots))
+        rows = min((x.shape[0] for pair in caches for x in pair), default=0)
+        found = _Pointed(caches, layers, rows, [x.shape[2] for pair in caches for x in pair])
         self._last = found
         return found
 
@@ -197,15 +222,18 @@ class _Pointed(NamedTuple):
 
     Attributes:
         rows: the smallest number of rows (or pages) of any layer.
-        slots: the smallest number of slots per row (or page) of any layer.
-        sizes: how many different numbers of slots there are.
+        room: number of slots per row (or page) of each layer's keys and values in turn.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
     layers: Any
     rows: int
-    slots: int
-    sizes: int
+    room: Sequence[int]
+
+    @property
+    def slots(self) -> int:
+        """The smallest number of slots per row (or page) of any layer."""
+        return min(self.room, default=0)
 
     def check(self, places: Places, batch: int, n: int) -> None:
         """Raise Unsupported for places outside the caches."""
@@ -222,9 +250,27 @@ class _Pointed(NamedTuple):
             raise Unsupported(f"{len(lengths)} lengths and {self.rows} rows of a cache for {batch} rows")
         if table is not None:
             slots *= table.shape[1]
-            fits = table.dtype == torch.int64 and table.is_contiguous() and self.sizes == 1 and len(table) == batch
+            fits = (
+                table.dtype == torch.int64 and table.is_contiguous() and len({*self.room}) == 1 and len(table) == batch
+            )
             if not fits:
                 raise Unsupported("pages that do not exist", supported=f"({batch}, most) int64 of pages of one size")
             check_pages(table, torch.tensor(lengths, dtype=torch.int64, device="cpu") + n, self.slots, self.rows)
-        if not 0 <= min(lengths) <= max(lengths) <= slots - n:
+        if places.fewer is not None or places.replaced is not None:
+            self._check_dropped(places, n)
+        elif not 0 <= min(lengths) <= max(lengths) <= slots - n:
             raise Unsupported(f"{n} tokens after {list(lengths)}", supported=f"{slots} together")
+
+    def _check_dropped(self, places: Places, n: int) -> None:
+        count = len(self.caches)
+        fewer, replaced = places.fewer or [0] * count, places.replaced or [-1] * count
+        told = f"caches that have dropped {list(fewer)} tokens, with {n} new ones in the slots {list(replaced)}"
+        if places.table is not None or places.padding is not None or not count == len(fewer) == len(replaced):
+            raise Unsupported(told, supported="a number for each cache, without pages and padding")
+        least, most = min(places.lengths), max(places.lengths)
+        for i, (dropped, slot) in enumerate(zip(fewer, replaced, strict=True)):
+            inside = 0 <= dropped <= least and most - dropped + n <= min(self.room[2 * i : 2 * i + 2])
+            if not inside or not -1 <= slot <= least - dropped or (slot >= 0 and n != 1):
+                raise Unsupported(
+                    f"{told}, after {list(places.lengths)}", supported="slots of the caches, for one token at a time"
+                )

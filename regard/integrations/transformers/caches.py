@@ -79,10 +79,15 @@ class GrowingLayer(DynamicLayer):
         self._length, self._both = end, None
         return self._slots
 
-    def is_alike(self, rows: int, length: int) -> bool:
-        """Return whether the layer has `length` tokens in each of `rows` rows, in float32 on the CPU."""
+    def held(self, rows: int, tokens: int) -> int | None:
+        """The number of tokens in each of `rows` rows; None for other rows, and if it is not float32 on the CPU."""
         x: Any = self.keys if self._memory is None else self._slots[0]
-        return self.get_seq_length() == length and x.shape[0] == rows and x.is_cpu and x.dtype == torch.float32
+        fits = x is not None and x.shape[0] == rows and x.is_cpu and x.dtype == torch.float32
+        return self.get_seq_length() if fits else None
+
+    def replaced(self) -> int:
+        """The slot of a token that the next one replaces; -1, since none is replaced."""
+        return -1
 
     def _hold(self, keys: Tensor | None, values: Tensor | None) -> None:
         self._both, self._memory, self._slots = (keys, values), None, (None, None)
@@ -163,14 +168,17 @@ class StateLayer(CacheLayerMixin):
             self._slots = held.k, held.v
         return self._slots
 
-    def is_alike(self, rows: int, length: int) -> bool:
-        """As :meth:`GrowingLayer.is_alike`."""
-        return self.state is not None and len(self.state.length) == rows and self.held() == length
-
-    def held(self) -> int | None:
-        """The number of tokens of which the state holds keys and values; None for other states."""
+    def held(self, rows: int, tokens: int) -> int | None:
+        """The number of tokens of which the state holds keys and values beside the next `tokens`; None for other rows,
+        and for states of other kinds."""
         even = None if self.state is None else getattr(self.state.mechanism, "even", None)
-        return None if even is None else even()
+        return None if even is None or self.state is None or len(self.state.length) != rows else even(tokens)
+
+    def replaced(self) -> int:
+        """The slot of a token that the next one replaces; -1 if none is replaced."""
+        assert self.state is not None
+        slot: int = self.state.mechanism.replaced()
+        return slot
 
     def take(self, state: LayerState | None, tokens: int, shift: Tensor | None) -> None:
         """Store the state after `tokens` more tokens."""
@@ -250,15 +258,20 @@ def places(cache: Any, layers: Sequence[int], rows: int, tokens: int) -> Places 
         return found
     if type(cache) not in (DynamicCache, GrowingCache) or len(cache.layers) <= max(layers):
         return None
-    first = cache.layers[layers[0]]
-    length = first.held() if isinstance(first, StateLayer) else first.get_seq_length()
-    if not length or any(type(cache.layers[i]) not in (DynamicLayer, GrowingLayer, StateLayer) for i in layers):
+    if any(type(cache.layers[i]) not in (DynamicLayer, GrowingLayer, StateLayer) for i in layers):
         return None
     for i in layers:
         cache.layers[i] = GrowingLayer.of(cache.layers[i])
-    if not all(cache.layers[i].is_alike(rows, length) for i in layers):
+    held = [cache.layers[i].held(rows, tokens) for i in layers]
+    if not all(held):
         return None
-    return Places([cache.layers[i].room(tokens) for i in layers], [length] * rows)
+    most, replaced = max(held), [cache.layers[i].replaced() for i in layers]
+    return Places(
+        [cache.layers[i].room(tokens) for i in layers],
+        [most] * rows,
+        fewer=None if min(held) == most else [most - x for x in held],
+        replaced=None if max(replaced) < 0 else replaced,
+    )
 
 
 def keeps_every_key(config: PreTrainedConfig, index: int) -> bool:

@@ -137,7 +137,8 @@ class FusedDecoder:
         if stack.recurrences is not None and not (is_collecting() or stack.seen.is_overheard()):
             states = stack.recurrences.states(cache, rows, tokens)
         parts = stack.apart if stack.recurrences is not None and states is None else stack.parts
-        if any(padding) and (hasattr(cache, "places") or not all(isinstance(part, Run) for part in parts)):
+        paddable = not hasattr(cache, "places") and not stack.counted and all(isinstance(part, Run) for part in parts)
+        if any(padding) and not paddable:
             return None
         where = places(cache, stack.indices, rows, tokens) if stack.indices else Places([], [0] * rows)
         if where is None:
@@ -150,7 +151,7 @@ class FusedDecoder:
             if found is not None:
                 x = found
             elif isinstance(part, Run):
-                own = where._replace(caches=where.caches[part.caches], states=(states or [])[part.states])
+                own = where._replace(states=states or []).of(part.caches, part.states)
                 x = part.layers(x, cosine, sine, own)
             else:
                 for alone in part.layers if isinstance(part, Local) else [part]:
