@@ -45,6 +45,8 @@ ABLE = 0.1
 """Dense score from which a task is used to judge a model."""
 NOTICEABLE = 1.02
 """Ratio from which one is called faster than the other."""
+ALIKE = 1.05
+"""Ratio up to which one method counts as about as fast as another."""
 FEWEST = 4
 """Fewest samples of a task for which a loss is judged."""
 
@@ -442,7 +444,7 @@ def recommend(found: Found) -> tuple[dict[str, dict[str, float]], str]:
         phase = phases[-1]
         if not here:
             continue
-        best = max(here, key=lambda m: (here[m], found.faster(m, here[m], length, phase) or 0.0))
+        best = _best(found, here, length, phase)
         if here[best] <= 1:
             sentences.append(f"For {what} keep dense attention: every method loses at the smallest compression tried.")
             continue
@@ -464,6 +466,15 @@ def recommend(found: Found) -> tuple[dict[str, dict[str, float]], str]:
     if missing:
         tail += f" The dense model cannot do {', '.join(missing)}, so these say nothing."
     return safe, told + " ".join(sentences) + tail
+
+
+def _best(found: Found, safe: dict[str, float], length: int, phase: str) -> str:
+    """The method with the largest safe compression; of several the fastest, and of those that are about as fast the one
+    whose worst task keeps most."""
+    most = max(safe.values())
+    faster = {m: found.faster(m, most, length, phase) or 0.0 for m, ratio in safe.items() if ratio == most}
+    alike = [m for m in faster if faster[m] * ALIKE >= max(faster.values())]
+    return max(alike, key=lambda m: (min(found.relative(m, most, length).values(), default=0.0), faster[m]))
 
 
 def points(studies: Iterable[Found], method: str) -> dict[int, list[Point]]:

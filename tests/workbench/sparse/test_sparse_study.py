@@ -107,6 +107,24 @@ def causal(tmp_path_factory):
     return place / "model", place / "text.txt"
 
 
+def test_the_largest_safe_compression_is_recommended_and_of_methods_about_as_fast_the_better_one():
+    def cell(method, ratio, scores, seconds):
+        return study_module.Cell(method, ratio, "text", 64, "", scores, 0.0, 0.5, 1.0, 1.0, seconds, 1.0, 1.0, 1.0)
+
+    def answered(*cells):
+        dense = cell("dense", 1.0, (0.5, 0.6, 0.5, 0.6), 1.0)
+        names = tuple(dict.fromkeys(x.method for x in cells))
+        plan = study_module.Plan((64,), names, tasks=("text",))
+        return study_module.recommend(study_module.Found("model", 1, plan, (dense, *cells)))[1]
+
+    worse, better, bad = (0.5, 0.6, 0.5, 0.58), (0.5, 0.6, 0.5, 0.59), (0.0, 0.1, 0.0, 0.1)
+    tova, h2o = cell("tova", 4.0, worse, 0.8), cell("h2o", 4.0, better, 0.82)
+    assert "use h2o, safe up to 4x" in answered(tova, h2o)
+    assert "use tova, safe up to 4x" in answered(tova, cell("h2o", 4.0, better, 0.9))
+    assert "use snapkv, safe up to 8x" in answered(tova, h2o, cell("snapkv", 8.0, worse, 0.95))
+    assert "use h2o, safe up to 4x" in answered(tova, h2o, cell("snapkv", 8.0, bad, 0.1))
+
+
 def test_a_folder_is_asked_judged_and_reported_and_goes_on_where_it_was_stopped(causal, tmp_path, monkeypatch, capsys):
     folder, text = causal
     line = (
