@@ -107,6 +107,13 @@ typedef struct {
   const int64_t *lengths; /* (batch,) previous tokens; slots of the window before a row's first token are not read */
 } regard_decoder_state;
 
+/* A layer's query reads only some pages of its cache, as in regard_quest_attention; the cache, in contiguous memory, has
+ * `slots` slots per head. low NULL: it reads all keys, and the rest is unused. */
+typedef struct {
+  const float *low, *high;
+  int64_t slots, page_size, chosen, shared;
+} regard_decoder_reading;
+
 /* Layers in sequence, and optionally a norm of the last one's output; token i of row b has the number lengths_b + i in
  * its row. Without pages all rows have room for as many tokens as the longest, and the first `padding_b` tokens of a
  * row may be padding, which is never visible; with pages, token t of row b is stored as in regard_attention_decode.
@@ -125,6 +132,7 @@ typedef struct {
   const int64_t *pages;           /* (batch, pages_stride); NULL for none */
   int64_t pages_stride, page_size;
   const int64_t *fewer, *slots;   /* (count,), the former at most any length; NULL: 0 and -1. Not with pages or padding */
+  const regard_decoder_reading *reading; /* (count,); NULL: all keys. Only for n = 1, not with pages or padding */
   const float *cosine, *sine;     /* (batch, n, head_width) contiguous */
   float eps;
   const float *norm;              /* (width,); NULL for none */

@@ -4,6 +4,7 @@
 #include "regard_attention.h"
 #include "regard_decoder.h"
 #include "regard_quantized_linear.h"
+#include "regard_quest_attention.h"
 #include "regard_recurrence.h"
 
 #include "elementwise.h"
@@ -117,6 +118,11 @@ void add(int64_t count, const float* x, float* y) {
 int64_t fewer_in(const regard_decoder_layers_args& a, int64_t layer) { return a.fewer == nullptr ? 0 : a.fewer[layer]; }
 
 int64_t slot_in(const regard_decoder_layers_args& a, int64_t layer) { return a.slots == nullptr ? -1 : a.slots[layer]; }
+
+// The pages that a layer reads; NULL if it reads all keys.
+const regard_decoder_reading* reading_in(const regard_decoder_layers_args& a, int64_t layer) {
+  return a.reading == nullptr || a.reading[layer].low == nullptr ? nullptr : a.reading + layer;
+}
 
 // Writes new keys or values, (batch, n, heads, width), to the cache of a layer.
 void put_tokens(const regard_decoder_layers_args& a, int64_t layer, const float* from, int64_t heads, float* to,
@@ -399,16 +405,29 @@ bool wrong(const regard_decoder_recurrence& r, const regard_decoder_state& state
   return r.window > 0 && (state.keys == nullptr || state.values == nullptr || state.lengths == nullptr);
 }
 
+bool wrong(const regard_decoder_reading& reading, const regard_decoder_layer& layer, int64_t n, int64_t heads, int64_t width) {
+  if (n != 1 || reading.high == nullptr || layer.left >= 0 || reading.chosen < 0) return true;
+  if (reading.page_size < 1 || reading.slots < reading.page_size || reading.slots % reading.page_size) return true;
+  const int64_t each = reading.slots * width, contiguous[3] = {heads * each, each, width};
+  for (int j = 0; j < 3; ++j)
+    if (layer.keys_strides[j] != contiguous[j] || layer.values_strides[j] != contiguous[j]) return true;
+  return false;
+}
+
 bool wrong(const regard_decoder_layers_args& a) {
   if (a.threads < 1 || a.batch < 0 || a.n < 0 || a.count < 0 || a.width < 1 || a.head_width < 2 || a.head_width % 2) return true;
   if (a.pages != nullptr && (a.page_size < 1 || a.padding != nullptr)) return true;
-  if ((a.fewer != nullptr || a.slots != nullptr) && (a.pages != nullptr || a.padding != nullptr)) return true;
+  const bool whole = a.fewer == nullptr && a.slots == nullptr && a.reading == nullptr;
+  if (!whole && (a.pages != nullptr || a.padding != nullptr)) return true;
   const regard_decoder_state* state = a.states;
   for (int64_t i = 0; i < a.count; ++i) {
     const int64_t fewer = fewer_in(a, i), slot = slot_in(a, i);
     if (fewer < 0 || slot < -1 || (slot >= 0 && (a.n != 1 || a.layers[i].left >= 0))) return true;
     for (int64_t b = 0; b < a.batch; ++b)
       if (fewer > a.lengths[b] || slot > a.lengths[b] - fewer) return true;
+    const regard_decoder_reading* reading = reading_in(a, i);
+    for (int64_t b = 0; reading != nullptr && b < a.batch; ++b)
+      if (a.lengths[b] - fewer >= reading->slots) return true;
     const auto& w = a.layers[i].weights;
     const int64_t heads = w[0].n / a.head_width, kv_heads = w[1].n / a.head_width;
     if (w[0].n % a.head_width || w[1].n % a.head_width || kv_heads < 1 || heads % kv_heads || w[2].n != w[1].n) return true;
@@ -416,6 +435,7 @@ bool wrong(const regard_decoder_layers_args& a) {
       if (j != 3 && wrong(w[j], a.width)) return true;
     if (wrong(w[3], w[0].n) || wrong(w[6], w[4].n) || w[3].n != a.width || w[5].n != w[4].n || w[6].n != a.width) return true;
     const regard_decoder_layer& layer = a.layers[i];
+    if (layer.recurrence == nullptr && reading != nullptr && wrong(*reading, layer, a.n, kv_heads, a.head_width)) return true;
     if (layer.recurrence == nullptr) continue;
     if (a.n < 1 || a.states == nullptr || wrong(*layer.recurrence, a.width, kv_heads, a.head_width)) return true;
     if (wrong(*layer.recurrence, *state++)) return true;
@@ -490,7 +510,8 @@ int decoder_layers(const regard_decoder_layers_args* args) {
                       Workspace::bytes_of<float>(static_cast<size_t>(recurrent ? tokens * a.width : 0)) +
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(tokens)) +
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch)) +
-                      Workspace::bytes_of<int64_t>(static_cast<size_t>(slots)));
+                      Workspace::bytes_of<int64_t>(static_cast<size_t>(slots)) +
+                      Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch * keys / a.head_width)));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
   float *const q = workspace.take<float>(static_cast<size_t>(tokens * queries));
   float* const attended = workspace.take<float>(static_cast<size_t>(tokens * queries));
@@ -500,6 +521,7 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   int64_t* const ranks = workspace.take<int64_t>(static_cast<size_t>(tokens));
   int64_t* const lengths = workspace.take<int64_t>(static_cast<size_t>(a.batch));
   int64_t* const keys_there = workspace.take<int64_t>(static_cast<size_t>(slots));
+  int64_t* const counts = workspace.take<int64_t>(static_cast<size_t>(a.batch * keys / a.head_width));
   for (int64_t i = 0; i < slots; ++i) {
     const int64_t b = i / longest, slot = i % longest;
     keys_there[i] = slot < a.padding[b] || slot >= a.lengths[b] + a.n ? -1 : slot;
@@ -545,6 +567,34 @@ int decoder_layers(const regard_decoder_layers_args* args) {
     attention.visibility.key_ranks_stride = longest;
   }
 
+  regard_quest_attention_args few{};
+  few.size = sizeof few;
+  few.threads = a.threads;
+  few.dtype = REGARD_FLOAT32;
+  few.q = q;
+  few.out = attended;
+  few.batch = a.batch;
+  few.n = 1;
+  few.width = few.value_width = a.head_width;
+  few.counts = counts;
+  const auto read_few = [&](const regard_decoder_layer& layer, const regard_decoder_reading& reading) {
+    few.heads = layer.weights[0].n / a.head_width;
+    few.kv_heads = layer.weights[1].n / a.head_width;
+    for (int64_t i = 0; i < a.batch * few.kv_heads; ++i) counts[i] = lengths[i / few.kv_heads];
+    few.k = layer.keys;
+    few.v = layer.values;
+    few.m = reading.slots;
+    few.low = reading.low;
+    few.high = reading.high;
+    few.page_size = reading.page_size;
+    few.chosen = reading.chosen;
+    few.shared = reading.shared;
+    few.scale = layer.scale;
+    few.q_strides[0] = few.out_strides[0] = layer.weights[0].n;
+    few.q_strides[1] = few.out_strides[1] = few.q_strides[2] = few.out_strides[2] = a.head_width;
+    return regard_quest_attention(&few);
+  };
+
   const auto attend = [&](int64_t i) {
     const regard_decoder_layer& layer = a.layers[i];
     const int64_t fewer = fewer_in(a, i);
@@ -557,6 +607,7 @@ int decoder_layers(const regard_decoder_layers_args* args) {
     attention.kv_heads = layer.weights[1].n / a.head_width;
     put_tokens(a, i, k, attention.kv_heads, layer.keys, layer.keys_strides);
     put_tokens(a, i, v, attention.kv_heads, layer.values, layer.values_strides);
+    if (const regard_decoder_reading* reading = reading_in(a, i)) return read_few(layer, *reading);
     attention.k = layer.keys;
     attention.v = layer.values;
     attention.q_strides[0] = attention.out_strides[0] = a.n * layer.weights[0].n;

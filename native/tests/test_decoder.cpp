@@ -163,11 +163,12 @@ void check(int64_t bits, int64_t m, int64_t threads) {
 
 // Layers of 4 query heads and 2 key heads, after rows of different lengths, the second layer with a window; without
 // pages and with few bits the first row begins with padding. Where the second layer has dropped tokens, its caches lack
-// two; for a single token it has no window then, and the token replaces another one.
+// two; for a single token it has no window then, the token replaces another one, and the first layer reads its last page.
 void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dropped = false) {
   const int64_t batch = 2, width = 70, head = 10, hidden = 90, heads = 4, kv = 2, tokens = batch * n, page_size = 3, most = 3;
   const int64_t lengths[] = {5, 2}, lefts[] = {-1, dropped && n == 1 ? -1 : 3}, pages[] = {4, 0, 3, 1, 2, 5};
   const int64_t fewer[] = {0, dropped ? 2 : 0}, replaced[] = {-1, dropped && n == 1 ? 0 : -1};
+  const bool few = dropped && n == 1;
   const int64_t slots = paged ? page_size : 9, places = paged ? 6 : batch, padding[] = {paged || bits == 32 ? 0 : 4, 0};
   now("layers, %d bits, %d tokens, %s", int(bits), int(n), paged ? "pages" : dropped ? "dropped tokens" : "rows");
   Floats x = numbers(tokens * width);
@@ -228,7 +229,8 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t t = 0; t < n; ++t)
         for (int64_t h = 0; h < heads; ++h) {
-          const int64_t at = lengths[b] - fewer[i] + t, from = lefts[i] < 0 ? padding[b] : std::max(padding[b], at - lefts[i]);
+          const int64_t at = lengths[b] - fewer[i] + t, first = few && i == 0 ? at / page_size * page_size : padding[b];
+          const int64_t from = lefts[i] < 0 ? first : std::max(first, at - lefts[i]);
           const size_t query = ((b * n + t) * heads + h) * head;
           double total = 0;
           for (int64_t j = from; j <= at; ++j) {
@@ -257,9 +259,12 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
   a.pages = paged ? pages : nullptr;
   a.pages_stride = most;
   a.page_size = page_size;
+  const Floats bounds = unwritten(batch * kv * slots / page_size * head);  // not read, where no earlier page is chosen
+  const regard_decoder_reading reading[2] = {{bounds.data(), bounds.data(), slots, page_size, 0, 1}, {}};
   if (dropped) {
     a.fewer = fewer;
     a.slots = replaced;
+    a.reading = few ? reading : nullptr;
   }
   a.cosine = cosine.data();
   a.sine = sine.data();
@@ -281,6 +286,10 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
     a.slots = beyond;
     must("a slot beyond the cache, or for several tokens", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
     a.slots = replaced;
+    const regard_decoder_reading longer[2] = {{bounds.data(), bounds.data(), 6, page_size, 0, 1}, {}};
+    a.reading = longer;
+    must("pages of a cache of another size, or for several tokens", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
+    a.reading = few ? reading : nullptr;
     a.padding = padding;
     must("padding of caches that have dropped tokens", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
     a.padding = nullptr;

@@ -16,7 +16,7 @@ import regard
 from regard.backends.native import library
 from regard.compression.sparse import sparsely
 from regard.contract import Recurrence
-from regard.engines.decoder_layer import Places, State, Weight, unfit
+from regard.engines.decoder_layer import Places, Reading, State, Weight, unfit
 from regard.integrations.collecting import collect_losses
 
 transformers = pytest.importorskip("transformers")
@@ -101,7 +101,10 @@ def _wide(make):
         ("pyramidkv:capacity=24,window=8,local=4,prefix=1", 78),  # layers of different lengths
         ("streaming:capacity=24,sinks=2", 77),  # full: one token at a time
         ("streaming:capacity=90,sinks=2", 78),  # full later
-        ("quest:budget=16,page=8", 0),
+        ("quest:budget=16,page=8", 77),  # one token at a time
+        ("quest:budget=16,page=8,share=false", 77),
+        ("local_sinks:window=16 + quest:budget=80,page=16", 77),  # all pages at first
+        ("tova:capacity=24", 0),
     ],
 )
 def test_sparse_models_that_read_their_whole_cache_decode_in_one_native_call(method, fused, calls):
@@ -126,10 +129,12 @@ def test_sparse_models_that_read_their_whole_cache_decode_in_one_native_call(met
     assert again == pytest.approx(counted)
     assert calls.count("decoder_layers") == fused  # 22 new tokens are more than the kernel takes
     if fused:
-        held = left.even(0)
-        assert held == state.even(0) >= 24
+        held = int(left.counts[0, 0])
+        assert held == int(state.counts[0, 0]) >= 24
         assert torch.equal(left.ranks[..., :held], state.ranks[..., :held])
-        near(left.k[:, :, :held], state.k[:, :, :held])
+        for name in ("k", "low", "high"):
+            if (kept := getattr(state, name)) is not None:
+                near(getattr(left, name)[:, :, :held], kept[:, :, :held])
     bridge.unfuse_layers(model)
 
 
@@ -228,14 +233,16 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
         (Places(pools, [4, 4], table + 1), "pages that do not exist"),
         (Places(pools, [4, 4], table - 1), "pages that do not exist"),
         (Places([pools[0], caches[0]], [1, 1], table), "pages that do not exist"),
-        (Places(caches, [3, 2], fewer=[0, 3]), "dropped"),
-        (Places(caches, [3, 2], fewer=[0, -1]), "dropped"),
-        (Places(caches, [3, 2], fewer=[0]), "a number for each cache"),
-        (Places(caches, [3, 2], replaced=[-1, 3]), "slots of the caches"),
-        (Places(caches, [3, 2], replaced=[-2, 0]), "slots of the caches"),
+        (Places(caches, [1, 1], fewer=[0, 2]), "dropped"),
+        (Places(caches, [1, 1], fewer=[0, -1]), "dropped"),
+        (Places(caches, [1, 1], fewer=[0]), "a number for each cache"),
+        (Places(caches, [1, 1], replaced=[-1, 2]), "slots of the caches"),
+        (Places(caches, [1, 1], replaced=[-2, 0]), "slots of the caches"),
         (Places(caches, [70, 70], fewer=[0, 69]), "slots of the caches"),
         (Places(caches, [2, 2], fewer=[1, 0], padding=[1, 0]), "without pages and padding"),
         (Places(pools, [4, 4], table, fewer=[1, 0]), "without pages and padding"),
+        (Places(caches, [1, 1], readings=[None, Reading(*[caches[0][0]] * 2, 4, 1, True)]), "bounds of their keys"),
+        (Places(caches, [1, 1], readings=[None, Reading(*[caches[0][0]] * 2, 0, 1, True)]), "bounds of their keys"),
     ):
         with pytest.raises(regard.Unsupported, match=said):
             layers(x, turned, turned, places)

@@ -95,10 +95,10 @@ class HeadCache(MethodCache):
         return dataclasses.replace(cache, counts=cache.counts + 1, length=cache.length + 1)
 
     def even(self, tokens: int) -> int | None:
-        """The number of tokens that every row and head holds beside the next `tokens`; None if it differs, or if there is
-        more than float32 keys and values to keep on the CPU."""
+        """The number of tokens that every row and head holds beside the next `tokens`; None if it differs, if there is more
+        to keep than float32 keys and values on the CPU, and for several tokens with pages that have bounds."""
         least, most = self._extent()
-        plain = all(x is None for x in (self.weight, self.low, self.high))
+        plain = self.weight is None and (self.low is None or tokens == 1)
         alike = all(x.is_cpu and x.dtype == torch.float32 for x in (self.k, self.v))
         return most if plain and alike and least == most else None
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from regard.catalogue import get_mechanism
-from regard.compression.sparse.cache import HeadCache, MethodCache
-from regard.compression.sparse.method import Method, Place, call, count_whole
+from regard.compression.sparse.cache import MethodCache
+from regard.compression.sparse.method import Method, Place, call
 from regard.contract import Call, Mechanism, Pattern, Result, Unsupported
 
 if TYPE_CHECKING:
@@ -22,17 +22,6 @@ class Config:
 
     method: Method = field(default_factory=Method)
     place: Place = field(default_factory=Place)
-
-    @property
-    def reads_all(self) -> bool:
-        """Whether tokens after the prompt attend to the whole cache by softmax."""
-        return self.method.reads_all
-
-    def count(self, cache: HeadCache, heads: int, tokens: int) -> None:
-        """Count the reads of the last `tokens` tokens, which another implementation has decoded."""
-        for before in reversed(range(tokens)):
-            then = dataclasses.replace(cache, counts=cache.counts - before, length=cache.length - before)
-            count_whole(then, self.place, heads)
 
 
 def parallel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,8 @@ from regard.compression.sparse.selection import Everything, Selection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
+
+    from regard.engines.decoder_layer import Reading
 
 PHASES = ("prefill", "decode")
 
@@ -113,9 +116,19 @@ class Method:
         return cache.read(q, place.scale), cache
 
     @property
-    def reads_all(self) -> bool:
-        """Whether the third hook reads the whole cache, as softmax attention does."""
+    def in_kernel(self) -> bool:
+        """Whether :meth:`reading` says all that the third hook does, so that a kernel can do it in its place."""
         return type(self).decode is Method.decode
+
+    def reading(self, cache: HeadCache) -> Reading | None:
+        """What the third hook reads of a cache; None for everything."""
+        return None
+
+    def decoded(self, cache: HeadCache, place: Place, heads: int, tokens: int) -> None:
+        """Bring cache and meter up to date after a kernel has decoded `tokens` tokens."""
+        for before in reversed(range(tokens)):
+            then = dataclasses.replace(cache, counts=cache.counts - before, length=cache.length - before)
+            count_whole(then, place, heads)
 
 
 @dataclass(frozen=True)
@@ -138,8 +151,14 @@ class Combined(Method):
         return self.second.decode(q, cache, place)
 
     @property
-    def reads_all(self) -> bool:
-        return self.second.reads_all
+    def in_kernel(self) -> bool:
+        return self.second.in_kernel
+
+    def reading(self, cache: HeadCache) -> Reading | None:
+        return self.second.reading(cache)
+
+    def decoded(self, cache: HeadCache, place: Place, heads: int, tokens: int) -> None:
+        self.second.decoded(cache, place, heads, tokens)
 
 
 def count_reads(cache: HeadCache, place: Place, heads: int, tokens: float, lines: int, more: float = 0.0) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from regard.compression.sparse.cache import PAGE, HeadCache
 from regard.compression.sparse.method import Method, Place, count_reads
 from regard.contract import Unsupported, at_least
+from regard.engines.decoder_layer import Reading
 from regard.engines.quest_attention import quest_attention
 
 if TYPE_CHECKING:
@@ -54,36 +55,52 @@ class Quest(Method):
         return dataclasses.replace(cache, low=low, high=high)
 
     def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
-        used = max(cache.counts.flatten().tolist(), default=0)  # the same count in every head
-        past, wanted = (used - 1) // self.page, self.budget // self.page
-        assert cache.low is not None and cache.high is not None
-        if used and used % self.page == 0:
-            # the newest page is now full; it needed no bounds before, since it is always read
-            with torch.no_grad():
-                keys = cache.k[:, :, past * self.page : used]
-                cache.low[:, :, past], cache.high[:, :, past] = torch.aminmax(keys, dim=2)
-        batch, heads, _, width = q.shape
-        groups = cache.k.shape[1]
-        if past <= wanted:
-            count_reads(cache, place, q.shape[1], float(batch * groups * used), batch * groups)
+        self.decoded(cache, place, q.shape[1], 1)
+        low, high, page, chosen, shared = self.reading(cache)
+        if (_used(cache) - 1) // page <= chosen:
             return cache.read(q, place.scale), cache
-        lines = batch * (groups if self.share else heads)
-        place.meter.index["decode"] += 4.0 * batch * heads * past * width
-        tokens = float(lines * (used - (past - wanted) * self.page))
-        count_reads(cache, place, q.shape[1], tokens, lines, 2.0 * batch * groups * past * width)
         output = quest_attention(
             q.to(cache.k.dtype),
             cache.k,
             cache.v,
-            cache.low,
-            cache.high,
+            low,
+            high,
             cache.counts,
-            page=self.page,
-            chosen=wanted,
-            shared=self.share,
+            page=page,
+            chosen=chosen,
+            shared=shared,
             scale=place.scale,
         )
         return output.to(q.dtype), cache
+
+    @property
+    def in_kernel(self) -> bool:
+        return True
+
+    def reading(self, cache: HeadCache) -> Reading:
+        assert cache.low is not None and cache.high is not None
+        return Reading(cache.low, cache.high, self.page, self.budget // self.page, self.share)
+
+    def decoded(self, cache: HeadCache, place: Place, heads: int, tokens: int) -> None:
+        low, high, page, chosen, shared = self.reading(cache)
+        used, (batch, groups) = _used(cache), cache.counts.shape
+        past = (used - 1) // page
+        if used and used % page == 0:
+            # the newest page is now full; it needed no bounds before, since it is always read
+            with torch.no_grad():
+                low[:, :, past], high[:, :, past] = torch.aminmax(cache.k[:, :, past * page : used], dim=2)
+        if past <= chosen:
+            count_reads(cache, place, heads, float(batch * groups * used), batch * groups)
+            return
+        lines, width = batch * (groups if shared else heads), cache.k.shape[3]
+        place.meter.index["decode"] += 4.0 * batch * heads * past * width
+        read = float(lines * (used - (past - chosen) * page))
+        count_reads(cache, place, heads, read, lines, 2.0 * batch * groups * past * width)
+
+
+def _used(cache: HeadCache) -> int:
+    """The number of keys, the same in every head."""
+    return max(cache.counts.flatten().tolist(), default=0)
 
 
 def bounds(k: Float[Tensor, "b g s d"], page: int) -> tuple[Float[Tensor, "b g pages d"], Float[Tensor, "b g pages d"]]:

@@ -6,12 +6,13 @@ There is no form in PyTorch: otherwise the model itself computes the layer.
 
 from regard.engines.decoder_layer.native_form import DecoderLayer, Weight, few_tokens
 from regard.engines.decoder_layer.recurrence import State, room_after, unfit
-from regard.engines.decoder_layer.stack import DecoderLayers, Places
+from regard.engines.decoder_layer.stack import DecoderLayers, Places, Reading
 
 __all__ = [
     "DecoderLayer",
     "DecoderLayers",
     "Places",
+    "Reading",
     "State",
     "Weight",
     "few_tokens",

@@ -29,6 +29,23 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
+class Reading(NamedTuple):
+    """The part of a cache that a token reads, as in :func:`regard.engines.quest_attention.quest_attention`.
+
+    Attributes:
+        low, high: smallest and largest entries of the keys in each page, (B, G, slots / page, D) float32, contiguous.
+        page: slots in a page.
+        chosen: number of pages that are read besides the newest token's.
+        shared: whether the query heads of a key/value head read the same pages.
+    """
+
+    low: Tensor
+    high: Tensor
+    page: int
+    chosen: int
+    shared: bool
+
+
 class Places(NamedTuple):
     """The caches and states of a batch, with room for those of its next tokens.
 
@@ -43,6 +60,8 @@ class Places(NamedTuple):
             padding.
         replaced: the slot of each cache that a single new token takes, in place of a token that is dropped, or -1 for the
             first free slot; such a cache holds one token more than `lengths` and `fewer` say. None for -1 everywhere.
+        readings: for each of the caches, contiguous then, what a single new token reads of it, or None for everything;
+            None for everything everywhere. Not with pages or padding.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
@@ -52,11 +71,21 @@ class Places(NamedTuple):
     padding: Sequence[int] | None = None
     fewer: Sequence[int] | None = None
     replaced: Sequence[int] | None = None
+    readings: Sequence[Reading | None] | None = None
 
     def of(self, caches: slice, states: slice) -> Places:
         """The places of some of the layers."""
-        fewer, replaced = (None if x is None else x[caches] for x in (self.fewer, self.replaced))
-        return self._replace(caches=self.caches[caches], states=self.states[states], fewer=fewer, replaced=replaced)
+        own = {name: x[caches] for name in OF_CACHES if (x := getattr(self, name)) is not None}
+        return self._replace(states=self.states[states], **own)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all caches hold and read all tokens."""
+        return self.fewer is None and self.replaced is None and self.readings is None
+
+
+OF_CACHES = "caches", "fewer", "replaced", "readings"
+"""Attributes of :class:`Places` with one entry for each cache."""
 
 
 class _Layer(ctypes.Structure):
@@ -71,6 +100,17 @@ class _Layer(ctypes.Structure):
         ("keys_strides", ctypes.c_int64 * 3),
         ("values_strides", ctypes.c_int64 * 3),
         ("recurrence", ctypes.POINTER(RecurrenceArguments)),
+    )
+
+
+class _Reading(ctypes.Structure):
+    _fields_ = (
+        ("low", ctypes.c_void_p),
+        ("high", ctypes.c_void_p),
+        ("slots", ctypes.c_int64),
+        ("page_size", ctypes.c_int64),
+        ("chosen", ctypes.c_int64),
+        ("shared", ctypes.c_int64),
     )
 
 
@@ -94,6 +134,7 @@ class DecoderLayersArguments(library.Arguments):
         ("page_size", ctypes.c_int64),
         ("fewer", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
+        ("reading", ctypes.c_void_p),
         ("cosine", ctypes.c_void_p),
         ("sine", ctypes.c_void_p),
         ("eps", ctypes.c_float),
@@ -159,6 +200,7 @@ class DecoderLayers:
         lengths = (ctypes.c_int64 * batch)(*places.lengths)
         padding = None if places.padding is None else (ctypes.c_int64 * batch)(*places.padding)
         fewer, replaced = self._of_layers(places.fewer, 0), self._of_layers(places.replaced, -1)
+        reading = self._readings(places)
         library.call(
             DecoderLayersArguments(
                 threads=torch.get_num_threads(),
@@ -176,6 +218,7 @@ class DecoderLayers:
                 page_size=pointed.slots,
                 fewer=None if fewer is None else ctypes.addressof(fewer),
                 slots=None if replaced is None else ctypes.addressof(replaced),
+                reading=None if reading is None else ctypes.addressof(reading),
                 cosine=pointer(cosine),
                 sine=pointer(sine),
                 x=pointer(y),
@@ -191,6 +234,16 @@ class DecoderLayers:
         found = (ctypes.c_int64 * len(self._layers))(*[others] * len(self._layers))
         for i, number in zip(self._attending, numbers, strict=True):
             found[i] = number
+        return found
+
+    def _readings(self, places: Places) -> Any:
+        if places.readings is None:
+            return None
+        found = (_Reading * len(self._layers))()
+        for i, reading, (keys, _) in zip(self._attending, places.readings, places.caches, strict=True):
+            if reading is not None:
+                low, high, *rest = reading
+                found[i] = _Reading(pointer(low), pointer(high), keys.shape[2], *rest)
         return found
 
     def _pointed_at(self, caches: Sequence[tuple[Tensor, Tensor]]) -> _Pointed:
@@ -256,7 +309,7 @@ class _Pointed(NamedTuple):
             if not fits:
                 raise Unsupported("pages that do not exist", supported=f"({batch}, most) int64 of pages of one size")
             check_pages(table, torch.tensor(lengths, dtype=torch.int64, device="cpu") + n, self.slots, self.rows)
-        if places.fewer is not None or places.replaced is not None:
+        if not places.whole:
             self._check_dropped(places, n)
         elif not 0 <= min(lengths) <= max(lengths) <= slots - n:
             raise Unsupported(f"{n} tokens after {list(lengths)}", supported=f"{slots} together")
@@ -264,8 +317,13 @@ class _Pointed(NamedTuple):
     def _check_dropped(self, places: Places, n: int) -> None:
         count = len(self.caches)
         fewer, replaced = places.fewer or [0] * count, places.replaced or [-1] * count
+        readings = places.readings or [None] * count
         told = f"caches that have dropped {list(fewer)} tokens, with {n} new ones in the slots {list(replaced)}"
-        if places.table is not None or places.padding is not None or not count == len(fewer) == len(replaced):
+        if (
+            places.table is not None
+            or places.padding is not None
+            or not (count == len(fewer) == len(replaced) == len(readings))
+        ):
             raise Unsupported(told, supported="a number for each cache, without pages and padding")
         least, most = min(places.lengths), max(places.lengths)
         for i, (dropped, slot) in enumerate(zip(fewer, replaced, strict=True)):
@@ -274,3 +332,20 @@ class _Pointed(NamedTuple):
                 raise Unsupported(
                     f"{told}, after {list(places.lengths)}", supported="slots of the caches, for one token at a time"
                 )
+        if places.readings is not None and not (n == 1 and all(map(_readable, self.caches, places.readings))):
+            raise Unsupported(
+                "pages that are read of a cache",
+                supported="contiguous caches of whole pages, with bounds of their keys, for one token at a time",
+            )
+
+
+def _readable(cache: tuple[Tensor, Tensor], reading: Reading | None) -> bool:
+    """Return whether a cache can be read in this way."""
+    if reading is None:
+        return True
+    rows, heads, slots, width = cache[0].shape
+    whole = reading.page > 0 and slots > 0 and slots % reading.page == 0 and reading.chosen >= 0
+    bounds = reading.low, reading.high
+    shapes = whole and all(x.shape == (rows, heads, slots // reading.page, width) for x in bounds)
+    tensors = (*cache, *bounds)
+    return shapes and all(type(x) in PLAIN and x.dtype == torch.float32 and x.is_contiguous() for x in tensors)

@@ -82,7 +82,7 @@ class Stack(NamedTuple):
         indices: cache indices of all layers with softmax attention in runs.
         recurrences: all layers with a recurrence; None where there are none.
         apart: the parts when each layer with a recurrence runs alone.
-        counted: mechanisms of layers with softmax that count what is read of their caches.
+        counted: mechanisms of the layers with softmax if these have a sparse method.
     """
 
     seen: Snapshot
@@ -145,6 +145,9 @@ class FusedDecoder:
             return None
         if any(padding):
             where = where._replace(padding=padding)
+        readings = [placed.config.method.reading(_held(cache, placed)) for placed in stack.counted]
+        if any(x is not None for x in readings):
+            where = where._replace(readings=readings)
         told = {ANGLES: (cosine, sine), "position_ids": positions, CACHE: cache, "use_cache": True}
         for part in parts:
             found = part.windows(x, cosine, sine, cache) if isinstance(part, Local) else None
@@ -159,7 +162,7 @@ class FusedDecoder:
         if stack.recurrences is not None and states is not None:
             stack.recurrences.take(cache, states, tokens)
         for placed in stack.counted:
-            placed.config.count(cache.layers[placed.placement.layer].state.mechanism, placed.spec.heads, tokens)
+            placed.config.method.decoded(_held(cache, placed), placed.config.place, placed.spec.heads, tokens)
         x = x if isinstance(parts[-1], Run) else decoder.norm(x)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
@@ -264,7 +267,18 @@ def _by_softmax(layer: Any, attention: str) -> bool:
     placed = getattr(layer.self_attn, PLACE, UNPLACED)
     if placed is None or placed is UNPLACED:
         return placed is None
-    return placed.chosen.plain or getattr(placed.config, "reads_all", False)
+    return placed.chosen.plain or _method_of(placed) is not None
+
+
+def _method_of(placed: Any) -> Any:
+    """The sparse method of a layer if the kernel can decode with it; None otherwise."""
+    method = getattr(placed.config, "method", None)
+    return method if getattr(method, "in_kernel", False) else None
+
+
+def _held(cache: Any, placed: Any) -> Any:
+    """What a sparse method keeps of a layer's tokens."""
+    return cache.layers[placed.placement.layer].state.mechanism
 
 
 def _slots(member: Member, attention: str) -> int | None:
