@@ -62,7 +62,7 @@ def retrofit(
     transfer_rate: Annotated[
         float, typer.Option(help="Learning rate of the attention transfer, as a share of each weight's size.")
     ] = 0.02,
-    rate: Annotated[float, typer.Option(help="Learning rate of the last stage, likewise.")] = 0.002,
+    rate: Annotated[float, typer.Option(help="Learning rate of the last stage, likewise.")] = 0.0002,
     lengths: Annotated[
         str | None,
         typer.Option(

@@ -52,7 +52,7 @@ class RetrofitSettings:
     train: str = "all"
     distil: float = 1.0
     transfer_rate: float = 0.02
-    rate: float = 0.002
+    rate: float = 0.0002
     lengths: tuple[int, ...] | None = None
     evaluation_blocks: int | None = None
     seed: int = 0
@@ -66,7 +66,11 @@ class RetrofitSettings:
             raise Unsupported(f"distil={self.distil}", supported="a weight from 0 to 1", nearest="distil=1.0")
         for name in ("transfer_rate", "rate"):
             if not getattr(self, name) > 0:
-                raise Unsupported(f"{name}={getattr(self, name)}", supported="a positive rate", nearest=f"{name}=0.002")
+                raise Unsupported(
+                    f"{name}={getattr(self, name)}",
+                    supported="a positive rate",
+                    nearest=f"{name}={getattr(RetrofitSettings, name)}",
+                )
         if self.budget.unit == "flops":
             raise Unsupported(f"a budget of {self.budget}", supported="a time, tokens or steps", nearest="60m")
         if self.lengths and min(self.lengths) < 32:
