@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from regard.contract import Unsupported
+from regard.layers.linear import accelerate
 
 PREFIX = "timm:"
 SUPPORTED = "a folder of timm (config.json and model.safetensors), or timm:NAME for pretrained weights"
@@ -43,7 +44,8 @@ def timm_folders() -> Any:
 
 
 def load_timm(place: str | os.PathLike[str], *, supported: str = SUPPORTED) -> Any:
-    """Load the model at a place for which :func:`is_of_timm` holds, in evaluation mode.
+    """Load the model at a place for which :func:`is_of_timm` holds, in evaluation mode, with the linear layers of
+    :func:`regard.accelerate`.
 
     Args:
         supported: what an error message should list as supported when timm cannot load the model.
@@ -55,12 +57,14 @@ def load_timm(place: str | os.PathLike[str], *, supported: str = SUPPORTED) -> A
     text = str(place)
     source = text.removeprefix(PREFIX) if text.startswith(PREFIX) else f"local-dir:{text}"
     try:
-        return folders.timm.create_model(source, pretrained=True).eval()
+        model = folders.timm.create_model(source, pretrained=True).eval()
     except Unsupported:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         said = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise Unsupported(f"{text}, which timm cannot load ({said})", supported=supported) from error
+    accelerate(model)
+    return model
 
 
 def name_of(place: str | os.PathLike[str]) -> str:

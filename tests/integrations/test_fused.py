@@ -14,6 +14,7 @@ from support import GRAPH
 
 import regard
 from regard.backends.native import library
+from regard.compression.folders import load_causal_model
 from regard.compression.sparse import sparsely
 from regard.contract import Recurrence
 from regard.engines.decoder_layer import Places, Reading, State, Weight, unfit
@@ -765,3 +766,18 @@ def test_hybrids_that_are_saved_copied_or_trained_give_the_same(mechanism, runs,
 def test_other_architectures_stay_as_they_are():
     assert bridge.fuse_layers(gpt2()) == 0
     assert bridge.fuse_layers(llama(hidden_act="gelu")) == 0
+
+
+def test_models_that_commands_open_have_the_fast_linear_layers_and_the_same_weights(tmp_path):
+    model, tokens = llama(), ids()
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    opened = load_causal_model(tmp_path)
+    linears = {type(x) for x in opened.modules() if isinstance(x, torch.nn.Linear)}
+    assert linears == {regard.layers.linear.Linear}
+    with torch.inference_mode():
+        near(opened(tokens).logits, model(tokens).logits)
+    opened.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again").state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from regard.contract import Unsupported, an_instance
+from regard.layers.linear import accelerate
 from regard.tasks.documents import nearest_path
 
 SUPPORTED = "a folder of save_pretrained with its tokenizer, or a GGUF file"
@@ -48,7 +49,8 @@ def find_files(place: Path, *, supported: str = SUPPORTED) -> tuple[Path, dict[s
 
 
 def load_model(place: Path, *, of: Any = None, dtype: torch.dtype = torch.float32, supported: str = SUPPORTED) -> Any:
-    """Load the model in a folder or a GGUF file, in evaluation mode; arguments as in :func:`find_files`.
+    """Load the model in a folder or a GGUF file, in evaluation mode, with the linear layers of :func:`regard.accelerate`;
+    arguments as in :func:`find_files`.
 
     Args:
         of: the transformers class that loads it; None for the one for causal language models.
@@ -71,6 +73,7 @@ def load_model(place: Path, *, of: Any = None, dtype: torch.dtype = torch.float3
             f"the model in {place}, which lacks {len(missing)} weights of {an_instance(model)} (as {missing[0]})",
             supported=supported,
         )
+    accelerate(model)
     return model.eval()
 
 
