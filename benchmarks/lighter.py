@@ -64,9 +64,10 @@ class Row:
 
 @contextmanager
 def own_code(model: nn.Module, data: list[Any]) -> Iterator[nn.Module]:
-    """The same model as transformers runs it; `subject.load` has fused its layers, and sped up its linear ones."""
+    """The same model as transformers runs it, without the kernels that `subject.load` has put into it."""
     changed = copy.deepcopy(model)
     unfuse_layers(changed)
+    changed.set_attn_implementation("sdpa")
     for module in changed.modules():
         if type(module) is Linear:
             module.__class__ = nn.Linear

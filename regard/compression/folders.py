@@ -163,7 +163,8 @@ def load_causal_model(
     place: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, supported: str | None = None
 ) -> Any:
     """Load a causal language model of transformers from a folder, compressed or not, or from a GGUF file; in evaluation
-    mode, with its layers fused where they can be (:func:`regard.integrations.transformers.fuse_layers`).
+    mode. Models whose layers :func:`regard.integrations.transformers.fuse_layers` knows are fused, and on a CPU attend to
+    prompts by ``regard:softmax``.
 
     Args:
         device, dtype: device and dtype of the weights.
@@ -174,18 +175,30 @@ def load_causal_model(
             other than the CPU or in a dtype other than float32.
     """
     from regard.integrations.transformers.folders import SUPPORTED, load_model, quietly
-    from regard.integrations.transformers.fused import fuse_layers
 
     if not is_compressed(place):
         found = load_model(place, dtype=dtype, supported=supported or SUPPORTED).to(device)
-        fuse_layers(found)
+        _use_kernels(found)
         return found
     check_place(device, dtype)
     with quietly():
         model: Any = load_compressed(place)
     if library_of(model) != "transformers" or not model.can_generate():
         raise Unsupported(f"text from {an_instance(model)}, as {place} holds", supported=supported or SUPPORTED)
+    _use_kernels(model)
     return model
+
+
+def _use_kernels(model: Any) -> None:
+    """Fuse a transformers model, and let it attend by regard's softmax where it would by torch's on a CPU."""
+    from regard.integrations.transformers.attending import PREFIX
+    from regard.integrations.transformers.fused import fuse_layers
+    from regard.integrations.transformers.fused.snapshot import is_known
+
+    fuse_layers(model)
+    by_torch = model.config._attn_implementation in ("sdpa", "eager") and model.device.type == "cpu"
+    if by_torch and any(map(is_known, model.modules())):
+        model.set_attn_implementation(f"{PREFIX}softmax")
 
 
 def check_place(device: str, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from regard.compression.sparse import sparsely
 from regard.contract import Recurrence
 from regard.engines.decoder_layer import Places, Reading, State, Weight, unfit
 from regard.integrations.collecting import collect_losses
+from regard.layers.linear import Linear
 
 transformers = pytest.importorskip("transformers")
 bridge = pytest.importorskip("regard.integrations.transformers")
@@ -768,16 +769,22 @@ def test_other_architectures_stay_as_they_are():
     assert bridge.fuse_layers(llama(hidden_act="gelu")) == 0
 
 
-def test_models_that_commands_open_have_the_fast_linear_layers_and_the_same_weights(tmp_path):
-    model, tokens = llama(), ids()
+@pytest.mark.parametrize("make", [llama, mistral, qwen2])
+def test_models_that_commands_open_have_fast_kernels_and_the_same_weights_and_answers(make, tmp_path, calls):
+    model, tokens = make(), ids()
     disturb(model)
+    settings = {"attention_mask": LEFT, "max_new_tokens": 6, "num_beams": 2, **GREEDY}
+    expected, written = model(tokens).logits, model.generate(tokens, **settings)
     model.save_pretrained(tmp_path)
     opened = load_causal_model(tmp_path)
-    linears = {type(x) for x in opened.modules() if isinstance(x, torch.nn.Linear)}
-    assert linears == {regard.layers.linear.Linear}
+    assert {type(x) for x in opened.modules() if isinstance(x, torch.nn.Linear)} == {Linear}
+    calls.clear()
     with torch.inference_mode():
-        near(opened(tokens).logits, model(tokens).logits)
+        near(opened(tokens).logits, expected)
+    assert {"attention"} <= {*calls}
+    assert torch.equal(opened.generate(tokens, **settings), written)
     opened.save_pretrained(tmp_path / "again")
+    assert "regard" not in (tmp_path / "again" / "config.json").read_text()
     again = type(model).from_pretrained(tmp_path / "again").state_dict()
     assert again.keys() == model.state_dict().keys()
     assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
