@@ -113,8 +113,10 @@ class Told:
                 return f"{question.kind} {question.body} was answered {self.texts.get(i)!r} and not {answer.text!r}"
             if self.finishes.get(i) != answer.finish:
                 return f"{question.kind} {question.body} ended for {self.finishes.get(i)} and not {answer.finish}"
-            if "logprobs" in question.body and answer.tokens is not None and self.logprobs[i] != answer.tokens:
-                return f"{question.kind} has {self.logprobs[i]} log-probabilities for {answer.tokens} tokens"
+            if "logprobs" in question.body and answer.tokens is not None:
+                told = answer.tokens - (answer.finish == "stop")  # the stop token is not part of the text
+                if self.logprobs[i] != told:
+                    return f"{question.kind} has {self.logprobs[i]} log-probabilities for {told} tokens"
         if len(self.texts) != len(question.answers):
             return f"{question.kind} has {len(self.texts)} answers and not {len(question.answers)}"
         written = [answer.tokens for answer in question.answers]

@@ -20,6 +20,9 @@ from regard.workbench.trained.folder import RECORD, open_trained
 CLEAR, TIMES_ROUNDING = 0.002, 10
 """The logit margin by which the likeliest token of a greedy answer must lead, so that rounding in another batch cannot change
 it: at least `CLEAR`, and `TIMES_ROUNDING` times the measured rounding error."""
+DISTURBED, SPREAD = 8, 4
+"""A sampled token counts as known if it is drawn from so many disturbed logits too, each changed by at most `SPREAD` times
+the measured rounding error."""
 LENGTHS = (8, 16, 24)
 LONG, SLOW = 128, 200
 """Fewest and most tokens of long answers, which clients abandon or read slowly."""
@@ -68,6 +71,7 @@ class Alone:
     """A model by itself, called through `generate`.
 
     Attributes:
+        rounding: the measured rounding error of a logit.
         clear: the logit margin that the likeliest token needs for an answer to count as known.
     """
 
@@ -79,7 +83,8 @@ class Alone:
             self.model = load_causal_model(folder)
         self.own = isinstance(self.model, LanguageModel)
         self.model.eval()
-        self.clear = max(CLEAR, TIMES_ROUNDING * self._rounding())
+        self.rounding = self._rounding()
+        self.clear = max(CLEAR, TIMES_ROUNDING * self.rounding)
 
     @torch.no_grad()
     def _rounding(self) -> float:
@@ -104,18 +109,23 @@ class Alone:
         return new.tolist() if float((first - second).min()) > self.clear else None
 
     @torch.no_grad()
-    def sampled(self, prompt: Sequence[int], count: int, seed: int, **options: Any) -> list[int]:
-        """The answer's tokens, sampled with a seed."""
+    def sampled(self, prompt: Sequence[int], count: int, seed: int, **options: Any) -> list[int] | None:
+        """The answer's tokens, sampled with a seed; None if rounding could change one."""
         ids, stops = torch.tensor([list(prompt)]), self.text.stop_tokens
-        generator = torch.Generator().manual_seed(seed)
-        if self.own:
-            return self.model.generate(ids, count, generator=generator, stop_tokens=sorted(stops), **options)[
-                0
-            ].tolist()
-        new: list[int] = []
+        options = {"top_k": None, "top_p": None} | options
+        generator, noise, new = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed), list[int]()
         while len(new) < count and (not new or new[-1] not in stops):
             logits = self._logits(torch.cat([ids, torch.tensor([new], dtype=ids.dtype)], 1))[-1:]
-            new.append(int(sample(logits, generator=generator, **{"top_k": None, "top_p": None} | options)))
+            before, drawn = generator.get_state(), set()
+            for i in range(DISTURBED + 1):
+                generator.set_state(before)
+                change = torch.rand(logits.shape, generator=noise, dtype=logits.dtype) * 2 - 1
+                drawn.add(
+                    int(sample(logits + bool(i) * SPREAD * self.rounding * change, generator=generator, **options))
+                )
+            if len(drawn) > 1:
+                return None
+            new += drawn
         return new
 
     def _logits(self, ids: Tensor) -> Tensor:
@@ -208,6 +218,8 @@ class Pool:
         options = {"temperature": 0.8, **self.draws.choice([{}, {"top_k": 20}, {"top_p": 0.9}])}
         tokens = self.text.encode(prompt)
         new = self.alone.sampled(tokens, count, seed, **options)
+        if new is None:
+            return None
         body = {"prompt": prompt, "max_tokens": count, "seed": seed, **options}
         return Question("sampled with a seed", body, (self._answer(new),), len(tokens))
 
