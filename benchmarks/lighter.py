@@ -89,8 +89,12 @@ def sparse(name: str, ratio: float, model: nn.Module, data: list[Any]) -> Iterat
 def rows() -> list[Row]:
     """The methods to measure, by family."""
     recipes = {
-        "quantization": ("int8", "w8a8", "int4", "awq", "gptq", "awq + gptq"),
-        "pruning": ("wanda:ratio=0.5", "sparsegpt:ratio=0.5", "structured:neurons=0.2", "structured:layers=2"),
+        "quantization": ("int8", "w8a8", "int4", "awq", "gptq", "awq + gptq", "int4:bits=3", "gptq:bits=3"),
+        "pruning": (
+            *(f"{name}:ratio=0.5" for name in ("magnitude", "wanda", "sparsegpt")),
+            "structured:neurons=0.2",
+            "structured:layers=2",
+        ),
         "both": ("structured:neurons=0.2 + int8",),
     }
     found = [Row("unchanged", "transformers", "", own_code)]

@@ -8,7 +8,7 @@
 time between their tokens until the new request has its first one: with prompts read in chunks, as `regard serve` does,
 and with the prompt read in one piece.
 
-`states`: as many clients as `--clients`, all with a context of `--context` tokens, on a model of softmax layers, on one of
+`states`: as many clients as `--clients`, all with a context of nearly `--context` tokens, on a model of softmax layers, on one of
 recurrent layers, and on a hybrid of both; same sizes, random weights, since speed and memory do not depend on them.
 Recorded are the bytes of caches and states when all are being answered, and the tokens per second from then on.
 
@@ -97,17 +97,22 @@ def clients_on(plan: list[str], *, clients: int, context: int, new: int) -> dict
     reader = LanguageReader(model, rows=clients, context=context, cache_tokens=clients * context)
     engine = Engine(reader, Limits(rows=clients, waiting=clients, prefix_cache=False))
     keys = [str(i) for i in range(clients)]
-    # those whose prompts are read first are answered until all are
-    most = context - (prompt := context - 2 * clients - new)
+    # those whose prompts are read first get a token at each chunk of the others' prompts, and must not end before that
+    prompt = int((context - clients - new) / (1 + clients / CHUNK))
     began = time.perf_counter()
     for key, tokens in zip(keys, drawn(clients, prompt, SIZES["vocab_size"]), strict=True):
-        engine.submit(Request(key, tokens, max_tokens=most))
+        engine.submit(Request(key, tokens, max_tokens=context - prompt))
     until_answering(engine, set(keys))
     prompts = time.perf_counter() - began
-    bytes_, began, tokens = held(engine), time.perf_counter(), 0
+    if len(engine.active) < clients:
+        raise SystemExit(
+            f"{clients - len(engine.active)} requests ended before all were being answered: a longer --context"
+        )
+    found = {"bytes": held(engine), "tokens": sum(row.length for row in engine.active), "prompts": prompts}
+    began, tokens = time.perf_counter(), 0
     for _ in range(new):
         tokens += len(engine.step())
-    return {"bytes": bytes_, "tokens_per_second": tokens / (time.perf_counter() - began), "prompts": prompts}
+    return {**found, "tokens_per_second": tokens / (time.perf_counter() - began)}
 
 
 def main() -> None:
@@ -145,7 +150,7 @@ def main() -> None:
             row = clients_on(plan, clients=asked.clients, context=asked.context, new=asked.new_tokens)
             found["states"][name] = row
             tell(
-                f"{name}: {asked.clients} clients with {asked.context} tokens hold {row['bytes'] / 2**20:.1f} MiB and get "
+                f"{name}: {asked.clients} clients with {row['tokens']:,} tokens hold {row['bytes'] / 2**20:.1f} MiB and get "
                 f"{row['tokens_per_second']:.1f} tokens/s; their prompts took {row['prompts']:.1f} s"
             )
     if asked.json:
