@@ -122,6 +122,7 @@ def _picture(data: Mapping[str, Any]) -> str:
             "{:.3g}".format,
             log=True,
             rising=False,
+            limit=2.0,
         ),
     )
-    return f'<figure class="drawn">{drawn}<figcaption>Perplexity against the speed of decoding; a colour for each family.</figcaption></figure>'
+    return f'<figure class="drawn">{drawn}<figcaption>Perplexity against the speed of decoding; a colour for each family. What loses more than twice the perplexity is drawn at the edge.</figcaption></figure>'
