@@ -109,7 +109,7 @@ def _wide(make):
         ("tova:capacity=24", 0),
     ],
 )
-def test_sparse_models_that_read_their_whole_cache_decode_in_one_native_call(method, fused, calls):
+def test_sparse_models_that_need_no_weights_of_the_attention_decode_in_one_native_call(method, fused, calls):
     model, tokens = llama(), ids(2, 150)
     disturb(model)
 

@@ -160,7 +160,7 @@ class StateLayer(CacheLayerMixin):
         self._slots: tuple[Any, Any] = (None, None)
 
     def room(self, count: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`GrowingLayer.room`, for a state with all the keys and values that decoding reads."""
+        """As :meth:`GrowingLayer.room`, for a state with keys and values; a single token may replace another one."""
         assert self.state is not None
         held = self.state.mechanism.extended(count)
         self.take(replace(self.state, mechanism=held, length=self.state.length + count), count, self.shift)
@@ -247,8 +247,8 @@ class StateLayer(CacheLayerMixin):
 def places(cache: Any, layers: Sequence[int], rows: int, tokens: int) -> Places | None:
     """The keys and values of these layers in a cache, with room for `tokens` more in each row, which count as present
     from now on. None where the cache lacks the keys of a layer, or has them in another form (kind of cache, length,
-    dtype or device); nothing is changed then. A state of a sparse method (:mod:`regard.compression.sparse`) that
-    decoding reads as a whole counts as keys and values.
+    dtype or device); nothing is changed then. A state of a sparse method (:mod:`regard.compression.sparse`) counts as
+    keys and values if it holds as many in all rows and heads.
 
     A cache of another kind may have its own method `places(layers, rows, tokens)`.
     """
