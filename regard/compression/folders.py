@@ -193,11 +193,12 @@ def _use_kernels(model: Any) -> None:
     """Fuse a transformers model, and let it attend by regard's softmax where it would by torch's on a CPU."""
     from regard.integrations.transformers.attending import PREFIX
     from regard.integrations.transformers.fused import fuse_layers
+    from regard.integrations.transformers.fused.decoders import SOFTMAX
     from regard.integrations.transformers.fused.snapshot import is_known
 
     fuse_layers(model)
-    by_torch = model.config._attn_implementation in ("sdpa", "eager") and model.device.type == "cpu"
-    if by_torch and any(map(is_known, model.modules())):
+    by_softmax = model.config._attn_implementation in SOFTMAX and model.device.type == "cpu"
+    if by_softmax and any(map(is_known, model.modules())):
         model.set_attn_implementation(f"{PREFIX}softmax")
 
 
