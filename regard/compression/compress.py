@@ -51,15 +51,15 @@ class CompressionReport:
 
     Attributes:
         recipe: the recipe as written.
-            steps: the same with all options.
-            layers: the layers whose weights were changed.
-            notes: what else was done, in sentences.
-            kept: the reason why each other layer with a weight matrix was left as it is.
-            bytes_before, bytes_after: size of parameters and saved buffers; shared tensors count once.
-            batches: number of calibration batches.
-            seconds: time taken.
-            tokens: method and options for dropping tokens; None if all tokens stay.
-            program: file, format and inputs of the program saved next to the model, and its difference from the model.
+        steps: the same with all options.
+        layers: the layers whose weights were changed.
+        notes: what else was done, in sentences.
+        kept: the reason why each other layer with a weight matrix was left as it is.
+        bytes_before, bytes_after: size of parameters and saved buffers; shared tensors count once.
+        batches: number of calibration batches.
+        seconds: time taken.
+        tokens: method and options for dropping tokens; None if all tokens stay.
+        program: file, format and inputs of the program saved next to the model, and its difference from the model.
     """
 
     recipe: str
@@ -95,8 +95,8 @@ class Compressed:
 
     Attributes:
         model: the given model, with its layers replaced.
-            report: what was done.
-            program: the program that :meth:`save` writes next to the model, if the recipe exports one.
+        report: what was done.
+        program: the program that :meth:`save` writes next to the model, if the recipe exports one.
     """
 
     model: nn.Module

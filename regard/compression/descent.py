@@ -37,13 +37,13 @@ def descend(
 
     Args:
         trained: all parameters by name, as saved in the state.
-            groups: the same parameters as optimizer groups, each with the ``factor`` of its learning rate.
-            loss_of: returns the loss of a step, given its number.
-            what: what is being trained, for error messages.
-            seconds: time limit; the learning rate reaches 0 then.
-            file: where the state is saved every minute, on interruption, and at the end.
-            after: called after each step.
-            on_step: called with the number of steps done.
+        groups: the same parameters as optimizer groups, each with the ``factor`` of its learning rate.
+        loss_of: returns the loss of a step, given its number.
+        what: what is being trained, for error messages.
+        seconds: time limit; the learning rate reaches 0 then.
+        file: where the state is saved every minute, on interruption, and at the end.
+        after: called after each step.
+        on_step: called with the number of steps done.
 
     Raises:
         Unsupported: if the loss is not finite.

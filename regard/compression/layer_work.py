@@ -25,13 +25,13 @@ class LayerReport:
 
     Attributes:
         name: name of its module.
-            format: format of its weight, in words.
-            error: ``||Q - W|| / ||W||``.
-            output_error: ``||X Q^T - X W^T|| / ||X W^T||`` on the calibration data, where second moments of X were
-                collected.
-            alpha: the exponent that AWQ chose.
-            float_columns: number of input columns that stayed in floating point.
-            zeros: the share of weights that a step set to 0, where one did.
+        format: format of its weight, in words.
+        error: ``||Q - W|| / ||W||``.
+        output_error: ``||X Q^T - X W^T|| / ||X W^T||`` on the calibration data, where second moments of X were
+            collected.
+        alpha: the exponent that AWQ chose.
+        float_columns: number of input columns that stayed in floating point.
+        zeros: the share of weights that a step set to 0, where one did.
     """
 
     name: str
@@ -50,7 +50,7 @@ def compress_layer(
 
     Args:
         statistics: statistics of its inputs, where the recipe needs them.
-            mask: True for weights that earlier steps have not set to 0, where there were such steps.
+        mask: True for weights that earlier steps have not set to 0, where there were such steps.
     """
     weight = linear.weight.detach()
     second = None if statistics is None else statistics.second

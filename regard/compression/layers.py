@@ -30,9 +30,9 @@ class Layers:
 
     Attributes:
         body: linear layers to quantize.
-            head: name of a language model's output projection, if it is a linear layer; not included in the body.
-            tied: names of embeddings whose table is the head's weight.
-            kept: the reason why each other layer with a weight matrix is left as it is.
+        head: name of a language model's output projection, if it is a linear layer; not included in the body.
+        tied: names of embeddings whose table is the head's weight.
+        kept: the reason why each other layer with a weight matrix is left as it is.
     """
 
     body: dict[str, nn.Linear]
