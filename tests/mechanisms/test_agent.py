@@ -13,7 +13,7 @@ from support import check_recorded, close, close_gradients, load, qkv, refused, 
 from regard.contract import ALL_PATTERNS, Context, LayerCall, Mask, Pattern, Role, Shape
 from regard.create import create_layer
 from regard.functional import agent_attention
-from regard.mechanisms.agent import MECHANISM, BiasTables, Config
+from regard.mechanisms.agent import MECHANISM, BiasTables, Config, biases_on_map
 from regard.workbench.verification.properties.layers import layer_padding
 from regard.workbench.verification.subjects import Subject
 
@@ -445,10 +445,12 @@ def test_more_tokens_than_the_grid_has_places_are_not_taken_for_class_tokens():
 @pytest.mark.parametrize("kind", ["block", "lines", "all"])
 def test_biases_of_a_whole_map_are_those_of_its_places(kind: str) -> None:
     """For maps smaller and larger than the tables, also of one row; entries of tokens off the map get zero gradients."""
-    table = shaken(BiasTables(2, 3, kind, None if kind == "block" else (4, 6)))
+    tables = [shaken(BiasTables(2, 3, kind, None if kind == "block" else (4, 6))) for _ in range(2)]
+    parameters = [parameter for table in tables for parameter in table.parameters()]
     for rows, columns in ((4, 6), (3, 11), (1, 5)):
         index = torch.arange(rows * columns)[None]
         extents = [torch.full((1, 1), side) for side in (rows, columns)]
-        shares = table.shares([index // columns, index % columns], extents, torch.zeros_like(index, dtype=torch.bool))
-        found, expected = table.on_map(rows, columns), table(shares)[0]
-        close_gradients(found, expected, list(table.parameters()))
+        nowhere = torch.zeros_like(index, dtype=torch.bool)
+        shares = tables[0].shares([index // columns, index % columns], extents, nowhere)
+        expected = torch.stack([table(shares)[0] for table in tables])
+        close_gradients(biases_on_map(tables, rows, columns), expected, parameters)

@@ -72,7 +72,14 @@ from regard.core.sampling import attention_shapes, normals
 from regard.engines.softmax_scan import ScanState
 from regard.mechanisms.agent.definition import Config, reference
 from regard.mechanisms.agent.forms import _widths, absorb, chunked, parallel, read
-from regard.mechanisms.agent.layer import BLOCK, AgentInputs, BiasTables, ConvolvedAgents, DepthwiseConvolution
+from regard.mechanisms.agent.layer import (
+    BLOCK,
+    AgentInputs,
+    BiasTables,
+    ConvolvedAgents,
+    DepthwiseConvolution,
+    biases_on_map,
+)
 
 
 def sample_inputs(
@@ -205,6 +212,7 @@ __all__ = [
     "DepthwiseConvolution",
     "absorb",
     "axis_sizes",
+    "biases_on_map",
     "chunked",
     "cost",
     "parallel",

@@ -21,7 +21,9 @@ from regard.contract import (
 from regard.core.grids import image_of
 from regard.core.precision import wide, without_autocast
 from regard.core.ragged import gathering, place_queries, take_queries
+from regard.core.visibility import CountedRanks
 from regard.engines import softmax_scan as scan
+from regard.engines.attention import Visibility, attention
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import ScanState
 from regard.layers.grid_convolution import check_grid, leading, tokens_alone
@@ -44,13 +46,36 @@ def parallel(
     """Two softmax products; causal-self uses the chunked form."""
     if call.pattern is Pattern.CAUSAL_SELF:
         return chunked(call, q, k, v, agents, gather_bias, share_bias, row_agents).output
-    weights, a, exists = gathering_weights(call, q, k, agents, gather_bias, row_agents)
-    values = repeat_groups(_float(v), q.shape[1])
-    gathered = drop(call, weights) @ values
-    output = _shares(call, q, a, exists, share_bias) @ gathered
+    a, exists = _agents(call, q, agents, row_agents)
+    a = a.expand(q.shape[0], -1, -1, -1)
+    gathered = _attend(call, a, _float(k), _float(v), call.scale, gather_bias, call.valid_keys(k.shape[2]))
+    scale = call.scale**call.config.second_scale_exponent
+    output = _attend(call, _float(q), a, gathered, scale, share_bias, exists)
     if call.config.k_shortcut:
-        output = output + call.config.k_shortcut * values
+        output = output + call.config.k_shortcut * repeat_groups(_float(v), q.shape[1])
     return output.to(v.dtype)
+
+
+def _attend(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
+    scale: float,
+    bias: Float[Tensor, "b h n m"] | None,
+    visible: Bool[Tensor, "b m"] | None,
+) -> Float[Tensor, "b h n v"]:
+    """Softmax attention to the visible keys, with a bias and the call's dropout of whole matrices of weights."""
+    n, m = q.shape[2], k.shape[2]
+    if visible is not None:
+        hidden = q.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)[:, None, None]
+        bias = hidden if bias is None else bias + hidden
+    if call.dropout:
+        scores = scale * q @ repeat_groups(k, q.shape[1]).mT
+        weights = (scores if bias is None else scores + bias).softmax(-1).nan_to_num()
+        return drop(call, weights) @ repeat_groups(v, q.shape[1])
+    where = CountedRanks(n, m, m - n, True, q.device)
+    return attention(q, k, v, where, visibility=Visibility(), scale=scale, bias=bias, backend=call.backend)[0]
 
 
 def gathering_weights(
@@ -60,13 +85,10 @@ def gathering_weights(
     agents: Float[Tensor, "h a d"] | None = None,
     gather_bias: Float[Tensor, "b h a m"] | None = None,
     row_agents: Float[Tensor, "b h a d"] | None = None,
-) -> tuple[Float[Tensor, "#b h a m"], Float[Tensor, "..."], Bool[Tensor, "b a"] | None]:
-    """The agents' weights over the keys, the agents, and which of them have a token (None: all). Noncausal only."""
-    source = check(call, agents, row_agents)
-    a, exists = (_float(agents), None) if agents is not None else _row_agents(call, source, q, row_agents)
-    valid = call.valid_keys(k.shape[2])
-    scores = _gather_scores(call, a, k, gather_bias)
-    return _softmax(scores, None if valid is None else valid[:, None, None]), a, exists
+) -> Float[Tensor, "b h a m"]:
+    """The agents' weights over the keys. Noncausal only."""
+    scores = _gather_scores(call, _agents(call, q, agents, row_agents)[0], k, gather_bias)
+    return _hide_padding(call, scores).softmax(-1).nan_to_num()
 
 
 def chunked(
@@ -84,7 +106,7 @@ def chunked(
     assert agents is not None
     n, m = q.shape[2], k.shape[2]
     aligned = n == m and call.lengths is call.memory_lengths
-    mix = _shares(call, q, _float(agents), None, share_bias)
+    mix = _shares(call, q, _float(agents), share_bias)
     if not aligned:
         mix = place_queries(mix, m, call.lengths, call.memory_lengths)
     values = repeat_groups(_float(v), q.shape[1])
@@ -137,19 +159,11 @@ def read(
     check(call, agents, row_agents)
     assert agents is not None
     gathered = scan.normalized(call.state.u, call.state.w)
-    return Result((_shares(call, q, _float(agents), None, share_bias) @ gathered).to(q.dtype), call.state)
+    return Result((_shares(call, q, _float(agents), share_bias) @ gathered).to(q.dtype), call.state)
 
 
 def _float(x: Tensor) -> Tensor:
     return wide(x)
-
-
-def _softmax(scores: Tensor, visible: Bool[Tensor, "..."] | None) -> Tensor:
-    """Softmax over the visible entries of the last axis; 0 if there are none."""
-    if visible is None:
-        return scores.softmax(-1)
-    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
-    return torch.where(visible, weights, 0)
 
 
 def _gather_scores(call: Call, agents: Tensor, k: Tensor, bias: Tensor | None) -> Float[Tensor, "b h a m"]:
@@ -162,13 +176,18 @@ def _hide_padding(call: Call, scores: Float[Tensor, "b h a m"]) -> Float[Tensor,
     return scores if valid is None else scores.masked_fill(~valid[:, None, None], -torch.inf)
 
 
-def _shares(
-    call: Call, q: Tensor, agents: Tensor, exists: Bool[Tensor, "b a"] | None, bias: Tensor | None
-) -> Float[Tensor, "b h n a"]:
-    """Weights of the agents in each query's output."""
+def _shares(call: Call, q: Tensor, agents: Tensor, bias: Tensor | None) -> Float[Tensor, "b h n a"]:
+    """Weights of learned agents, which all exist, in each query's output."""
     scores = (call.scale**call.config.second_scale_exponent * _float(q)) @ agents.mT
-    scores = scores if bias is None else scores + bias
-    return drop(call, _softmax(scores, None if exists is None else exists[:, None, None]))
+    return drop(call, (scores if bias is None else scores + bias).softmax(-1))
+
+
+def _agents(
+    call: Call, q: Tensor, agents: Tensor | None, row_agents: Tensor | None
+) -> tuple[Float[Tensor, "... h a d"], Bool[Tensor, "b a"] | None]:
+    """The agents, of all rows or each row, and which of them have a token (None: all)."""
+    source = check(call, agents, row_agents)
+    return (_float(agents), None) if agents is not None else _row_agents(call, source, q, row_agents)
 
 
 def _row_agents(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,18 +79,28 @@ class BiasTables(nn.Module):
         tables = [table for table in (self.other[..., None], block, self.rows, self.columns) if table is not None]
         return torch.einsum("haf,bnf->bhan", torch.cat(tables, -1), shares)
 
-    def on_map(self, rows: int, columns: int, off: int = 0) -> Float[Tensor, "h a n"]:
-        """The bias of `off` tokens outside the grid, then of each place of a map, row by row: equal to :meth:`forward`
-        where every place has a token, at a lower cost."""
-        terms = []
-        if self.rows is not None and self.columns is not None:
-            terms.append(_resized(self.rows, rows)[..., None] + _resized(self.columns, columns)[..., None, :])
-        if self.block is not None:
-            terms.append(F.interpolate(wide(self.block), (rows, columns), mode="bilinear", align_corners=False))
-        on = sum(terms[1:], terms[0]).flatten(2).to(self.other.dtype)
-        if off:
-            return torch.cat([self.other[..., None].expand(-1, -1, off), on], -1)
-        return on + 0 * self.other[..., None]  # `other` gets a gradient of 0, not none
+
+def biases_on_map(tables: Sequence[BiasTables], rows: int, columns: int, off: int = 0) -> Float[Tensor, "tables h a n"]:
+    """The biases, in tables of the same kind, of `off` tokens outside the grid and then of each place of a map, row by
+    row: equal to :meth:`BiasTables.forward` where every place has a token, at a lower cost."""
+
+    def all_of(name: str) -> Tensor | None:
+        own = [getattr(table, name) for table in tables]
+        return None if own[0] is None else torch.cat(own)
+
+    block, down, across, other = (all_of(name) for name in ("block", "rows", "columns", "other"))
+    assert other is not None
+    terms = []
+    if down is not None and across is not None:
+        terms.append(_resized(down, rows)[..., None] + _resized(across, columns)[..., None, :])
+    if block is not None:
+        terms.append(F.interpolate(wide(block), (rows, columns), mode="bilinear", align_corners=False))
+    on = sum(terms[1:], terms[0]).flatten(2).to(other.dtype)
+    if off:
+        on = torch.cat([other[..., None].expand(-1, -1, off), on], -1)
+    elif torch.is_grad_enabled():
+        on = on + 0 * other[..., None]  # `other` gets a gradient of 0, not none
+    return on.unflatten(0, (len(tables), -1))
 
 
 def _resized(line: Float[Tensor, "h a old"], size: int) -> Float[Tensor, "h a size"]:
@@ -189,11 +200,12 @@ class AgentInputs(Projection):
         first = leading(n, grid, context.roles) if lengths is None else None
         if first is not None and grid is not None:
             rows, columns = (1, grid[0]) if len(grid) == 1 else grid
-            gather, share = (
-                table.on_map(rows, columns, first).expand(batch, -1, -1, -1)
-                for table in (self.gather_bias, self.share_bias)
-            )
-            return {**heads, "gather_bias": gather, "share_bias": share.mT}
+            gather, share = biases_on_map((self.gather_bias, self.share_bias), rows, columns, first)
+            return {
+                **heads,
+                "gather_bias": gather.expand(batch, -1, -1, -1),
+                "share_bias": share.mT.expand(batch, -1, -1, -1),
+            }
         tokens = grid_tokens(context, x, lengths)
         places = _places(tokens, n, grid, x.device, padded=lengths is not None)
         off = torch.zeros(1, n, dtype=torch.bool, device=x.device) if tokens is None else ~tokens

@@ -40,7 +40,7 @@ from regard.layers.base import Layer
 from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
-from regard.mechanisms.agent import BiasTables
+from regard.mechanisms.agent import BiasTables, biases_on_map
 from regard.models.layer_plan import read_plan
 from regard.models.losses import add_losses
 from regard.models.vision.backbone import Level, map_of
@@ -361,8 +361,8 @@ class ReducedBiases(Projection):
         assert call.x is not None
         grid: Any = call.context.grid
         batch = len(call.x)
-        gather = self.gather_bias.on_map(grid[0] // self.reduction, grid[1] // self.reduction)
-        share = self.share_bias.on_map(*grid)
+        reduced = grid[0] // self.reduction, grid[1] // self.reduction
+        (gather,), (share,) = biases_on_map([self.gather_bias], *reduced), biases_on_map([self.share_bias], *grid)
         return {
             **heads,
             "gather_bias": gather.expand(batch, -1, -1, -1),

@@ -131,7 +131,7 @@ def agents(
     def look(call: Call, share_bias: Tensor | None = None, **tensors: Tensor) -> None:
         if call.grid is None or call.pattern is not Pattern.NONCAUSAL_SELF:
             return
-        weights = gathering_weights(call, **tensors)[0][0].mean(0)
+        weights = gathering_weights(call, **tensors)[0].mean(0)
         places = weights if call.roles is None else weights[:, call.roles[0] == Role.TOKEN]
         few = 2 * len(places) < places.shape[1]
         if few or not found or 2 * len(found[-1]) >= found[-1][0].numel():

@@ -82,14 +82,17 @@ def test_regions_are_read_as_often_as_they_are_chosen() -> None:
 def test_maps_of_agents_are_their_weights_of_the_places() -> None:
     model = ImageModel(ImageModelConfig("agent_pvt_nano", 3, (4, 6), 8)).double().eval()
     inputs = torch.randn(24, 192, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(inputs[None], context=Context(grid=(4, 6))).output
     found = agents(model, inputs, (4, 6))
     assert found is not None and found.ndim == 3
     close(found.sum((1, 2)), torch.ones(len(found), dtype=torch.float64), 1e-12)
     assert 2 * len(found) < found[0].numel() and not torch.equal(found[0], found[1])
     assert explain(model, inputs, (4, 6), 0)[0] == "agents"
     with torch.no_grad():
-        before = model(inputs[None], context=Context(grid=(4, 6))).output
-    assert torch.equal(before, model(inputs[None], context=Context(grid=(4, 6))).output)  # no hooks remain
+        after = model(inputs[None], context=Context(grid=(4, 6))).output
+    assert torch.equal(before, after)
+    assert not any("mix" in vars(module) for module in model.modules())
 
 
 def test_the_drawing_is_the_picture_and_the_map_beside_it() -> None:
