@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: compare test lint test-all native native-test bench mutants wheel docs matrix reproductions lighter scaling ranking clean
+.PHONY: compare test lint test-all native native-test bench mutants wheel docs matrix reproductions lighter scaling ranking tasks clean
 
 # After a change to one of these the package is installed again, since installing it builds the kernel library.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
@@ -77,6 +77,14 @@ ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/da
 	$(BIN)/python docs/measure.py restore
 	$(BIN)/regard compare --task recall --task text --mechanisms all --budget "500k tokens" --seeds 2 --output runs/all
 	$(BIN)/python docs/measure.py ranking
+
+TASKS := masked replaced pixels listops:length=128 pathfinder:size=16 algorithmic:function=sort algorithmic:function=sum \
+	events documents:length=256 matching time_series
+
+tasks: $(VENV)/.dev  ## Compare a few mechanisms on every other kind of task into docs/data: two hours on an idle core; resumes where it stopped
+	for task in $(TASKS); do $(BIN)/regard compare --task $$task --mechanisms softmax,linear,gated_linear,delta_rule,mamba2 \
+	  --budget 12m --output runs/tasks/$$(echo $$task | tr :,= _) || exit 1; done
+	$(BIN)/python docs/measure.py tasks
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

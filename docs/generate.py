@@ -720,8 +720,8 @@ def _elsewhere(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "".join(f" With {machine}: {_codes(names)}." for machine, names in machines.items())
 
 
-def ranking_page(data: Mapping[str, Any] | None) -> str:
-    """The page that ranks all mechanisms on the same work, best first."""
+def ranking_page(data: Mapping[str, Any] | None, tasks: Mapping[str, Any] | None) -> str:
+    """The page that ranks all mechanisms on recall and text, and a few on every other kind of task, best first."""
     parts = [
         "# All mechanisms on the same work",
         "`regard compare --mechanisms all` gives every mechanism the same backbone at the same number of parameters, the "
@@ -731,39 +731,44 @@ def ranking_page(data: Mapping[str, Any] | None) -> str:
         "it. Training runs may share the machine with each other (`--shard`), so their speed is not told.",
     ]
     if data is None:
-        return _page([*parts, "Not measured in this build of the pages: `make ranking` does it."])
-    facts = [f"- {key}: {value}" for key, value in data["settings"].items()]
-    if "frame" not in data["settings"]:
-        parts.append(
-            "These figures are from before comparisons had a [frame](measuring.md#the-frame): each mechanism was in the layer "
-            "of its paper, some with short convolutions, norms and gates and some without, so that what differs here is the "
-            "whole layer."
-        )
-    parts += [f"Measured with {data['measured']}.", "\n".join([f"- budget of a run: {data['budget']}", *facts])]
-    at = data["settings"]["table and picture at"]
+        parts.append("Not measured in this build of the pages: `make ranking` does it.")
+    else:
+        facts = [f"- {key}: {value}" for key, value in data["settings"].items()]
+        parts += [f"Measured with {data['measured']}.", "\n".join([f"- budget of a run: {data['budget']}", *facts])]
+        parts += _ranked_tasks(data, "##")
+    if tasks is not None:
+        names = sorted({name for found in tasks["comparisons"].values() for name in found["mechanisms"]})
+        parts += [
+            "## A few mechanisms on other tasks",
+            f"{_codes(names)} on tasks that classify, predict, correct and compute, each in a comparison of its own in the "
+            "same frame (`make tasks`). What is solved or learnt here depends on the time given.",
+        ]
+        for found in tasks["comparisons"].values():
+            parts += _ranked_tasks(found, "###")
+    return _page(parts)
+
+
+def _ranked_tasks(data: Mapping[str, Any], level: str) -> list[str]:
+    """A section for each task of a comparison."""
+    headings = ("rank", "mechanism", "score", "", "inference, ms", "decodes, tokens/s", "state, KiB")
+    parts = []
     for task in data["tasks"]:
         own = [entry for entry in data["entries"] if entry["task"] == task]
         done = sum(entry["seeds"] for entry in own)
-        rows = [_ranked(entry) for entry in own]
-        headings = (
-            "rank",
-            "mechanism",
-            "score",
-            "",
-            "inference, ms",
-            "decodes, tokens/s",
-            "state, KiB",
-        )
+        facts = f"{len(own)} mechanisms, {done} scored runs. Costs at {data['settings']['table and picture at']}."
+        if level == "###":
+            run = data["settings"][f"{task}: run"]
+            facts += f" Budget {data['budget']}; a run: {run}. {data['measured']}."
         parts += [
-            f"## {task}",
+            f"{level} {task}",
             data["descriptions"][task].replace("\n", "; "),
-            f"{len(own)} mechanisms, {done} scored runs. Costs at {at}.",
-            table(headings, rows),
+            facts,
+            table(headings, [_ranked(entry) for entry in own]),
         ]
         rule = data["baselines"].get(task)
         if rule:
             parts.append(f"Without training, {rule['name']} scores {rule['score']:.4g}.")
-    return _page(parts)
+    return parts
 
 
 def _ranked(entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -1091,7 +1096,7 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
         "matrix.md": matrix_page(verified, names),
         "integrations.md": integrations_page(_read(DATA / "integrations.json"), names),
         "scaling.md": scaling_page(scaling),
-        "ranking.md": ranking_page(ranking),
+        "ranking.md": ranking_page(ranking, _read(DATA / "tasks.json")),
         "fashion.md": fashion_page(_read(DATA / "fashion_mnist.json"), _read(DATA / "resolution.json")),
         "lighter.md": _page(lighter_page(_read(DATA / "lighter.json"))),
         "findings.md": _page(studies_page(_read(DATA / "studies.json"))),

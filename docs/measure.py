@@ -12,6 +12,7 @@ python docs/measure.py scaling        # regard profile of each mechanism -> scal
 python docs/measure.py keep           # unfinished ranking in runs/all   -> ranking-cells.db.gz, to continue elsewhere
 python docs/measure.py integrations   # each mechanism in models of other libraries -> integrations.json; continues where it stopped
 python docs/measure.py ranking        # the comparison in runs/all       -> ranking.json
+python docs/measure.py tasks          # the comparisons in runs/tasks    -> tasks.json
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ MOST_BYTES = 2 << 30
 REPRODUCED = Path("runs/reproduce/results.db")
 STUDIED = Path("runs/studies/results.db")
 COMPARED = Path("runs/all/results.db")
+TASKS_COMPARED = Path("runs/tasks")
+"""Comparisons of a few mechanisms on one task each."""
 KEPT = DATA / "ranking-cells.db.gz"
 """Runs of an unfinished ranking."""
 
@@ -427,10 +430,36 @@ def _worst_of(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 def measure_ranking() -> None:
     """Publish the newest finished comparison of all mechanisms; nothing is run here, since that takes hours."""
-    with Store(COMPARED) as store:
+    data = _finished(COMPARED)
+    if data is None:
+        raise SystemExit("runs/all holds no finished comparison: make ranking runs it")
+    _write("ranking.json", data, "entries")
+    scored = [entry for entry in data["entries"] if entry["mean"] is not None]
+    means = {task: {e["mechanism"]: round(e["mean"], 6) for e in scored if e["task"] == task} for task in data["tasks"]}
+    text = json.dumps({"frame": data["frame"], "budget": data["budget"], "means": means}, indent=1) + "\n"
+    PUBLISHED.write_text(text, encoding="utf-8")
+    KEPT.unlink(missing_ok=True)
+
+
+def measure_tasks() -> None:
+    """Publish the newest finished comparison in each folder of runs/tasks, in the place of that of the same tasks."""
+    path = DATA / "tasks.json"
+    known = json.loads(path.read_text())["comparisons"] if path.is_file() else {}
+    for store in sorted(TASKS_COMPARED.glob("*/results.db")):
+        data = _finished(store)
+        if data is not None:
+            known["+".join(data["tasks"])] = data
+    if not known:
+        raise SystemExit("runs/tasks holds no finished comparison: make tasks runs them")
+    _write("tasks.json", {"comparisons": known}, "comparisons")
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+    """What the pages need of the newest finished comparison in a store; None without one."""
+    with Store(path) as store:
         finished = store.rows("run")
     if not finished:
-        raise SystemExit("runs/all holds no finished comparison: make ranking runs it")
+        return None
     found = finished[-1].payload
     kept = (
         "tasks",
@@ -445,16 +474,10 @@ def measure_ranking() -> None:
         "descriptions",
         "baselines",
         "resolution",
-        "summary",
     )
-    data = {"measured": f"{MEASURED}, {finished[-1].machine['cpu']}", **{key: found[key] for key in kept}}
-    entries = [{"task": task, **entry} for task, rows in data.pop("summary").items() for entry in rows]
-    _write("ranking.json", {**data, "entries": entries}, "entries")
-    scored = [entry for entry in entries if entry["mean"] is not None]
-    means = {task: {e["mechanism"]: round(e["mean"], 6) for e in scored if e["task"] == task} for task in data["tasks"]}
-    text = json.dumps({"frame": data["frame"], "budget": data["budget"], "means": means}, indent=1) + "\n"
-    PUBLISHED.write_text(text, encoding="utf-8")
-    KEPT.unlink(missing_ok=True)
+    entries = [{"task": task, **entry} for task, rows in found["summary"].items() for entry in rows]
+    measured = f"{MEASURED}, {finished[-1].machine['cpu']}"
+    return {"measured": measured, **{key: found[key] for key in kept}, "entries": entries}
 
 
 def measure_scaling() -> None:
@@ -523,6 +546,7 @@ def main() -> None:
         "scaling": measure_scaling,
         "integrations": measure_integrations,
         "ranking": measure_ranking,
+        "tasks": measure_tasks,
         "studies": measure_studies,
     }
     for name in chosen:

