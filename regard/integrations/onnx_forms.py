@@ -1,4 +1,4 @@
-"""Operators that ONNX lacks, written in operators that it has.
+"""Operators that ONNX lacks or that are translated to it wrongly, written in other operators.
 
 They are substituted before a program is converted to ONNX, so that mechanisms need not know about ONNX. Searches and
 running maxima compare all pairs of elements: their memory grows with the square of the length.
@@ -6,7 +6,7 @@ running maxima compare all pairs of elements: their memory grows with the square
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,19 @@ def solve_triangular(
     return solve_unit_by_products(matrix, right)
 
 
+def convolve_3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+    dilation: Sequence[int] = (1, 1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """``torch.conv3d``: without a bias, its own translation to ONNX adds one of a wrong shape."""
+    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0, 0], groups)
+
+
 FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.sort.stable: sort_stable,
     torch.ops.aten.argsort.stable: argsort_stable,
@@ -82,11 +95,12 @@ FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.cummax.default: running_maximum,
     torch.ops.aten.cummin.default: running_minimum,
     torch.ops.aten.linalg_solve_triangular.default: solve_triangular,
+    torch.ops.aten.conv3d.default: convolve_3d,
 }
 """The forms by the operator that each replaces, as ``ExportedProgram.run_decompositions`` takes them."""
 
 
 def as_onnx(program: torch.export.ExportedProgram, **options: Any) -> Any:
     """Convert a program to a `torch.onnx.ONNXProgram` by the forms above; options are those of `torch.onnx.export`."""
-    with torch.no_grad():  # a loop with weights in it would be taken apart for its gradients, with sizes among its results
+    with torch.no_grad():  # gradients would make sizes results of the loops, which the conversion does not take
         return torch.onnx.export(program.run_decompositions(dict(FORMS)), **{"verbose": False, **options})

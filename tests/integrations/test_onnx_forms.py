@@ -5,10 +5,13 @@ from __future__ import annotations
 import onnxruntime
 import pytest
 import torch
+from support import close
 
-from regard import Unsupported
-from regard.integrations.export import export_onnx
+from regard import Unsupported, create_layer
+from regard.engines import scan
+from regard.integrations.export import export_onnx, without_warnings
 from regard.integrations.onnx_forms import (
+    as_onnx,
     running_maximum,
     running_minimum,
     search_sorted,
@@ -90,3 +93,26 @@ def test_equal_values_keep_their_order_in_onnx_runtime_at_any_length():
             torch.testing.assert_close(torch.from_numpy(found), expected)
     with torch.no_grad():
         assert sort_stable(x > 1, stable=True)[0].dtype is torch.bool
+
+
+def test_loops_with_weights_inside_run_in_onnx_runtime_for_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "MOST_IN_A_ROW", 0)
+    layer = create_layer("mamba", 8, 1).eval()
+    with torch.no_grad(), without_warnings():
+        program = torch.export.export(
+            layer, (torch.randn(2, 5, 8),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+        )
+    with without_warnings():
+        converted = as_onnx(program, optimize=False)
+    session = onnxruntime.InferenceSession(converted.model_proto.SerializeToString())
+    x = torch.randn(3, 5, 8)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    close(torch.from_numpy(found), layer(x).output, 1e-5)
+
+
+def test_convolutions_of_volumes_have_no_bias_of_their_own_in_onnx_runtime() -> None:
+    module, x = torch.nn.Conv3d(48, 48, 3, padding=1, stride=2, bias=False).eval(), torch.randn(2, 48, 4, 4, 4)
+    program = export_onnx(module, x, lengths=False, optimize=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    close(torch.from_numpy(found), module(x), 1e-5)
