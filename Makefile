@@ -83,7 +83,7 @@ TASKS := masked replaced pixels listops:length=128 pathfinder:size=16 algorithmi
 
 tasks: $(VENV)/.dev  ## Compare a few mechanisms on every other kind of task into docs/data: two hours on an idle core; resumes where it stopped
 	for task in $(TASKS); do $(BIN)/regard compare --task $$task --mechanisms softmax,linear,gated_linear,delta_rule,mamba2 \
-	  --budget 12m --output runs/tasks/$$(echo $$task | tr :,= _) || exit 1; done
+	  --budget 12m --output runs/tasks/$$(echo $$task | tr : +) || exit 1; done
 	$(BIN)/python docs/measure.py tasks
 
 $(VENV)/bin/python:

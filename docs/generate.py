@@ -735,32 +735,32 @@ def ranking_page(data: Mapping[str, Any] | None, tasks: Mapping[str, Any] | None
     else:
         facts = [f"- {key}: {value}" for key, value in data["settings"].items()]
         parts += [f"Measured with {data['measured']}.", "\n".join([f"- budget of a run: {data['budget']}", *facts])]
-        parts += _ranked_tasks(data, "##")
+        parts += _ranked_tasks(data)
     if tasks is not None:
         names = sorted({name for found in tasks["comparisons"].values() for name in found["mechanisms"]})
         parts += [
             "## A few mechanisms on other tasks",
             f"{_codes(names)} on tasks that classify, predict, correct and compute, each in a comparison of its own in the "
-            "same frame (`make tasks`). What is solved or learnt here depends on the time given.",
+            "same frame (`make tasks`). How much is learnt depends on the time given.",
         ]
-        for found in tasks["comparisons"].values():
-            parts += _ranked_tasks(found, "###")
+        for name, found in sorted(tasks["comparisons"].items()):
+            parts += _ranked_tasks(found, f"### {name}")
     return _page(parts)
 
 
-def _ranked_tasks(data: Mapping[str, Any], level: str) -> list[str]:
-    """A section for each task of a comparison."""
+def _ranked_tasks(data: Mapping[str, Any], heading: str | None = None) -> list[str]:
+    """A section for each task of a comparison; with a heading, the only one's, which tells its own budget."""
     headings = ("rank", "mechanism", "score", "", "inference, ms", "decodes, tokens/s", "state, KiB")
     parts = []
     for task in data["tasks"]:
         own = [entry for entry in data["entries"] if entry["task"] == task]
         done = sum(entry["seeds"] for entry in own)
         facts = f"{len(own)} mechanisms, {done} scored runs. Costs at {data['settings']['table and picture at']}."
-        if level == "###":
+        if heading is not None:
             run = data["settings"][f"{task}: run"]
             facts += f" Budget {data['budget']}; a run: {run}. {data['measured']}."
         parts += [
-            f"{level} {task}",
+            heading or f"## {task}",
             data["descriptions"][task].replace("\n", "; "),
             facts,
             table(headings, [_ranked(entry) for entry in own]),

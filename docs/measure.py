@@ -442,13 +442,14 @@ def measure_ranking() -> None:
 
 
 def measure_tasks() -> None:
-    """Publish the newest finished comparison in each folder of runs/tasks, in the place of that of the same tasks."""
+    """Publish the newest finished comparison in each folder of runs/tasks, named TASK or TASK+OPTIONS, beside those
+    published before."""
     path = DATA / "tasks.json"
     known = json.loads(path.read_text())["comparisons"] if path.is_file() else {}
     for store in sorted(TASKS_COMPARED.glob("*/results.db")):
         data = _finished(store)
         if data is not None:
-            known["+".join(data["tasks"])] = data
+            known[store.parent.name.replace("+", ":")] = data
     if not known:
         raise SystemExit("runs/tasks holds no finished comparison: make tasks runs them")
     _write("tasks.json", {"comparisons": known}, "comparisons")
