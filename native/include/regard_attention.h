@@ -90,6 +90,7 @@ typedef struct {
   const int64_t *pages;
   int64_t pages_stride, page_size;
   const int64_t *lengths; /* (batch,) keys of each row, with ranks 0, 1, ...; NULL: key_ranks are used */
+  float *scores;          /* (B, H, n, m) contiguous: scores of visible keys, others may be left; NULL when not wanted */
 } regard_attention_decode_args;
 REGARD_API int regard_attention_decode(const regard_attention_decode_args *args);
 

@@ -114,6 +114,17 @@ typedef struct {
   int64_t slots, page_size, chosen, shared;
 } regard_decoder_reading;
 
+/* A layer that drops tokens by the weights of its queries. After a token (n = 1) has attended, each kv head adds the
+ * weights of its query heads to `weights`, beginning with 0 in the new token's slot. A row that then holds more than
+ * `capacity` tokens drops the one with the least sum, the first among equals, of those whose rank is below `kept_from`;
+ * the token in its last slot takes that slot. With weights NULL the newest queries' weights decide alone, summed over
+ * all heads, which drop the same slot. capacity 0: drops nothing, and the rest is unused. */
+typedef struct {
+  float *weights;  /* (batch, kv heads, slots) contiguous; NULL: none are kept */
+  int64_t *ranks;  /* (batch, kv heads, slots) contiguous: the tokens' places in their row */
+  int64_t slots, capacity, kept_from;
+} regard_decoder_eviction;
+
 /* Layers in sequence, and optionally a norm of the last one's output; token i of row b has the number lengths_b + i in
  * its row. Without pages all rows have room for as many tokens as the longest, and the first `padding_b` tokens of a
  * row may be padding, which is never visible; with pages, token t of row b is stored as in regard_attention_decode.
@@ -133,6 +144,7 @@ typedef struct {
   int64_t pages_stride, page_size;
   const int64_t *fewer, *slots;   /* (count,), the former at most any length; NULL: 0 and -1. Not with pages or padding */
   const regard_decoder_reading *reading; /* (count,); NULL: all keys. Only for n = 1, not with pages or padding */
+  const regard_decoder_eviction *evictions; /* (count,); NULL: none. As `reading`, and not together with it or slots in a layer */
   const float *cosine, *sine;     /* (batch, n, head_width) contiguous */
   float eps;
   const float *norm;              /* (width,); NULL for none */

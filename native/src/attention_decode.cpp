@@ -510,8 +510,17 @@ void attend(const Problem& problem, const Worker& worker, const Partial& partial
           finish_scores(problem, row, b, g * groups + r / args.n, r % args.n, step,
                         worker.scores + r * SCORES_LINE + s * STEP);
     }
-    for (int64_t r = 0; r < problem.queries; ++r)
-      weigh(problem, partial, r, steps, counts, worker.scores + r * SCORES_LINE);
+    for (int64_t r = 0; r < problem.queries; ++r) {
+      float* const scores = worker.scores + r * SCORES_LINE;
+      if (problem.decode->scores != nullptr) {
+        float* to = problem.decode->scores + ((b * args.heads + g * groups + r / args.n) * args.n + r % args.n) * args.m;
+        for (int s = 0; s < steps; ++s) {
+          const int64_t step = row.steps[from + s], first = step * STEP + row.begin[step];
+          __builtin_memcpy(to + first, scores + s * STEP, static_cast<size_t>(counts[s]) * sizeof(float));
+        }
+      }
+      weigh(problem, partial, r, steps, counts, scores);
+    }
     for (int s = 0; s < steps; ++s)
       for_runs(problem, row, b, g, row.steps[from + s], v, args.v_strides, args.value_width, [&](const T* run, int column,
                                                                                               int count) {

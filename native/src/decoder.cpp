@@ -124,6 +124,63 @@ const regard_decoder_reading* reading_in(const regard_decoder_layers_args& a, in
   return a.reading == nullptr || a.reading[layer].low == nullptr ? nullptr : a.reading + layer;
 }
 
+// How a layer drops tokens; NULL if it does not.
+const regard_decoder_eviction* eviction_in(const regard_decoder_layers_args& a, int64_t layer) {
+  return a.evictions == nullptr || a.evictions[layer].capacity == 0 ? nullptr : a.evictions + layer;
+}
+
+// Adds the weights exp(score - lse) of `heads` queries, whose scores are `line` apart, to `sums`.
+void add_weights(int64_t count, int64_t heads, const float* scores, int64_t line, const float* lse, float* sums) {
+  for (int64_t h = 0; h < heads; ++h, scores += line)
+    over_vectors(count, [&](int64_t j, int lanes, auto full) __attribute__((always_inline)) {
+      constexpr bool FULL = decltype(full)::value;
+      put<FULL>(sums + j, take<FULL>(sums + j, lanes) + exp(take<FULL>(scores + j, lanes) - lse[h]), lanes);
+    });
+}
+
+// Moves the token in the last of `held` slots of one head to the slot of the one that is dropped.
+void drop(const regard_decoder_layers_args& a, const regard_decoder_layer& layer, const regard_decoder_eviction& e, int64_t b,
+          int64_t g, int64_t held, const float* worth) {
+  int64_t* const ranks = e.ranks + (b * (layer.weights[1].n / a.head_width) + g) * e.slots;
+  const int64_t last = held - 1;
+  int64_t dropped = 0;
+  float least = __builtin_inff();
+  for (int64_t j = 0; j < held; ++j)
+    if (ranks[j] < e.kept_from && worth[j] < least) least = worth[j], dropped = j;
+  const auto move = [&](float* x, const int64_t (&strides)[3]) {
+    x += b * strides[0] + g * strides[1];
+    __builtin_memmove(x + dropped * strides[2], x + last * strides[2], static_cast<size_t>(a.head_width) * sizeof(float));
+  };
+  move(layer.keys, layer.keys_strides);
+  move(layer.values, layer.values_strides);
+  ranks[dropped] = ranks[last];
+  if (e.weights == nullptr) return;
+  float* const weights = e.weights + (ranks - e.ranks);
+  weights[dropped] = weights[last];
+}
+
+// Drops tokens of a layer by the scores of its new queries, (batch, heads, m); `sums` has room for m numbers.
+void evict(const regard_decoder_layers_args& a, const regard_decoder_layer& layer, const regard_decoder_eviction& e,
+           const int64_t* lengths, const float* scores, int64_t m, const float* lse, float* sums) {
+  const int64_t heads = layer.weights[0].n / a.head_width, own = layer.weights[1].n / a.head_width;
+  for (int64_t b = 0; b < a.batch; ++b, scores += heads * m, lse += heads) {
+    const int64_t held = lengths[b], group = heads / own;
+    const bool full = held > e.capacity;
+    if (e.weights == nullptr && full) {
+      __builtin_memset(sums, 0, static_cast<size_t>(held) * sizeof(float));
+      add_weights(held, heads, scores, m, lse, sums);
+    }
+    for (int64_t g = 0; g < own; ++g) {
+      float* const weights = e.weights == nullptr ? nullptr : e.weights + (b * own + g) * e.slots;
+      if (weights != nullptr) {
+        weights[held - 1] = 0;
+        add_weights(held, group, scores + g * group * m, m, lse + g * group, weights);
+      }
+      if (full) drop(a, layer, e, b, g, held, weights == nullptr ? sums : weights);
+    }
+  }
+}
+
 // Writes new keys or values, (batch, n, heads, width), to the cache of a layer.
 void put_tokens(const regard_decoder_layers_args& a, int64_t layer, const float* from, int64_t heads, float* to,
                 const int64_t (&strides)[3]) {
@@ -414,10 +471,18 @@ bool wrong(const regard_decoder_reading& reading, const regard_decoder_layer& la
   return false;
 }
 
+bool wrong(const regard_decoder_layers_args& a, const regard_decoder_eviction& e, int64_t layer) {
+  if (a.n != 1 || e.ranks == nullptr || e.capacity < 0 || a.layers[layer].left >= 0) return true;
+  if (slot_in(a, layer) >= 0 || reading_in(a, layer) != nullptr) return true;
+  for (int64_t b = 0; b < a.batch; ++b)
+    if (a.lengths[b] - fewer_in(a, layer) >= e.slots) return true;
+  return false;
+}
+
 bool wrong(const regard_decoder_layers_args& a) {
   if (a.threads < 1 || a.batch < 0 || a.n < 0 || a.count < 0 || a.width < 1 || a.head_width < 2 || a.head_width % 2) return true;
   if (a.pages != nullptr && (a.page_size < 1 || a.padding != nullptr)) return true;
-  const bool whole = a.fewer == nullptr && a.slots == nullptr && a.reading == nullptr;
+  const bool whole = a.fewer == nullptr && a.slots == nullptr && a.reading == nullptr && a.evictions == nullptr;
   if (!whole && (a.pages != nullptr || a.padding != nullptr)) return true;
   const regard_decoder_state* state = a.states;
   for (int64_t i = 0; i < a.count; ++i) {
@@ -436,6 +501,8 @@ bool wrong(const regard_decoder_layers_args& a) {
     if (wrong(w[3], w[0].n) || wrong(w[6], w[4].n) || w[3].n != a.width || w[5].n != w[4].n || w[6].n != a.width) return true;
     const regard_decoder_layer& layer = a.layers[i];
     if (layer.recurrence == nullptr && reading != nullptr && wrong(*reading, layer, a.n, kv_heads, a.head_width)) return true;
+    const regard_decoder_eviction* eviction = eviction_in(a, i);
+    if (layer.recurrence == nullptr && eviction != nullptr && wrong(a, *eviction, i)) return true;
     if (layer.recurrence == nullptr) continue;
     if (a.n < 1 || a.states == nullptr || wrong(*layer.recurrence, a.width, kv_heads, a.head_width)) return true;
     if (wrong(*layer.recurrence, *state++)) return true;
@@ -505,13 +572,17 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   }
   for (int64_t b = 0; b < a.batch; ++b) longest = most(longest, a.lengths[b] + a.n);
   const int64_t slots = a.padding == nullptr ? 0 : a.batch * longest;
+  const size_t scored = a.evictions == nullptr ? 0 : static_cast<size_t>(longest);
+  const size_t rows = a.evictions == nullptr ? 0 : static_cast<size_t>(a.batch * queries / a.head_width);
   Workspace workspace(2 * Workspace::bytes_of<float>(static_cast<size_t>(tokens * queries)) +
                       2 * Workspace::bytes_of<float>(static_cast<size_t>(tokens * keys)) +
                       Workspace::bytes_of<float>(static_cast<size_t>(recurrent ? tokens * a.width : 0)) +
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(tokens)) +
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch)) +
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(slots)) +
-                      Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch * keys / a.head_width)));
+                      Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch * keys / a.head_width)) +
+                      Workspace::bytes_of<float>(rows * scored) + Workspace::bytes_of<float>(rows) +
+                      Workspace::bytes_of<float>(scored));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
   float *const q = workspace.take<float>(static_cast<size_t>(tokens * queries));
   float* const attended = workspace.take<float>(static_cast<size_t>(tokens * queries));
@@ -522,6 +593,8 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   int64_t* const lengths = workspace.take<int64_t>(static_cast<size_t>(a.batch));
   int64_t* const keys_there = workspace.take<int64_t>(static_cast<size_t>(slots));
   int64_t* const counts = workspace.take<int64_t>(static_cast<size_t>(a.batch * keys / a.head_width));
+  float *const scores = workspace.take<float>(rows * scored), *const lse = workspace.take<float>(rows);
+  float* const sums = workspace.take<float>(scored);
   for (int64_t i = 0; i < slots; ++i) {
     const int64_t b = i / longest, slot = i % longest;
     keys_there[i] = slot < a.padding[b] || slot >= a.lengths[b] + a.n ? -1 : slot;
@@ -619,7 +692,12 @@ int decoder_layers(const regard_decoder_layers_args* args) {
     }
     attention.scale = layer.scale;
     attention.visibility.left = layer.left;
-    return regard_attention_decode(&decode);
+    const regard_decoder_eviction* eviction = eviction_in(a, i);
+    attention.lse = eviction == nullptr ? nullptr : lse;
+    decode.scores = eviction == nullptr ? nullptr : scores;
+    const int status = regard_attention_decode(&decode);
+    if (status == REGARD_OK && eviction != nullptr) evict(a, layer, *eviction, lengths, scores, attention.m, lse, sums);
+    return status;
   };
 
   regard_decoder_outputs_args after{};

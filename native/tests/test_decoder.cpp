@@ -290,6 +290,14 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
     a.reading = longer;
     must("pages of a cache of another size, or for several tokens", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
     a.reading = few ? reading : nullptr;
+    std::vector<int64_t> ranks(static_cast<size_t>(batch * kv * slots));
+    const regard_decoder_eviction beside[2] = {{nullptr, ranks.data(), slots, 9, 9}, {}}, small[2] = {{}, {nullptr, ranks.data(), 3, 9, 9}};
+    for (const auto* evictions : {beside, small}) {
+      a.evictions = evictions;
+      must("a layer that chooses pages and drops tokens, a cache of another size, or several tokens",
+           regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
+    }
+    a.evictions = nullptr;
     a.padding = padding;
     must("padding of caches that have dropped tokens", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
     a.padding = nullptr;

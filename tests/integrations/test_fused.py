@@ -106,10 +106,13 @@ def _wide(make):
         ("quest:budget=16,page=8", 77),  # one token at a time
         ("quest:budget=16,page=8,share=false", 77),
         ("local_sinks:window=16 + quest:budget=80,page=16", 77),  # all pages at first
-        ("tova:capacity=24", 0),
+        ("tova:capacity=24", 77),
+        ("h2o:capacity=24,recent=0.25", 77),
+        ("h2o:capacity=24,recent=1.0", 77),
+        ("local_sinks:window=16 + h2o:capacity=90", 77),
     ],
 )
-def test_sparse_models_that_need_no_weights_of_the_attention_decode_in_one_native_call(method, fused, calls):
+def test_sparse_models_decode_in_one_native_call(method, fused, calls):
     model, tokens = llama(), ids(2, 150)
     disturb(model)
 
@@ -130,13 +133,12 @@ def test_sparse_models_that_need_no_weights_of_the_attention_decode_in_one_nativ
     near(found, expected)
     assert again == pytest.approx(counted)
     assert calls.count("decoder_layers") == fused  # 22 new tokens are more than the kernel takes
-    if fused:
-        held = int(left.counts[0, 0])
-        assert held == int(state.counts[0, 0]) >= 24
-        assert torch.equal(left.ranks[..., :held], state.ranks[..., :held])
-        for name in ("k", "low", "high"):
-            if (kept := getattr(state, name)) is not None:
-                near(getattr(left, name)[:, :, :held], kept[:, :, :held])
+    held = int(left.counts[0, 0])
+    assert held == int(state.counts[0, 0]) >= 24
+    assert torch.equal(left.ranks[..., :held], state.ranks[..., :held])
+    for name in ("k", "v", "weight", "low", "high"):
+        if (kept := getattr(state, name)) is not None:
+            near(getattr(left, name)[:, :, :held], kept[:, :, :held])
     bridge.unfuse_layers(model)
 
 

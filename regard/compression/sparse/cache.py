@@ -226,6 +226,40 @@ class RollingCache(HeadCache):
         return dataclasses.replace(self, length=self.length + 1)
 
 
+@dataclass(frozen=True)
+class EvictingCache(HeadCache):
+    """As many tokens in every head; a method drops one when a new token has attended to more.
+
+    Attributes:
+        capacity: tokens that it holds when it is full.
+        full_at: number of tokens in the sequence from which on it is full.
+    """
+
+    capacity: int = 1
+    full_at: int = 1
+
+    @classmethod
+    def made(cls, cache: HeadCache, capacity: int) -> EvictingCache:
+        """The cache of a prompt, of which at most `capacity` tokens are left."""
+        held = {f.name: getattr(cache, f.name) for f in dataclasses.fields(cache)}
+        return cls(**held, capacity=capacity, full_at=max([capacity, *cache.length.tolist()]))
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the newest token made the cache drop one."""
+        return any(length > self.full_at for length in self.length.tolist())
+
+    def even(self, tokens: int) -> int | None:
+        unweighted = dataclasses.replace(self, weight=None)
+        plain = tokens == 1 and (self.weight is None or self.weight.dtype == torch.float32)
+        return super(EvictingCache, unweighted).even(1) if plain else None
+
+    def extended(self, tokens: int) -> Self:
+        """As in the base class, after the kernel has dropped what the method lets it drop."""
+        longer = super().extended(tokens)
+        return dataclasses.replace(longer, counts=longer.counts.clamp(max=self.capacity))
+
+
 def with_room(x: Tensor) -> Tensor:
     """A copy whose number of slots is a multiple of :data:`PAGE`, with at least one empty slot."""
     used = x.shape[2]

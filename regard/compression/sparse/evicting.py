@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from regard.compression.sparse.cache import HeadCache, RollingCache, with_room
+from regard.compression.sparse.cache import EvictingCache, HeadCache, RollingCache, with_room
 from regard.compression.sparse.method import Method, Place, count_whole
 from regard.compression.sparse.prefilling import asked
 from regard.compression.sparse.scores import grouped, key_sums, pooled, top
 from regard.contract import Unsupported, at_least
+from regard.engines.decoder_layer import Eviction
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
+
+NO_RANK = 1 << 62
+"""A rank that no token has."""
 
 
 @dataclass(frozen=True)
@@ -178,20 +182,44 @@ class StreamingLLM(Method):
 
 
 @dataclass(frozen=True)
-class TOVA(Method):
-    """Keep the tokens that the last query attends to most, averaged over all heads of a layer, in the prompt and after
-    each new token (arXiv 2401.06104).
+class Evicting(Method):
+    """A method that drops a token from a full cache after each new one has attended.
 
     Attributes:
-        capacity: tokens in the cache, the same in every head.
+        capacity: tokens in the cache, the same number in every head.
     """
 
     phases: ClassVar = ("decode",)
-    summary: ClassVar = "The cache drops the token that the newest query looks at least, the same in all heads."
     capacity: int = 1024
 
     def __post_init__(self) -> None:
         at_least("capacity", self.capacity, 1)
+
+    def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> EvictingCache:
+        return EvictingCache.made(super().compress(q, k, v, place), self.capacity)
+
+    @property
+    def in_kernel(self) -> bool:
+        return True
+
+    def evicting(self, cache: HeadCache) -> Eviction:
+        return Eviction(cache.weight, cache.ranks, self.capacity, self.kept_from(cache))
+
+    def kept_from(self, cache: HeadCache) -> int:
+        """The rank from which on tokens are not dropped."""
+        return NO_RANK
+
+    def decoded(self, cache: HeadCache, place: Place, heads: int, tokens: int) -> None:
+        assert isinstance(cache, EvictingCache) and tokens == 1
+        count_whole(dataclasses.replace(cache, counts=cache.counts + int(cache.dropped)), place, heads)
+
+
+@dataclass(frozen=True)
+class TOVA(Evicting):
+    """Keep the tokens that the last query attends to most, averaged over all heads of a layer, in the prompt and after
+    each new token (arXiv 2401.06104). All heads keep the same tokens."""
+
+    summary: ClassVar = "The cache drops the token that the newest query looks at least, the same in all heads."
 
     def keep(self, q: Tensor, k: Tensor, place: Place) -> Bool[Tensor, "b g n"] | None:
         if k.shape[2] <= self.capacity:
@@ -206,21 +234,18 @@ class TOVA(Method):
 
 
 @dataclass(frozen=True)
-class H2O(Method):
+class H2O(Evicting):
     """Heavy hitters: keep the tokens with most attention from all queries so far, and the last ones (arXiv 2306.14048).
 
     Attributes:
-        capacity: tokens in the cache.
         recent: the share of the capacity that goes to the last tokens.
     """
 
-    phases: ClassVar = ("decode",)
     summary: ClassVar = "The cache keeps the last tokens and those that all queries so far looked at most."
-    capacity: int = 1024
     recent: float = 0.5
 
     def __post_init__(self) -> None:
-        at_least("capacity", self.capacity, 1)
+        super().__post_init__()
         if not 0 <= self.recent <= 1:
             raise Unsupported(f"recent={self.recent}", supported="0 to 1", nearest="recent=0.5")
 
@@ -229,7 +254,7 @@ class H2O(Method):
         """Number of last tokens that stay."""
         return int(self.recent * self.capacity)
 
-    def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> HeadCache:
+    def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> EvictingCache:
         n = k.shape[2]
         sums = grouped(key_sums(q, k, place.scale), k.shape[1]).sum(2)
         place.meter.index["prefill"] += q.shape[0] * q.shape[1] * n * (n + 1) * q.shape[-1]
@@ -241,7 +266,11 @@ class H2O(Method):
         cache = HeadCache.of(k, v, kept)
         used = int(cache.counts.max()) if cache.counts.numel() else 0
         weight = sums.gather(2, cache.ranks[..., :used])
-        return dataclasses.replace(cache, weight=with_room(weight[..., None])[..., 0])
+        weighted = dataclasses.replace(cache, weight=with_room(weight[..., None])[..., 0])
+        return EvictingCache.made(weighted, self.capacity)
+
+    def kept_from(self, cache: HeadCache) -> int:
+        return int(cache.length[0]) - self.last
 
     def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
         weights, output = _weigh(q, cache, place)
@@ -249,7 +278,7 @@ class H2O(Method):
         used = weights.shape[-1]
         with torch.no_grad():
             cache.weight[..., :used] += weights.sum(2)
-        recent = cache.ranks[..., :used] >= (cache.length - self.last)[:, None, None]
+        recent = cache.ranks[..., :used] >= self.kept_from(cache)
         worth = cache.weight[..., :used].masked_fill(recent, math.inf)
         return output, _evict(cache, self.capacity, worth)
 

@@ -15,7 +15,7 @@ from regard.compression.sparse.selection import Everything, Selection
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-    from regard.engines.decoder_layer import Reading
+    from regard.engines.decoder_layer import Eviction, Reading
 
 PHASES = ("prefill", "decode")
 
@@ -117,11 +117,16 @@ class Method:
 
     @property
     def in_kernel(self) -> bool:
-        """Whether :meth:`reading` says all that the third hook does, so that a kernel can do it in its place."""
+        """Whether :meth:`reading` and :meth:`evicting` say all that the third hook does, so that a kernel can do it in its
+        place."""
         return type(self).decode is Method.decode
 
     def reading(self, cache: HeadCache) -> Reading | None:
         """What the third hook reads of a cache; None for everything."""
+        return None
+
+    def evicting(self, cache: HeadCache) -> Eviction | None:
+        """How the cache of a new token, counted but not yet computed, drops a token; None if it drops none."""
         return None
 
     def decoded(self, cache: HeadCache, place: Place, heads: int, tokens: int) -> None:
@@ -156,6 +161,9 @@ class Combined(Method):
 
     def reading(self, cache: HeadCache) -> Reading | None:
         return self.second.reading(cache)
+
+    def evicting(self, cache: HeadCache) -> Eviction | None:
+        return self.second.evicting(cache)
 
     def decoded(self, cache: HeadCache, place: Place, heads: int, tokens: int) -> None:
         self.second.decoded(cache, place, heads, tokens)

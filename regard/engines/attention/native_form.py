@@ -113,6 +113,7 @@ class AttentionDecode(library.Arguments):
         ("pages_stride", ctypes.c_int64),
         ("page_size", ctypes.c_int64),
         ("lengths", ctypes.c_void_p),
+        ("scores", ctypes.c_void_p),
     )
 
 

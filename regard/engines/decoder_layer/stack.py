@@ -46,6 +46,24 @@ class Reading(NamedTuple):
     shared: bool
 
 
+class Eviction(NamedTuple):
+    """How a cache drops a token after a new one has attended.
+
+    Attributes:
+        weights: sum of the attention that each slot has had, (B, G, slots) float32, contiguous, to which that of the new
+            token is added; None if the new token's attention alone decides, for all heads together.
+        ranks: place in the row of each slot's token, (B, G, slots) int64, contiguous.
+        capacity: a row that holds more tokens drops the one with the least attention, and the token in its last slot takes
+            that slot.
+        kept_from: tokens from this place on are not dropped.
+    """
+
+    weights: Tensor | None
+    ranks: Tensor
+    capacity: int
+    kept_from: int
+
+
 class Places(NamedTuple):
     """The caches and states of a batch, with room for those of its next tokens.
 
@@ -62,6 +80,8 @@ class Places(NamedTuple):
             first free slot; such a cache holds one token more than `lengths` and `fewer` say. None for -1 everywhere.
         readings: for each of the caches, contiguous then, what a single new token reads of it, or None for everything;
             None for everything everywhere. Not with pages or padding.
+        evictions: how each of the caches drops tokens as a single new token arrives, or None where it drops none; None for
+            none anywhere. Not with pages or padding, nor for a cache with a reading or a slot to replace.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
@@ -72,6 +92,7 @@ class Places(NamedTuple):
     fewer: Sequence[int] | None = None
     replaced: Sequence[int] | None = None
     readings: Sequence[Reading | None] | None = None
+    evictions: Sequence[Eviction | None] | None = None
 
     def of(self, caches: slice, states: slice) -> Places:
         """The places of some of the layers."""
@@ -81,10 +102,10 @@ class Places(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether all caches hold and read all tokens."""
-        return self.fewer is None and self.replaced is None and self.readings is None
+        return all(getattr(self, name) is None for name in OF_CACHES[1:])
 
 
-OF_CACHES = "caches", "fewer", "replaced", "readings"
+OF_CACHES = "caches", "fewer", "replaced", "readings", "evictions"
 """Attributes of :class:`Places` with one entry for each cache."""
 
 
@@ -114,6 +135,16 @@ class _Reading(ctypes.Structure):
     )
 
 
+class _Eviction(ctypes.Structure):
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("slots", ctypes.c_int64),
+        ("capacity", ctypes.c_int64),
+        ("kept_from", ctypes.c_int64),
+    )
+
+
 class DecoderLayersArguments(library.Arguments):
     """The struct `regard_decoder_layers_args`."""
 
@@ -135,6 +166,7 @@ class DecoderLayersArguments(library.Arguments):
         ("fewer", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("reading", ctypes.c_void_p),
+        ("evictions", ctypes.c_void_p),
         ("cosine", ctypes.c_void_p),
         ("sine", ctypes.c_void_p),
         ("eps", ctypes.c_float),
@@ -200,7 +232,7 @@ class DecoderLayers:
         lengths = (ctypes.c_int64 * batch)(*places.lengths)
         padding = None if places.padding is None else (ctypes.c_int64 * batch)(*places.padding)
         fewer, replaced = self._of_layers(places.fewer, 0), self._of_layers(places.replaced, -1)
-        reading = self._readings(places)
+        reading, evictions = self._readings(places), self._evictions(places)
         library.call(
             DecoderLayersArguments(
                 threads=torch.get_num_threads(),
@@ -219,6 +251,7 @@ class DecoderLayers:
                 fewer=None if fewer is None else ctypes.addressof(fewer),
                 slots=None if replaced is None else ctypes.addressof(replaced),
                 reading=None if reading is None else ctypes.addressof(reading),
+                evictions=None if evictions is None else ctypes.addressof(evictions),
                 cosine=pointer(cosine),
                 sine=pointer(sine),
                 x=pointer(y),
@@ -244,6 +277,16 @@ class DecoderLayers:
             if reading is not None:
                 low, high, *rest = reading
                 found[i] = _Reading(pointer(low), pointer(high), keys.shape[2], *rest)
+        return found
+
+    def _evictions(self, places: Places) -> Any:
+        if places.evictions is None:
+            return None
+        found = (_Eviction * len(self._layers))()
+        for i, eviction in zip(self._attending, places.evictions, strict=True):
+            if eviction is not None:
+                weights, ranks, *rest = eviction
+                found[i] = _Eviction(pointer(weights), pointer(ranks), ranks.shape[2], *rest)
         return found
 
     def _pointed_at(self, caches: Sequence[tuple[Tensor, Tensor]]) -> _Pointed:
@@ -317,12 +360,12 @@ class _Pointed(NamedTuple):
     def _check_dropped(self, places: Places, n: int) -> None:
         count = len(self.caches)
         fewer, replaced = places.fewer or [0] * count, places.replaced or [-1] * count
-        readings = places.readings or [None] * count
+        readings, evictions = places.readings or [None] * count, places.evictions or [None] * count
         told = f"caches that have dropped {list(fewer)} tokens, with {n} new ones in the slots {list(replaced)}"
         if (
             places.table is not None
             or places.padding is not None
-            or not (count == len(fewer) == len(replaced) == len(readings))
+            or not (count == len(fewer) == len(replaced) == len(readings) == len(evictions))
         ):
             raise Unsupported(told, supported="a number for each cache, without pages and padding")
         least, most = min(places.lengths), max(places.lengths)
@@ -337,6 +380,21 @@ class _Pointed(NamedTuple):
                 "pages that are read of a cache",
                 supported="contiguous caches of whole pages, with bounds of their keys, for one token at a time",
             )
+        for cache, reading, eviction, slot in zip(self.caches, readings, evictions, replaced, strict=True):
+            if eviction is not None and not (n == 1 and reading is None and slot < 0 and _evictable(cache, eviction)):
+                raise Unsupported(
+                    "tokens that are dropped from a cache",
+                    supported="ranks and weights of each of its slots, for one token at a time that reads everything",
+                )
+
+
+def _evictable(cache: tuple[Tensor, Tensor], eviction: Eviction) -> bool:
+    """Return whether tokens can be dropped from a cache in this way."""
+    own = [(eviction.ranks, torch.int64)]
+    if eviction.weights is not None:
+        own.append((eviction.weights, torch.float32))
+    tensors = all(type(x) in PLAIN and x.dtype == dtype and x.is_contiguous() for x, dtype in own)
+    return tensors and eviction.capacity > 0 and all(x.shape == cache[0].shape[:3] for x, _ in own)
 
 
 def _readable(cache: tuple[Tensor, Tensor], reading: Reading | None) -> bool:

@@ -148,6 +148,9 @@ class FusedDecoder:
         readings = [placed.config.method.reading(_held(cache, placed)) for placed in stack.counted]
         if any(x is not None for x in readings):
             where = where._replace(readings=readings)
+        evictions = [placed.config.method.evicting(_held(cache, placed)) for placed in stack.counted]
+        if any(x is not None for x in evictions):
+            where = where._replace(evictions=evictions)
         told = {ANGLES: (cosine, sine), "position_ids": positions, CACHE: cache, "use_cache": True}
         for part in parts:
             found = part.windows(x, cosine, sine, cache) if isinstance(part, Local) else None
