@@ -17,7 +17,7 @@ from regard.backends.native import library
 from regard.compression.folders import load_causal_model
 from regard.compression.sparse import sparsely
 from regard.contract import Recurrence
-from regard.engines.decoder_layer import Places, Reading, State, Weight, unfit
+from regard.engines.decoder_layer import Eviction, Places, Reading, State, Weight, unfit
 from regard.integrations.collecting import collect_losses
 from regard.layers.linear import Linear
 
@@ -226,6 +226,13 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
     before = [x.clone() for pair in caches for x in pair]
     pools = [(torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8))] * 2
     table = torch.tensor([[0, 1], [2, 0]])
+    ranks = torch.zeros(caches[0][0].shape[:3], dtype=torch.int64)
+    unfit = (
+        Eviction(None, ranks[:, :, 1:].contiguous(), 4, 9),
+        Eviction(None, ranks.int(), 4, 9),
+        Eviction(ranks.double(), ranks, 4, 9),
+        Eviction(None, ranks, 0, 9),
+    )
     for places, said in (
         (Places(caches, [9, 2]), "9"),
         (Places(caches, [2]), "1 lengths"),
@@ -247,6 +254,8 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
         (Places(pools, [4, 4], table, fewer=[1, 0]), "without pages and padding"),
         (Places(caches, [1, 1], readings=[None, Reading(*[caches[0][0]] * 2, 4, 1, True)]), "bounds of their keys"),
         (Places(caches, [1, 1], readings=[None, Reading(*[caches[0][0]] * 2, 0, 1, True)]), "bounds of their keys"),
+        *((Places(caches, [1, 1], evictions=[None, x]), "ranks and weights of each of its slots") for x in unfit),
+        (Places(caches, [1, 1], replaced=[0, -1], evictions=[Eviction(None, ranks, 4, 9), None]), "reads everything"),
     ):
         with pytest.raises(regard.Unsupported, match=said):
             layers(x, turned, turned, places)
