@@ -62,8 +62,7 @@ def lighter_page(data: Mapping[str, Any] | None) -> list[str]:
     parts += [
         "Weights and cache are bytes in memory, the cache that of the prompt. Zeros in weights save "
         "nothing here, sparse methods keep the cache unless they say so, and a method that costs more time to choose than it saves "
-        "is slower: the table says which. The cache in 8 bits (`int8`) decodes layer by layer instead of in one native "
-        "call; after prompts this short, that costs more time than reading less saves.",
+        "is slower: the table says which. After prompts this short there is little to save by reading less.",
         "## What is not in it",
         "\n".join(f"- {sentence}" for sentence in LEFT_OUT),
         "## Commands",

@@ -125,6 +125,17 @@ typedef struct {
   int64_t slots, capacity, kept_from;
 } regard_decoder_eviction;
 
+/* Tokens in 8 bits, which come before those of a layer's cache: a key is k times k_step, a value v times v_step. */
+typedef struct {
+  const int8_t *k, *v;          /* (batch, kv heads, tokens, head_width) and (batch, kv heads, head_width, tokens), contiguous */
+  const float *k_step, *v_step; /* (batch, kv heads, head_width) and (batch, kv heads, tokens), contiguous */
+  int64_t tokens;
+} regard_decoder_block;
+typedef struct {
+  const regard_decoder_block *blocks;
+  int64_t count; /* 0: none */
+} regard_decoder_rounded;
+
 /* Layers in sequence, and optionally a norm of the last one's output; token i of row b has the number lengths_b + i in
  * its row. Without pages all rows have room for as many tokens as the longest, and the first `padding_b` tokens of a
  * row may be padding, which is never visible; with pages, token t of row b is stored as in regard_attention_decode.
@@ -145,6 +156,7 @@ typedef struct {
   const int64_t *fewer, *slots;   /* (count,), the former at most any length; NULL: 0 and -1. Not with pages or padding */
   const regard_decoder_reading *reading; /* (count,); NULL: all keys. Only for n = 1, not with pages or padding */
   const regard_decoder_eviction *evictions; /* (count,); NULL: none. As `reading`, and not together with it or slots in a layer */
+  const regard_decoder_rounded *rounded; /* (count,); NULL: none. As `evictions`, and not together with them */
   const float *cosine, *sine;     /* (batch, n, head_width) contiguous */
   float eps;
   const float *norm;              /* (width,); NULL for none */

@@ -11,6 +11,7 @@
 #include "feature_maps.h"
 
 #include "parallel.h"
+#include "rounded_attention.h"
 #include "workspace.h"
 
 namespace REGARD_ISA {
@@ -129,6 +130,11 @@ const regard_decoder_eviction* eviction_in(const regard_decoder_layers_args& a, 
   return a.evictions == nullptr || a.evictions[layer].capacity == 0 ? nullptr : a.evictions + layer;
 }
 
+// The tokens in 8 bits before those of a layer's cache; NULL if there are none.
+const regard_decoder_rounded* rounded_in(const regard_decoder_layers_args& a, int64_t layer) {
+  return a.rounded == nullptr || a.rounded[layer].count == 0 ? nullptr : a.rounded + layer;
+}
+
 // Adds the weights exp(score - lse) of `heads` queries, whose scores are `line` apart, to `sums`.
 void add_weights(int64_t count, int64_t heads, const float* scores, int64_t line, const float* lse, float* sums) {
   for (int64_t h = 0; h < heads; ++h, scores += line)
@@ -242,24 +248,6 @@ void map_numbers(int64_t map, int64_t count, float* x) {
       put<FULL>(x + i, feature<decltype(phi)::value>(take<FULL>(x + i, lanes)), lanes);
     });
   });
-}
-
-// to = exp(sign x - max(sign x)), where `to` may be x; returns the sum.
-float weigh(int64_t count, float sign, const float* x, float* to) {
-  Vec top = broadcast(-__builtin_inff()), total = zero();
-  over_vectors(count, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
-    constexpr bool FULL = decltype(full)::value;
-    const Vec v = take<FULL>(x + i, lanes) * sign;
-    top = maximum(top, FULL ? v : select(lane_numbers() < lanes, v, top));
-  });
-  const Vec highest = broadcast(largest(top));
-  over_vectors(count, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
-    constexpr bool FULL = decltype(full)::value;
-    const Vec e = exp(take<FULL>(x + i, lanes) * sign - highest);
-    put<FULL>(to + i, e, lanes);
-    total += FULL ? e : select(lane_numbers() < lanes, e, zero());
-  });
-  return sum(total);
 }
 
 // [softmax(x W), softmax(-x W)] of one head.
@@ -479,10 +467,22 @@ bool wrong(const regard_decoder_layers_args& a, const regard_decoder_eviction& e
   return false;
 }
 
+bool wrong(const regard_decoder_layers_args& a, const regard_decoder_rounded& rounded, int64_t layer) {
+  if (a.n != 1 || rounded.count < 0 || rounded.blocks == nullptr || a.layers[layer].left >= 0) return true;
+  if (slot_in(a, layer) >= 0 || reading_in(a, layer) != nullptr || eviction_in(a, layer) != nullptr) return true;
+  for (int64_t i = 0; i < rounded.count; ++i) {
+    const regard_decoder_block& block = rounded.blocks[i];
+    if (block.tokens < 1 || block.k == nullptr || block.v == nullptr) return true;
+    if (block.k_step == nullptr || block.v_step == nullptr) return true;
+  }
+  return false;
+}
+
 bool wrong(const regard_decoder_layers_args& a) {
   if (a.threads < 1 || a.batch < 0 || a.n < 0 || a.count < 0 || a.width < 1 || a.head_width < 2 || a.head_width % 2) return true;
   if (a.pages != nullptr && (a.page_size < 1 || a.padding != nullptr)) return true;
-  const bool whole = a.fewer == nullptr && a.slots == nullptr && a.reading == nullptr && a.evictions == nullptr;
+  const bool whole = a.fewer == nullptr && a.slots == nullptr && a.reading == nullptr && a.evictions == nullptr &&
+                     a.rounded == nullptr;
   if (!whole && (a.pages != nullptr || a.padding != nullptr)) return true;
   const regard_decoder_state* state = a.states;
   for (int64_t i = 0; i < a.count; ++i) {
@@ -503,6 +503,8 @@ bool wrong(const regard_decoder_layers_args& a) {
     if (layer.recurrence == nullptr && reading != nullptr && wrong(*reading, layer, a.n, kv_heads, a.head_width)) return true;
     const regard_decoder_eviction* eviction = eviction_in(a, i);
     if (layer.recurrence == nullptr && eviction != nullptr && wrong(a, *eviction, i)) return true;
+    const regard_decoder_rounded* rounded = rounded_in(a, i);
+    if (layer.recurrence == nullptr && rounded != nullptr && wrong(a, *rounded, i)) return true;
     if (layer.recurrence == nullptr) continue;
     if (a.n < 1 || a.states == nullptr || wrong(*layer.recurrence, a.width, kv_heads, a.head_width)) return true;
     if (wrong(*layer.recurrence, *state++)) return true;
@@ -572,8 +574,16 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   }
   for (int64_t b = 0; b < a.batch; ++b) longest = most(longest, a.lengths[b] + a.n);
   const int64_t slots = a.padding == nullptr ? 0 : a.batch * longest;
-  const size_t scored = a.evictions == nullptr ? 0 : static_cast<size_t>(longest);
-  const size_t rows = a.evictions == nullptr ? 0 : static_cast<size_t>(a.batch * queries / a.head_width);
+  int64_t before_cache = 0, room = 0;  // most tokens in 8 bits, and most numbers that attention to them needs
+  for (int64_t i = 0; i < a.count; ++i)
+    if (const regard_decoder_rounded* rounded = rounded_in(a, i)) {
+      const int64_t heads = a.layers[i].weights[0].n / a.head_width, own = a.layers[i].weights[1].n / a.head_width;
+      before_cache = most(before_cache, tokens_in(*rounded, rounded->count));
+      room = most(room, room_for_rounded(a.batch, heads, own, a.head_width, rounded->count));
+    }
+  const bool scores_kept = a.evictions != nullptr || a.rounded != nullptr;
+  const size_t scored = scores_kept ? static_cast<size_t>(before_cache + longest) : 0;
+  const size_t rows = scores_kept ? static_cast<size_t>(a.batch * queries / a.head_width) : 0;
   Workspace workspace(2 * Workspace::bytes_of<float>(static_cast<size_t>(tokens * queries)) +
                       2 * Workspace::bytes_of<float>(static_cast<size_t>(tokens * keys)) +
                       Workspace::bytes_of<float>(static_cast<size_t>(recurrent ? tokens * a.width : 0)) +
@@ -582,7 +592,7 @@ int decoder_layers(const regard_decoder_layers_args* args) {
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(slots)) +
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch * keys / a.head_width)) +
                       Workspace::bytes_of<float>(rows * scored) + Workspace::bytes_of<float>(rows) +
-                      Workspace::bytes_of<float>(scored));
+                      Workspace::bytes_of<float>(scored) + Workspace::bytes_of<float>(static_cast<size_t>(room)));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
   float *const q = workspace.take<float>(static_cast<size_t>(tokens * queries));
   float* const attended = workspace.take<float>(static_cast<size_t>(tokens * queries));
@@ -594,7 +604,7 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   int64_t* const keys_there = workspace.take<int64_t>(static_cast<size_t>(slots));
   int64_t* const counts = workspace.take<int64_t>(static_cast<size_t>(a.batch * keys / a.head_width));
   float *const scores = workspace.take<float>(rows * scored), *const lse = workspace.take<float>(rows);
-  float* const sums = workspace.take<float>(scored);
+  float *const sums = workspace.take<float>(scored), *const space = workspace.take<float>(static_cast<size_t>(room));
   for (int64_t i = 0; i < slots; ++i) {
     const int64_t b = i / longest, slot = i % longest;
     keys_there[i] = slot < a.padding[b] || slot >= a.lengths[b] + a.n ? -1 : slot;
@@ -681,6 +691,12 @@ int decoder_layers(const regard_decoder_layers_args* args) {
     put_tokens(a, i, k, attention.kv_heads, layer.keys, layer.keys_strides);
     put_tokens(a, i, v, attention.kv_heads, layer.values, layer.values_strides);
     if (const regard_decoder_reading* reading = reading_in(a, i)) return read_few(layer, *reading);
+    if (const regard_decoder_rounded* rounded = rounded_in(a, i)) {
+      attend_rounded({&layer, rounded, a.batch, attention.heads, attention.kv_heads, a.head_width, lengths, q, attended, scores,
+                      static_cast<int64_t>(scored), space},
+                     static_cast<int>(a.threads));
+      return static_cast<int>(REGARD_OK);
+    }
     attention.k = layer.keys;
     attention.v = layer.values;
     attention.q_strides[0] = attention.out_strides[0] = a.n * layer.weights[0].n;

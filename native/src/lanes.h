@@ -1,4 +1,4 @@
-// Tests over all lanes of a vector, and loads and stores of integer vectors.
+// Tests over all lanes of a vector, loads and stores of integer vectors, and bytes as integers.
 #pragma once
 
 #include "vector.h"
@@ -25,6 +25,24 @@ REGARD_INLINE IntVec load(const int32_t* p) {
   return v;
 }
 REGARD_INLINE void store(int32_t* p, IntVec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// LANES bytes as integers, with intrinsics since compilers would convert them one by one.
+REGARD_INLINE IntVec signed_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<IntVec>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<IntVec>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  uint32_t word;
+  __builtin_memcpy(&word, p, sizeof word);
+#if defined(__SSE2__)
+  const __m128i none = _mm_setzero_si128(), bytes = _mm_cvtsi32_si128(static_cast<int>(word));
+  return reinterpret_cast<IntVec>(_mm_unpacklo_epi16(none, _mm_unpacklo_epi8(none, bytes))) >> 24;
+#else
+  return reinterpret_cast<IntVec>((UIntVec{} + word) << UIntVec{24, 16, 8, 0}) >> 24;
+#endif
+#endif
+}
 
 }  // namespace
 }  // namespace REGARD_ISA

@@ -5,7 +5,7 @@
 #include "regard_quantized_linear.h"
 
 #include "digits.h"
-#include "vector.h"
+#include "lanes.h"
 
 #include "lane_sums.h"
 #include "parallel.h"
@@ -24,23 +24,6 @@ constexpr int64_t AHEAD = 1024;         // distance of prefetching, in bytes
 constexpr int64_t FAR = 8192;           // the same for the second-level cache
 constexpr int64_t NEAR = 512;           // the same for reads of parts of a cache line, where prefetching is limited
 
-// LANES bytes as integers, with intrinsics since compilers would convert them one by one.
-REGARD_INLINE IntVec signed_bytes(const int8_t* p) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<IntVec>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
-  return reinterpret_cast<IntVec>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-  uint32_t word;
-  __builtin_memcpy(&word, p, sizeof word);
-#if defined(__SSE2__)
-  const __m128i none = _mm_setzero_si128(), bytes = _mm_cvtsi32_si128(static_cast<int>(word));
-  return reinterpret_cast<IntVec>(_mm_unpacklo_epi16(none, _mm_unpacklo_epi8(none, bytes))) >> 24;
-#else
-  return reinterpret_cast<IntVec>((UIntVec{} + word) << UIntVec{24, 16, 8, 0}) >> 24;
-#endif
-#endif
-}
 REGARD_INLINE UIntVec unsigned_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<UIntVec>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

@@ -17,7 +17,7 @@ from regard.backends.native import library
 from regard.compression.folders import load_causal_model
 from regard.compression.sparse import sparsely
 from regard.contract import Recurrence
-from regard.engines.decoder_layer import Eviction, Places, Reading, State, Weight, unfit
+from regard.engines.decoder_layer import Codes, Eviction, Places, Reading, State, Weight, unfit
 from regard.integrations.collecting import collect_losses
 from regard.layers.linear import Linear
 
@@ -110,10 +110,13 @@ def _wide(make):
         ("h2o:capacity=24,recent=0.25", 77),
         ("h2o:capacity=24,recent=1.0", 77),
         ("local_sinks:window=16 + h2o:capacity=90", 77),
+        ("int8:block=16,window=5", 77),
+        ("int8:block=40,window=70", 77),  # no block at first
     ],
 )
 def test_sparse_models_decode_in_one_native_call(method, fused, calls):
-    model, tokens = llama(), ids(2, 150)
+    # whole vectors and a rest of one
+    model, tokens = llama(head_dim=40) if method.startswith("int8") else llama(), ids(2, 150)
     disturb(model)
 
     def run():
@@ -133,8 +136,9 @@ def test_sparse_models_decode_in_one_native_call(method, fused, calls):
     near(found, expected)
     assert again == pytest.approx(counted)
     assert calls.count("decoder_layers") == fused  # 22 new tokens are more than the kernel takes
+    left, state = (getattr(x, "recent", x) for x in (left, state))  # of a cache in 8 bits, its newest tokens
     held = int(left.counts[0, 0])
-    assert held == int(state.counts[0, 0]) >= 24
+    assert held == int(state.counts[0, 0]) >= 5
     assert torch.equal(left.ranks[..., :held], state.ranks[..., :held])
     for name in ("k", "v", "weight", "low", "high"):
         if (kept := getattr(state, name)) is not None:
@@ -227,6 +231,13 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
     pools = [(torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8))] * 2
     table = torch.tensor([[0, 1], [2, 0]])
     ranks = torch.zeros(caches[0][0].shape[:3], dtype=torch.int64)
+    keys, numbers = torch.zeros(2, 2, 3, 8, dtype=torch.int8), torch.zeros(2, 2, 8)
+    codes = Codes(keys, numbers, keys.mT.contiguous(), numbers[..., :3].contiguous())
+    unlike = (
+        codes._replace(v=keys.mT),
+        codes._replace(k=keys.int()),
+        codes._replace(k_step=numbers[..., :4].contiguous()),
+    )
     unfit = (
         Eviction(None, ranks[:, :, 1:].contiguous(), 4, 9),
         Eviction(None, ranks.int(), 4, 9),
@@ -255,6 +266,8 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
         (Places(caches, [1, 1], readings=[None, Reading(*[caches[0][0]] * 2, 4, 1, True)]), "bounds of their keys"),
         (Places(caches, [1, 1], readings=[None, Reading(*[caches[0][0]] * 2, 0, 1, True)]), "bounds of their keys"),
         *((Places(caches, [1, 1], evictions=[None, x]), "ranks and weights of each of its slots") for x in unfit),
+        *((Places(caches, [1, 1], rounded=[[codes], [codes, x]]), "codes and steps of all its rows") for x in unlike),
+        (Places(caches, [1, 1], replaced=[0, -1], rounded=[[codes], []]), "reads everything"),
         (Places(caches, [1, 1], replaced=[0, -1], evictions=[Eviction(None, ranks, 4, 9), None]), "reads everything"),
     ):
         with pytest.raises(regard.Unsupported, match=said):

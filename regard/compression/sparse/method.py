@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +16,7 @@ from regard.compression.sparse.selection import Everything, Selection
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-    from regard.engines.decoder_layer import Eviction, Reading
+    from regard.engines.decoder_layer import Codes, Eviction, Reading
 
 PHASES = ("prefill", "decode")
 
@@ -117,8 +118,8 @@ class Method:
 
     @property
     def in_kernel(self) -> bool:
-        """Whether :meth:`reading` and :meth:`evicting` say all that the third hook does, so that a kernel can do it in its
-        place."""
+        """Whether :meth:`reading`, :meth:`evicting` and :meth:`rounded` say all that the third hook does, so that a kernel
+        can do it in its place."""
         return type(self).decode is Method.decode
 
     def reading(self, cache: HeadCache) -> Reading | None:
@@ -129,7 +130,11 @@ class Method:
         """How the cache of a new token, counted but not yet computed, drops a token; None if it drops none."""
         return None
 
-    def decoded(self, cache: HeadCache, place: Place, heads: int, tokens: int) -> None:
+    def rounded(self, cache: Any) -> Sequence[Codes]:
+        """The tokens in 8 bits that come before those of a cache."""
+        return ()
+
+    def decoded(self, cache: Any, place: Place, heads: int, tokens: int) -> None:
         """Bring cache and meter up to date after a kernel has decoded `tokens` tokens."""
         for before in reversed(range(tokens)):
             then = dataclasses.replace(cache, counts=cache.counts - before, length=cache.length - before)
@@ -165,7 +170,10 @@ class Combined(Method):
     def evicting(self, cache: HeadCache) -> Eviction | None:
         return self.second.evicting(cache)
 
-    def decoded(self, cache: HeadCache, place: Place, heads: int, tokens: int) -> None:
+    def rounded(self, cache: Any) -> Sequence[Codes]:
+        return self.second.rounded(cache)
+
+    def decoded(self, cache: Any, place: Place, heads: int, tokens: int) -> None:
         self.second.decoded(cache, place, heads, tokens)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from regard.compression.sparse.cache import HeadCache, MethodCache
 from regard.compression.sparse.method import Method, Place
 from regard.contract import State, at_least
+from regard.engines.decoder_layer import Codes
 from regard.engines.quantized_linear import quantized_linear
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ class Block(State):
         return cls(keys.to(torch.int8).contiguous(), k_step, values.to(torch.int8).mT.contiguous(), v_step)
 
     @property
+    def codes(self) -> Codes:
+        """The block as the kernel takes it."""
+        return Codes(self.k, self.k_step, self.v, self.v_step)
+
+    @property
     def bytes(self) -> int:
         """Bytes per row."""
         return sum(x[0].numel() * x.element_size() for x in (self.k, self.k_step, self.v, self.v_step))
@@ -68,14 +74,63 @@ class RoundedCache(MethodCache):
         recent: the newest tokens in floating point; written in place, like
             :class:`regard.compression.sparse.cache.HeadCache`.
         length: (B,) tokens so far.
+        block, window: options of :class:`RoundedKeys`.
     """
 
     blocks: tuple[Block, ...]
     recent: HeadCache
     length: Int[Tensor, " b"]
+    block: int
+    window: int
+
+    @property
+    def k(self) -> Float[Tensor, "b g s d"]:
+        """Keys of the newest tokens."""
+        return self.recent.k
+
+    @property
+    def v(self) -> Float[Tensor, "b g s e"]:
+        """Values of the newest tokens."""
+        return self.recent.v
+
+    @property
+    def used(self) -> int:
+        """Number of tokens in floating point."""
+        return int(self.recent.counts[0, 0]) if self.recent.counts.numel() else 0
 
     def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"]) -> Self:
-        return dataclasses.replace(self, recent=self.recent.appended(k, v), length=self.length + 1)
+        return self._with(self.recent.appended(k, v))._rounded(0)
+
+    def even(self, tokens: int) -> int | None:
+        """As in :class:`~regard.compression.sparse.cache.HeadCache`, for a single token and codes with a kernel."""
+        steps = all(x.k_step.dtype == torch.float32 for x in self.blocks)
+        held = self.recent.even(1) if tokens == 1 and steps else None
+        return held if held is None else held - self.block * self._full(1)
+
+    def replaced(self) -> int:
+        """-1: a new token goes behind all others."""
+        return -1
+
+    def extended(self, tokens: int) -> Self:
+        """As in :class:`~regard.compression.sparse.cache.HeadCache`."""
+        made = self._rounded(tokens)
+        return made._with(made.recent.extended(tokens), tokens)
+
+    def _with(self, recent: HeadCache, tokens: int = 1) -> Self:
+        return dataclasses.replace(self, recent=recent, length=self.length + tokens)
+
+    def _full(self, more: int) -> bool:
+        """Whether there are enough tokens for a block, with `more` new ones."""
+        return self.used + more >= self.block + self.window
+
+    def _rounded(self, more: int) -> Self:
+        """The cache with its oldest unrounded tokens rounded to a block, if there are enough with `more` new ones."""
+        if not self._full(more):
+            return self
+        old, rest = slice(0, self.block), slice(self.block, self.used)
+        made = Block.of(self.k[:, :, old], self.v[:, :, old])
+        left = HeadCache.of(self.k[:, :, rest], self.v[:, :, rest])
+        return dataclasses.replace(self, blocks=(*self.blocks, made), recent=left)
 
 
 @dataclass(frozen=True)
@@ -109,16 +164,14 @@ class RoundedKeys(Method):
         left = (k[:1, :, old:].numel() + v[:1, :, old:].numel()) * k.element_size()
         place.meter.cache.append((sum(block.bytes for block in blocks) + left) / max(whole, 1))
         length = torch.full((k.shape[0],), n, dtype=torch.int64, device=k.device)
-        return RoundedCache(blocks, recent, length)
+        return RoundedCache(blocks, recent, length, self.block, self.window)
 
     def decode(  # type: ignore[override]
         self, q: Float[Tensor, "b h 1 d"], cache: RoundedCache, place: Place
     ) -> tuple[Float[Tensor, "b h 1 e"], RoundedCache]:
-        cache = self._rounded(cache)
         batch, heads = q.shape[:2]
-        recent = cache.recent
-        groups, used = recent.k.shape[1], int(recent.counts[0, 0]) if recent.counts.numel() else 0
-        k, v = recent.k[:, :, :used], recent.v[:, :, :used]
+        groups, used = cache.k.shape[1], cache.used
+        k, v = cache.k[:, :, :used], cache.v[:, :, :used]
         wide = torch.promote_types(q.dtype, torch.float32)
         query = place.scale * q.to(wide).reshape(batch, groups, heads // groups, -1)
         scores = [_by_codes(query * block.k_step[:, :, None].to(wide), block.k) for block in cache.blocks]
@@ -129,22 +182,22 @@ class RoundedKeys(Method):
             here = weights[..., at : at + block.k.shape[2]]
             at += block.k.shape[2]
             output = output + _by_codes(here * block.v_step[:, :, None].to(wide), block.v)
-        place.meter.count("decode", float(batch * heads * (at + used)), float(batch * heads * (at + used)))
-        place.meter.read += (
-            batch * groups * (at / 4 + used) * (k.shape[-1] + v.shape[-1])
-        )  # a code is a quarter of a number
+        self.decoded(cache, place, heads, 1)
         return output.reshape(batch, heads, 1, -1).to(q.dtype), cache
 
-    def _rounded(self, cache: RoundedCache) -> RoundedCache:
-        """Round the oldest of the recent tokens to a block, if there are enough."""
-        recent = cache.recent
-        used = int(recent.counts[0, 0]) if recent.counts.numel() else 0
-        if used < self.block + self.window:
-            return cache
-        old, rest = slice(0, self.block), slice(self.block, used)
-        made = Block.of(recent.k[:, :, old], recent.v[:, :, old])
-        left = HeadCache.of(recent.k[:, :, rest], recent.v[:, :, rest])
-        return dataclasses.replace(cache, blocks=(*cache.blocks, made), recent=left)
+    @property
+    def in_kernel(self) -> bool:
+        return True
+
+    def rounded(self, cache: RoundedCache) -> list[Codes]:
+        return [block.codes for block in cache.blocks]
+
+    def decoded(self, cache: RoundedCache, place: Place, heads: int, tokens: int) -> None:
+        (batch, groups), used = cache.k.shape[:2], cache.used
+        at = sum(block.k.shape[2] for block in cache.blocks)
+        place.meter.count("decode", float(batch * heads * (at + used)), float(batch * heads * (at + used)))
+        # a code is a quarter of a number
+        place.meter.read += batch * groups * (at / 4 + used) * (cache.k.shape[-1] + cache.v.shape[-1])
 
 
 def _by_codes(x: Float[Tensor, "b g m k"], codes: Int8[Tensor, "b g n k"]) -> Float[Tensor, "b g m n"]:

@@ -6,9 +6,10 @@ There is no form in PyTorch: otherwise the model itself computes the layer.
 
 from regard.engines.decoder_layer.native_form import DecoderLayer, Weight, few_tokens
 from regard.engines.decoder_layer.recurrence import State, room_after, unfit
-from regard.engines.decoder_layer.stack import DecoderLayers, Eviction, Places, Reading
+from regard.engines.decoder_layer.stack import Codes, DecoderLayers, Eviction, Places, Reading
 
 __all__ = [
+    "Codes",
     "DecoderLayer",
     "DecoderLayers",
     "Eviction",

@@ -64,6 +64,20 @@ class Eviction(NamedTuple):
     kept_from: int
 
 
+class Codes(NamedTuple):
+    """A block of tokens in 8 bits; all tensors are contiguous.
+
+    Attributes:
+        k: codes of the keys, (B, G, tokens, D) int8, which are these times `k_step`, (B, G, D) float32.
+        v: codes of the values by channel, (B, G, D, tokens) int8, which are these times `v_step`, (B, G, tokens) float32.
+    """
+
+    k: Tensor
+    k_step: Tensor
+    v: Tensor
+    v_step: Tensor
+
+
 class Places(NamedTuple):
     """The caches and states of a batch, with room for those of its next tokens.
 
@@ -82,6 +96,8 @@ class Places(NamedTuple):
             None for everything everywhere. Not with pages or padding.
         evictions: how each of the caches drops tokens as a single new token arrives, or None where it drops none; None for
             none anywhere. Not with pages or padding, nor for a cache with a reading or a slot to replace.
+        rounded: for each of the caches, the blocks of tokens in 8 bits that come before what it holds, for a single new
+            token; None for none anywhere. Not with pages or padding, nor for a cache with any of the above.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
@@ -93,6 +109,7 @@ class Places(NamedTuple):
     replaced: Sequence[int] | None = None
     readings: Sequence[Reading | None] | None = None
     evictions: Sequence[Eviction | None] | None = None
+    rounded: Sequence[Sequence[Codes]] | None = None
 
     def of(self, caches: slice, states: slice) -> Places:
         """The places of some of the layers."""
@@ -105,7 +122,7 @@ class Places(NamedTuple):
         return all(getattr(self, name) is None for name in OF_CACHES[1:])
 
 
-OF_CACHES = "caches", "fewer", "replaced", "readings", "evictions"
+OF_CACHES = "caches", "fewer", "replaced", "readings", "evictions", "rounded"
 """Attributes of :class:`Places` with one entry for each cache."""
 
 
@@ -145,6 +162,20 @@ class _Eviction(ctypes.Structure):
     )
 
 
+class _Block(ctypes.Structure):
+    _fields_ = (
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("k_step", ctypes.c_void_p),
+        ("v_step", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+    )
+
+
+class _Rounded(ctypes.Structure):
+    _fields_ = (("blocks", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
 class DecoderLayersArguments(library.Arguments):
     """The struct `regard_decoder_layers_args`."""
 
@@ -167,6 +198,7 @@ class DecoderLayersArguments(library.Arguments):
         ("slots", ctypes.c_void_p),
         ("reading", ctypes.c_void_p),
         ("evictions", ctypes.c_void_p),
+        ("rounded", ctypes.c_void_p),
         ("cosine", ctypes.c_void_p),
         ("sine", ctypes.c_void_p),
         ("eps", ctypes.c_float),
@@ -232,7 +264,7 @@ class DecoderLayers:
         lengths = (ctypes.c_int64 * batch)(*places.lengths)
         padding = None if places.padding is None else (ctypes.c_int64 * batch)(*places.padding)
         fewer, replaced = self._of_layers(places.fewer, 0), self._of_layers(places.replaced, -1)
-        reading, evictions = self._readings(places), self._evictions(places)
+        reading, evictions, rounded = self._readings(places), self._evictions(places), self._rounded(places)
         library.call(
             DecoderLayersArguments(
                 threads=torch.get_num_threads(),
@@ -252,6 +284,7 @@ class DecoderLayers:
                 slots=None if replaced is None else ctypes.addressof(replaced),
                 reading=None if reading is None else ctypes.addressof(reading),
                 evictions=None if evictions is None else ctypes.addressof(evictions),
+                rounded=None if rounded is None else ctypes.addressof(rounded[0]),
                 cosine=pointer(cosine),
                 sine=pointer(sine),
                 x=pointer(y),
@@ -288,6 +321,20 @@ class DecoderLayers:
                 weights, ranks, *rest = eviction
                 found[i] = _Eviction(pointer(weights), pointer(ranks), ranks.shape[2], *rest)
         return found
+
+    def _rounded(self, places: Places) -> tuple[Any, list[Any]] | None:
+        """The layers' structs, and the blocks that they point to."""
+        if places.rounded is None:
+            return None
+        found, kept = (_Rounded * len(self._layers))(), []
+        for i, blocks in zip(self._attending, places.rounded, strict=True):
+            own = (_Block * len(blocks))()
+            for to, x in zip(own, blocks, strict=True):
+                to.k, to.v, to.k_step, to.v_step = map(pointer, (x.k, x.v, x.k_step, x.v_step))
+                to.tokens = x.k.shape[2]
+            found[i] = _Rounded(ctypes.addressof(own), len(blocks))
+            kept.append(own)
+        return found, kept
 
     def _pointed_at(self, caches: Sequence[tuple[Tensor, Tensor]]) -> _Pointed:
         """The layers' structs with pointers to the caches, reused as long as the caches stay the same. Existing structs
@@ -361,11 +408,12 @@ class _Pointed(NamedTuple):
         count = len(self.caches)
         fewer, replaced = places.fewer or [0] * count, places.replaced or [-1] * count
         readings, evictions = places.readings or [None] * count, places.evictions or [None] * count
+        rounded = places.rounded or [()] * count
         told = f"caches that have dropped {list(fewer)} tokens, with {n} new ones in the slots {list(replaced)}"
         if (
             places.table is not None
             or places.padding is not None
-            or not (count == len(fewer) == len(replaced) == len(readings) == len(evictions))
+            or not (count == len(fewer) == len(replaced) == len(readings) == len(evictions) == len(rounded))
         ):
             raise Unsupported(told, supported="a number for each cache, without pages and padding")
         least, most = min(places.lengths), max(places.lengths)
@@ -386,6 +434,22 @@ class _Pointed(NamedTuple):
                     "tokens that are dropped from a cache",
                     supported="ranks and weights of each of its slots, for one token at a time that reads everything",
                 )
+        for cache, blocks, *others in zip(self.caches, rounded, readings, evictions, replaced, strict=True):
+            if blocks and not (n == 1 and others == [None, None, -1] and all(_decodable(cache, x) for x in blocks)):
+                raise Unsupported(
+                    "tokens in 8 bits before those of a cache",
+                    supported="codes and steps of all its rows and heads, for one token at a time that reads everything",
+                )
+
+
+def _decodable(cache: tuple[Tensor, Tensor], codes: Codes) -> bool:
+    """Return whether a block of tokens fits before a cache."""
+    rows, heads, _, width = cache[0].shape
+    tokens = codes.k.shape[2] if codes.k.ndim == 4 else 0
+    own = (codes.k, torch.int8), (codes.k_step, torch.float32), (codes.v, torch.int8), (codes.v_step, torch.float32)
+    shapes = (tokens, width), (width,), (width, tokens), (tokens,)
+    sizes = all(x.shape == (rows, heads, *shape) for (x, _), shape in zip(own, shapes, strict=True))
+    return tokens > 0 and sizes and all(type(x) in PLAIN and x.dtype == dtype and x.is_contiguous() for x, dtype in own)
 
 
 def _evictable(cache: tuple[Tensor, Tensor], eviction: Eviction) -> bool:

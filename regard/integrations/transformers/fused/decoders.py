@@ -145,12 +145,8 @@ class FusedDecoder:
             return None
         if any(padding):
             where = where._replace(padding=padding)
-        readings = [placed.config.method.reading(_held(cache, placed)) for placed in stack.counted]
-        if any(x is not None for x in readings):
-            where = where._replace(readings=readings)
-        evictions = [placed.config.method.evicting(_held(cache, placed)) for placed in stack.counted]
-        if any(x is not None for x in evictions):
-            where = where._replace(evictions=evictions)
+        if stack.counted:
+            where = _with_methods(where, stack.counted, cache)
         told = {ANGLES: (cosine, sine), "position_ids": positions, CACHE: cache, "use_cache": True}
         for part in parts:
             found = part.windows(x, cosine, sine, cache) if isinstance(part, Local) else None
@@ -277,6 +273,20 @@ def _method_of(placed: Any) -> Any:
     """The sparse method of a layer if the kernel can decode with it; None otherwise."""
     method = getattr(placed.config, "method", None)
     return method if getattr(method, "in_kernel", False) else None
+
+
+def _with_methods(where: Places, counted: Sequence[Any], cache: Any) -> Places:
+    """Places with what the sparse methods of the layers read and drop."""
+    held = [(placed.config.method, _held(cache, placed)) for placed in counted]
+    return where._replace(
+        readings=_some([method.reading(x) for method, x in held]),
+        evictions=_some([method.evicting(x) for method, x in held]),
+        rounded=_some([method.rounded(x) for method, x in held]),
+    )
+
+
+def _some(found: list[Any]) -> list[Any] | None:
+    return found if any(found) else None
 
 
 def _held(cache: Any, placed: Any) -> Any:
