@@ -59,7 +59,7 @@ int64_t tokens_in(const regard_decoder_rounded& rounded, int64_t blocks) {
 
 int64_t room_for_rounded(int64_t batch, int64_t heads, int64_t kv_heads, int64_t width, int64_t blocks) {
   const int64_t tasks = batch * kv_heads * (blocks + 1);
-  return tasks * (heads / kv_heads + LANES) * round_up(width, static_cast<int64_t>(LANES));
+  return tasks * (heads / kv_heads) * round_up(width, static_cast<int64_t>(LANES));
 }
 
 REGARD_INLINE Vec codes_at(const int8_t* p, int count) {
@@ -69,36 +69,78 @@ REGARD_INLINE Vec codes_at(const int8_t* p, int count) {
   return __builtin_convertvector(signed_bytes(some), Vec);
 }
 
+constexpr int KEYS = 4, MOST_ROWS = LANES / KEYS;  // keys and queries whose products are summed at once
+
+// Scores of `count` keys, at most KEYS, for ROWS queries, to be written `line` apart.
+template <int ROWS>
+void score_codes(const int8_t* codes, int64_t count, int64_t width, const float* queries, int64_t padded, float* to,
+                 int64_t line) {
+  Vec products[LANES] = {};
+  over_vectors(width, [&](int64_t d, int lanes, auto full) __attribute__((always_inline)) {
+    Vec q[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) q[r] = load(queries + r * padded + d);
+#pragma GCC unroll 4
+    for (int i = 0; i < KEYS; ++i) {
+      const Vec x = codes_at(codes + least(static_cast<int64_t>(i), count - 1) * width + d, decltype(full)::value ? LANES : lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) products[r * KEYS + i] = fma(q[r], x, products[r * KEYS + i]);
+    }
+  });
+  float sums[LANES];
+  store(sums, sums_of(products));
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+    __builtin_memcpy(to + r * line, sums + r * KEYS, static_cast<size_t>(count) * sizeof(float));
+}
+
+// The same for `rows` queries, at most MOST_ROWS, and any number of keys.
+void score_block(const int8_t* codes, int64_t tokens, int64_t width, const float* queries, int64_t padded, int64_t rows,
+                 float* to, int64_t line) {
+  for (int64_t j = 0; j < tokens; j += KEYS) {
+    const int64_t count = least(static_cast<int64_t>(KEYS), tokens - j);
+    const int8_t* const at = codes + j * width;
+    if (rows == 1)
+      score_codes<1>(at, count, width, queries, padded, to + j, line);
+    else if (rows == 2)
+      score_codes<(2 < MOST_ROWS ? 2 : MOST_ROWS)>(at, count, width, queries, padded, to + j, line);
+    else if (rows == 3)
+      score_codes<(3 < MOST_ROWS ? 3 : MOST_ROWS)>(at, count, width, queries, padded, to + j, line);
+    else
+      score_codes<MOST_ROWS>(at, count, width, queries, padded, to + j, line);
+  }
+}
+
 // Scores of the keys of one block, or of the cache, for the queries of one kv head.
 void score_part(const RoundedCall& call, int64_t task) {
   const int64_t part = task % call.parts(), pair = task / call.parts(), b = pair / call.kv_heads, g = pair % call.kv_heads;
   const int64_t padded = call.padded(), group = call.group(), width = call.width;
-  float* const queries = call.room + task * (group + LANES) * padded;
-  float* const rows = queries + group * padded;
+  float* const queries = call.room + task * group * padded;
   const bool own = part == call.rounded->count;
   const regard_decoder_block* const block = own ? nullptr : call.rounded->blocks + part;
-  const int64_t first = tokens_in(*call.rounded, part), tokens = own ? call.lengths[b] : block->tokens;
+  const int64_t first = tokens_in(*call.rounded, part);
   for (int64_t r = 0; r < group; ++r) {
     const float* const q = call.q + (b * call.heads + g * group + r) * width;
     for (int64_t d = 0; d < padded; ++d)
       queries[r * padded + d] = d < width ? call.layer->scale * q[d] * (own ? 1.f : block->k_step[pair * width + d]) : 0.f;
   }
+  if (!own) {
+    const int8_t* const codes = block->k + pair * block->tokens * width;
+    for (int64_t r = 0; r < group; r += MOST_ROWS)
+      score_block(codes, block->tokens, width, queries + r * padded, padded,
+                  least(static_cast<int64_t>(MOST_ROWS), group - r), call.row(b, g * group + r) + first, call.line);
+    return;
+  }
+  const int64_t stride = call.layer->keys_strides[2], tokens = call.lengths[b];
+  const float* const keys = call.layer->keys + b * call.layer->keys_strides[0] + g * call.layer->keys_strides[1];
   for (int64_t j = 0; j < tokens; j += LANES) {
     const int here = static_cast<int>(least(static_cast<int64_t>(LANES), tokens - j));
-    const int64_t stride = own ? call.layer->keys_strides[2] : padded;
-    const float* const keys =
-        own ? call.layer->keys + b * call.layer->keys_strides[0] + g * call.layer->keys_strides[1] + j * stride : rows;
-    for (int i = 0; !own && i < here; ++i) {
-      const int8_t* const codes = block->k + (pair * tokens + j + i) * width;
-      for (int64_t d = 0; d < width; d += LANES)
-        store(rows + i * padded + d, codes_at(codes + d, static_cast<int>(least(static_cast<int64_t>(LANES), width - d))));
-    }
     for (int64_t r = 0; r < group; ++r) {
       float* const to = call.row(b, g * group + r) + first + j;
       if (here == LANES)
-        store(to, dots<false>(keys, stride, LANES, queries + r * padded, width));
+        store(to, dots<false>(keys + j * stride, stride, LANES, queries + r * padded, width));
       else
-        store(to, dots<true>(keys, stride, here, queries + r * padded, width), here);
+        store(to, dots<true>(keys + j * stride, stride, here, queries + r * padded, width), here);
     }
   }
 }
@@ -124,38 +166,55 @@ void weigh_rounded(const RoundedCall& call, int64_t task) {
   });
 }
 
+// Adds to sums[r * LANES + e] what the rounded values of CHANNELS channels from `first` on give to the output of ROWS queries,
+// whose weights are `line` apart.
+template <int ROWS, int CHANNELS>
+void sum_codes(const RoundedCall& call, int64_t pair, int64_t first, const float* weights, float* sums) {
+  Vec totals[ROWS][CHANNELS] = {};
+  for (int64_t i = 0; i < call.rounded->count; ++i) {
+    const regard_decoder_block& block = call.rounded->blocks[i];
+    const int64_t tokens = block.tokens, line = call.line;
+    const int8_t* const codes = block.v + (pair * call.width + first) * tokens;
+    over_vectors(tokens, [&](int64_t t, int count, auto full) __attribute__((always_inline)) {
+      constexpr bool FULL = decltype(full)::value;
+      Vec w[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) w[r] = take<FULL>(weights + r * line + t, count);
+#pragma GCC unroll 4
+      for (int e = 0; e < CHANNELS; ++e) {
+        const Vec x = codes_at(codes + e * tokens + t, FULL ? LANES : count);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) totals[r][e] = fma(w[r], x, totals[r][e]);
+      }
+    });
+    weights += tokens;
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int e = 0; e < CHANNELS; ++e) sums[r * LANES + e] += sum(totals[r][e]);
+}
+
 // A vector of channels of the output of ROWS queries from query h on.
 template <int ROWS>
-void sum_channels(const RoundedCall& call, int64_t b, int64_t h, int64_t first_channel) {
+void sum_channels(const RoundedCall& call, int64_t b, int64_t h, int64_t first) {
   const int64_t g = h / call.group(), pair = b * call.kv_heads + g, width = call.width;
-  const int channels = static_cast<int>(least(static_cast<int64_t>(LANES), width - first_channel));
+  const int channels = static_cast<int>(least(static_cast<int64_t>(LANES), width - first));
   const int64_t before = tokens_in(*call.rounded, call.rounded->count), stride = call.layer->values_strides[2];
+  const float* const weights = call.row(b, h);
   const float* const values =
-      call.layer->values + b * call.layer->values_strides[0] + g * call.layer->values_strides[1] + first_channel;
+      call.layer->values + b * call.layer->values_strides[0] + g * call.layer->values_strides[1] + first;
   Vec own[ROWS] = {};
   for (int64_t j = 0; j < call.lengths[b]; ++j) {
     const Vec v = channels == LANES ? load(values + j * stride) : load(values + j * stride, channels);
-    for (int r = 0; r < ROWS; ++r) own[r] = fma(broadcast(call.row(b, h + r)[before + j]), v, own[r]);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) own[r] = fma(broadcast(weights[r * call.line + before + j]), v, own[r]);
   }
   float sums[ROWS][LANES];
   for (int r = 0; r < ROWS; ++r) store(sums[r], own[r]);
-  for (int e = 0; e < channels; ++e) {
-    Vec totals[ROWS] = {};
-    int64_t at = 0;
-    for (int64_t i = 0; i < call.rounded->count; ++i) {
-      const regard_decoder_block& block = call.rounded->blocks[i];
-      const int8_t* const codes = block.v + (pair * width + first_channel + e) * block.tokens;
-      over_vectors(block.tokens, [&](int64_t t, int count, auto full) __attribute__((always_inline)) {
-        constexpr bool FULL = decltype(full)::value;
-        const Vec x = codes_at(codes + t, count);
-        for (int r = 0; r < ROWS; ++r) totals[r] = fma(take<FULL>(call.row(b, h + r) + at + t, count), x, totals[r]);
-      });
-      at += block.tokens;
-    }
-    for (int r = 0; r < ROWS; ++r) sums[r][e] += sum(totals[r]);
-  }
+  int e = 0;
+  for (; e + 4 <= channels; e += 4) sum_codes<ROWS, 4>(call, pair, first + e, weights, sums[0] + e);
+  for (; e < channels; ++e) sum_codes<ROWS, 1>(call, pair, first + e, weights, sums[0] + e);
   for (int r = 0; r < ROWS; ++r)
-    __builtin_memcpy(call.out + (b * call.heads + h + r) * width + first_channel, sums[r],
+    __builtin_memcpy(call.out + (b * call.heads + h + r) * width + first, sums[r],
                      static_cast<size_t>(channels) * sizeof(float));
 }
 

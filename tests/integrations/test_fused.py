@@ -4,6 +4,7 @@ unchanged, and fusion steps aside when it must."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +17,9 @@ import regard
 from regard.backends.native import library
 from regard.compression.folders import load_causal_model
 from regard.compression.sparse import sparsely
+from regard.compression.sparse.rounding import Block
 from regard.contract import Recurrence
-from regard.engines.decoder_layer import Codes, Eviction, Places, Reading, State, Weight, unfit
+from regard.engines.decoder_layer import Eviction, Places, Reading, State, Weight, unfit
 from regard.integrations.collecting import collect_losses
 from regard.layers.linear import Linear
 
@@ -232,12 +234,9 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
     table = torch.tensor([[0, 1], [2, 0]])
     ranks = torch.zeros(caches[0][0].shape[:3], dtype=torch.int64)
     keys, numbers = torch.zeros(2, 2, 3, 8, dtype=torch.int8), torch.zeros(2, 2, 8)
-    codes = Codes(keys, numbers, keys.mT.contiguous(), numbers[..., :3].contiguous())
-    unlike = (
-        codes._replace(v=keys.mT),
-        codes._replace(k=keys.int()),
-        codes._replace(k_step=numbers[..., :4].contiguous()),
-    )
+    codes = Block(keys, numbers, keys.mT.contiguous(), numbers[..., :3].contiguous())
+    other = {"v": keys.mT}, {"k": keys.int()}, {"k_step": numbers[..., :4].contiguous()}
+    unlike = [dataclasses.replace(codes, **x) for x in other]
     unfit = (
         Eviction(None, ranks[:, :, 1:].contiguous(), 4, 9),
         Eviction(None, ranks.int(), 4, 9),

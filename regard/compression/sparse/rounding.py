@@ -22,7 +22,6 @@ from torch import Tensor
 from regard.compression.sparse.cache import HeadCache, MethodCache
 from regard.compression.sparse.method import Method, Place
 from regard.contract import State, at_least
-from regard.engines.decoder_layer import Codes
 from regard.engines.quantized_linear import quantized_linear
 
 if TYPE_CHECKING:
@@ -53,11 +52,6 @@ class Block(State):
         v_step = (v.abs().amax(3) / MOST).clamp(min=TINY)
         keys, values = (k / k_step[:, :, None]).round(), (v / v_step[..., None]).round()
         return cls(keys.to(torch.int8).contiguous(), k_step, values.to(torch.int8).mT.contiguous(), v_step)
-
-    @property
-    def codes(self) -> Codes:
-        """The block as the kernel takes it."""
-        return Codes(self.k, self.k_step, self.v, self.v_step)
 
     @property
     def bytes(self) -> int:
@@ -189,12 +183,12 @@ class RoundedKeys(Method):
     def in_kernel(self) -> bool:
         return True
 
-    def rounded(self, cache: RoundedCache) -> list[Codes]:
-        return [block.codes for block in cache.blocks]
+    def rounded(self, cache: RoundedCache) -> tuple[Block, ...]:
+        return cache.blocks
 
     def decoded(self, cache: RoundedCache, place: Place, heads: int, tokens: int) -> None:
         (batch, groups), used = cache.k.shape[:2], cache.used
-        at = sum(block.k.shape[2] for block in cache.blocks)
+        at = int(cache.length[0]) - used if batch else 0
         place.meter.count("decode", float(batch * heads * (at + used)), float(batch * heads * (at + used)))
         # a code is a quarter of a number
         place.meter.read += batch * groups * (at / 4 + used) * (cache.k.shape[-1] + cache.v.shape[-1])

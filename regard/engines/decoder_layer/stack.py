@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,18 +64,24 @@ class Eviction(NamedTuple):
     kept_from: int
 
 
-class Codes(NamedTuple):
-    """A block of tokens in 8 bits; all tensors are contiguous.
+class Codes(Protocol):
+    """A block of tokens in 8 bits; all tensors are contiguous."""
 
-    Attributes:
-        k: codes of the keys, (B, G, tokens, D) int8, which are these times `k_step`, (B, G, D) float32.
-        v: codes of the values by channel, (B, G, D, tokens) int8, which are these times `v_step`, (B, G, tokens) float32.
-    """
+    @property
+    def k(self) -> Tensor:
+        """Codes of the keys, (B, G, tokens, D) int8."""
 
-    k: Tensor
-    k_step: Tensor
-    v: Tensor
-    v_step: Tensor
+    @property
+    def k_step(self) -> Tensor:
+        """What the keys' codes are multiplied by, (B, G, D) float32."""
+
+    @property
+    def v(self) -> Tensor:
+        """Codes of the values by channel, (B, G, D, tokens) int8."""
+
+    @property
+    def v_step(self) -> Tensor:
+        """What the values' codes are multiplied by, (B, G, tokens) float32."""
 
 
 class Places(NamedTuple):
@@ -242,6 +248,7 @@ class DecoderLayers:
         heads = [x.weights[0].n // self.head_width for x in layers]
         self._recurring = [(x, count) for x, count in zip(recurrences, heads, strict=True) if x is not None]
         self._last: _Pointed | None = None
+        self._codes: _Codes | None = None
 
     def __call__(
         self,
@@ -284,7 +291,7 @@ class DecoderLayers:
                 slots=None if replaced is None else ctypes.addressof(replaced),
                 reading=None if reading is None else ctypes.addressof(reading),
                 evictions=None if evictions is None else ctypes.addressof(evictions),
-                rounded=None if rounded is None else ctypes.addressof(rounded[0]),
+                rounded=None if rounded is None else ctypes.addressof(rounded.layers),
                 cosine=pointer(cosine),
                 sine=pointer(sine),
                 x=pointer(y),
@@ -322,19 +329,27 @@ class DecoderLayers:
                 found[i] = _Eviction(pointer(weights), pointer(ranks), ranks.shape[2], *rest)
         return found
 
-    def _rounded(self, places: Places) -> tuple[Any, list[Any]] | None:
-        """The layers' structs, and the blocks that they point to."""
-        if places.rounded is None:
+    def _rounded(self, places: Places) -> _Codes | None:
+        """The structs of tokens in 8 bits, reused as long as their blocks stay the same; see :meth:`_pointed_at`."""
+        given, last = places.rounded, self._codes
+        if given is None:
             return None
-        found, kept = (_Rounded * len(self._layers))(), []
-        for i, blocks in zip(self._attending, places.rounded, strict=True):
+        if last is not None and len(given) == len(last.given) and all(map(operator.is_, given, last.given)):
+            return last
+        layers, kept = (_Rounded * len(self._layers))(), list[Any]()
+        for i, cache, blocks in zip(self._attending, places.caches, given, strict=True):
+            if not all(_decodable(cache, x) for x in blocks):
+                raise Unsupported(
+                    "tokens in 8 bits before those of a cache", supported="codes and steps of all its rows and heads"
+                )
             own = (_Block * len(blocks))()
             for to, x in zip(own, blocks, strict=True):
                 to.k, to.v, to.k_step, to.v_step = map(pointer, (x.k, x.v, x.k_step, x.v_step))
                 to.tokens = x.k.shape[2]
-            found[i] = _Rounded(ctypes.addressof(own), len(blocks))
+            layers[i] = _Rounded(ctypes.addressof(own), len(blocks))
             kept.append(own)
-        return found, kept
+        self._codes = _Codes(list(given), layers, kept)
+        return self._codes
 
     def _pointed_at(self, caches: Sequence[tuple[Tensor, Tensor]]) -> _Pointed:
         """The layers' structs with pointers to the caches, reused as long as the caches stay the same. Existing structs
@@ -358,6 +373,14 @@ class DecoderLayers:
         found = _Pointed(caches, layers, rows, [x.shape[2] for pair in caches for x in pair])
         self._last = found
         return found
+
+
+class _Codes(NamedTuple):
+    """Layers' structs of tokens in 8 bits, and the blocks that they point to."""
+
+    given: list[Sequence[Codes]]
+    layers: Any
+    kept: list[Any]
 
 
 class _Pointed(NamedTuple):
@@ -434,11 +457,10 @@ class _Pointed(NamedTuple):
                     "tokens that are dropped from a cache",
                     supported="ranks and weights of each of its slots, for one token at a time that reads everything",
                 )
-        for cache, blocks, *others in zip(self.caches, rounded, readings, evictions, replaced, strict=True):
-            if blocks and not (n == 1 and others == [None, None, -1] and all(_decodable(cache, x) for x in blocks)):
+        for blocks, *others in zip(rounded, readings, evictions, replaced, strict=True):
+            if blocks and not (n == 1 and others == [None, None, -1]):
                 raise Unsupported(
-                    "tokens in 8 bits before those of a cache",
-                    supported="codes and steps of all its rows and heads, for one token at a time that reads everything",
+                    "tokens in 8 bits before those of a cache", supported="one token at a time that reads everything"
                 )
 
 
