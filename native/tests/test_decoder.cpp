@@ -318,6 +318,149 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
     }
 }
 
+// One token per row: a layer whose cache follows two blocks of tokens in 8 bits, and one that then drops tokens, of which
+// the first row holds more than its capacity.
+void check_scored(int64_t heads, int64_t head, bool kept, int64_t threads) {
+  const int64_t batch = 2, width = 70, hidden = 50, kv = 2, slots = 9, group = heads / kv;
+  const int64_t lengths[] = {5, 2}, sizes[] = {5, 39}, capacity = 4, kept_from = 3;
+  now("layers with %d heads of %d, %s", int(heads), int(head), kept ? "sums of weights" : "the last weights");
+  Floats x = numbers(batch * width);
+  const Floats cosine = numbers(batch * head), sine = numbers(batch * head);
+  std::vector<std::unique_ptr<Weight>> weights;
+  std::vector<Floats> norms, caches, steps;
+  std::vector<std::vector<int8_t>> codes;
+  regard_decoder_layer layers[2]{};
+  for (int i = 0; i < 4; ++i) norms.push_back(numbers(width)), caches.push_back(unwritten(batch * kv * slots * head));
+  for (int64_t tokens : sizes)
+    for (bool value : {false, true}) {
+      codes.emplace_back(static_cast<size_t>(batch * kv * tokens * head));
+      for (int8_t& code : codes.back()) code = static_cast<int8_t>(127 * uniform());
+      steps.push_back(numbers(batch * kv * (value ? tokens : head), .002f, .02f));
+    }
+  regard_decoder_block blocks[2];
+  for (int i = 0; i < 2; ++i)
+    blocks[i] = {codes[2 * i].data(), codes[2 * i + 1].data(), steps[2 * i].data(), steps[2 * i + 1].data(), sizes[i]};
+  Floats sums = numbers(batch * kv * slots, 0, 1);
+  std::vector<int64_t> ranks;
+  for (int64_t i = 0; i < batch * kv * slots; ++i) ranks.push_back(i % slots);
+  Doubles expected(x.begin(), x.end()), worth(sums.begin(), sums.end());
+  std::vector<Doubles> written;
+  std::vector<int64_t> moved = ranks;
+  const auto slot = [&](int64_t b, int64_t g, int64_t t) { return ((b * kv + g) * slots + t) * head; };
+  for (int i = 0; i < 2; ++i) {
+    const int64_t shapes[7][2] = {{heads * head, width}, {kv * head, width}, {kv * head, width}, {width, heads * head},
+                                  {hidden, width}, {hidden, width}, {width, hidden}};
+    const size_t first = weights.size();
+    for (int j = 0; j < 7; ++j) {
+      weights.emplace_back(new Weight(32, shapes[j][0], shapes[j][1], false));
+      layers[i].weights[j] = weights.back()->given;
+    }
+    const auto& own = [&](int j) -> const Weight& { return *weights[first + j]; };
+    for (int j = 0; j < 2; ++j) {
+      layers[i].eps[j] = 1e-5f;
+      layers[i].norms[j] = norms[2 * i + j].data();
+    }
+    layers[i].scale = .1f;
+    layers[i].left = -1;
+    layers[i].keys = caches[2 * i].data();
+    layers[i].values = caches[2 * i + 1].data();
+    for (int64_t* to : {layers[i].keys_strides, layers[i].values_strides}) {
+      to[0] = kv * slots * head;
+      to[1] = slots * head;
+      to[2] = head;
+    }
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t g = 0; g < kv; ++g)
+        for (int64_t d = 0; d < lengths[b] * head; ++d)
+          for (int j = 0; j < 2; ++j) caches[2 * i + j][slot(b, g, 0) + d] = uniform();
+    const Doubles u = normed(expected, norms[2 * i], layers[i].eps[0]);
+    const Doubles q = turned(own(0)(u), heads * head, head, cosine, sine), k = turned(own(1)(u), kv * head, head, cosine, sine);
+    const Doubles v = own(2)(u);
+    Doubles cached[2];
+    for (int j = 0; j < 2; ++j) {
+      cached[j].assign(caches[2 * i + j].begin(), caches[2 * i + j].end());
+      for (int64_t b = 0; b < batch; ++b)
+        for (int64_t g = 0; g < kv; ++g)
+          for (int64_t d = 0; d < head; ++d) cached[j][slot(b, g, lengths[b]) + d] = (j ? v : k)[(b * kv + g) * head + d];
+    }
+    Doubles attended(batch * heads * head), shares(batch * heads * slots);
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t pair = b * kv + h / group, query = (b * heads + h) * head, held = lengths[b] + 1;
+        double total = 0;
+        const auto see = [&](auto key, auto value) {
+          double score = 0;
+          for (int64_t d = 0; d < head; ++d) score += q[query + d] * key(d);
+          const double weight = exp(.1f * score);
+          total += weight;
+          for (int64_t d = 0; d < head; ++d) attended[query + d] += weight * value(d);
+          return weight;
+        };
+        for (int p = 0; i == 0 && p < 2; ++p)
+          for (int64_t t = 0; t < sizes[p]; ++t)
+            see([&](int64_t d) { return codes[2 * p][(pair * sizes[p] + t) * head + d] * steps[2 * p][pair * head + d]; },
+                [&](int64_t d) { return codes[2 * p + 1][(pair * head + d) * sizes[p] + t] * steps[2 * p + 1][pair * sizes[p] + t]; });
+        for (int64_t t = 0; t < held; ++t)
+          shares[(b * heads + h) * slots + t] = see([&](int64_t d) { return cached[0][slot(b, h / group, t) + d]; },
+                                                    [&](int64_t d) { return cached[1][slot(b, h / group, t) + d]; });
+        for (int64_t d = 0; d < head; ++d) attended[query + d] /= total;
+        for (int64_t t = 0; t < held; ++t) shares[(b * heads + h) * slots + t] /= total;
+      }
+    expected = outputs_of(expected, attended, own(3), own(4), own(5), own(6), norms[2 * i + 1], layers[i].eps[1]);
+    for (int64_t b = 0; i == 1 && b < batch; ++b)
+      for (int64_t g = 0; g < kv; ++g) {
+        const int64_t held = lengths[b] + 1, last = held - 1, base = (b * kv + g) * slots;
+        Doubles own_worth(slots);
+        for (int64_t t = 0; t < held; ++t) {
+          own_worth[t] = kept && t < last ? worth[base + t] : 0;
+          for (int64_t h = kept ? g * group : 0; h < (kept ? (g + 1) * group : heads); ++h)
+            own_worth[t] += shares[(b * heads + h) * slots + t];
+          if (kept) worth[base + t] = own_worth[t];
+        }
+        if (held <= capacity) continue;
+        int64_t dropped = 0;
+        for (int64_t t = 0; t < kept_from; ++t)
+          if (own_worth[t] < own_worth[dropped]) dropped = t;
+        for (int j = 0; j < 2; ++j)
+          for (int64_t d = 0; d < head; ++d) cached[j][slot(b, g, dropped) + d] = cached[j][slot(b, g, last) + d];
+        moved[base + dropped] = last;
+        if (kept) worth[base + dropped] = worth[base + last];
+      }
+    for (const Doubles& c : cached) written.push_back(c);
+  }
+  regard_decoder_layers_args a{};
+  a.size = sizeof a;
+  a.threads = threads;
+  a.batch = batch;
+  a.n = 1;
+  a.width = width;
+  a.head_width = head;
+  a.count = 2;
+  a.layers = layers;
+  a.lengths = lengths;
+  a.cosine = cosine.data();
+  a.sine = sine.data();
+  a.x = x.data();
+  const regard_decoder_rounded rounded[2] = {{blocks, 2}, {}}, both[2] = {{}, {blocks, 2}};
+  const regard_decoder_eviction evictions[2] = {{}, {kept ? sums.data() : nullptr, ranks.data(), slots, capacity, kept_from}};
+  a.evictions = evictions;
+  a.rounded = both;
+  must("a layer that drops tokens after some in 8 bits", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
+  a.rounded = rounded;
+  must("layers are taken", regard_decoder_layers(&a));
+  compare("layers", Doubles(x.begin(), x.end()), expected, 1e-5, 1);
+  if (kept) compare("sums of weights", Doubles(sums.begin(), sums.end()), worth, 1e-5, 1);
+  if (ranks != moved) fail("ranks");
+  for (size_t i = 0; i < caches.size(); ++i)
+    for (size_t j = 0; j < caches[i].size(); ++j) {
+      const bool none = std::isnan(written[i][j]);
+      if (none != std::isnan(caches[i][j]) || (!none && fabs(caches[i][j] - written[i][j]) > 1e-4)) {
+        fail("a cache", caches[i][j], written[i][j]);
+        return;
+      }
+    }
+}
+
 enum Kind { OF_FEATURES, OF_HEADS, STEPS, FIXED, RATES, NORMALIZED, MAPPED, WINDOWED, KINDS };
 
 // Layers of 4 query heads, with recurrences of 2 heads, of one kind and the next; windows of two rows, one of them not
@@ -556,6 +699,7 @@ int main() {
         check_layers(bits, m == 1 ? 1 : 4, m == 1, m == 1 ? 1 : 3);
       }
     for (int64_t n : {1, 4}) check_layers(32, n, false, n == 1 ? 1 : 3, true);
+    for (int64_t heads : {2, 4, 6, 10}) check_scored(heads, heads == 4 ? 10 : 40, heads != 6, heads == 2 ? 1 : 3);
     for (int kind = 0; kind < KINDS; ++kind)
       for (int64_t n : {1, 3}) check_recurrences(kind == RATES ? 8 : 32, n, kind, n == 1 ? 1 : 3);
   });
