@@ -376,6 +376,20 @@ def test_dropout_falls_on_both_weight_matrices(pattern, form):
     close(agent_attention(q, k, v, agents, pattern=pattern, dropout=0.4, generator=again, form=form), expected)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_agents_without_a_key_give_nothing_and_finite_gradients_and_nan_is_passed_on(dropout: float) -> None:
+    q, k, v = (x.requires_grad_() for x in sample(7, 9))
+    agents = randn(2, 5, 4).requires_grad_()
+    options = {"pattern": "noncausal-cross", "dropout": dropout, "generator": torch.Generator().manual_seed(3)}
+    found = agent_attention(q, k, v, agents, memory_mask=Mask(lengths=torch.tensor([9, 0])), **options)
+    assert bool((found[1] == 0).all()) and bool(found[0].any())
+    for gradient in torch.autograd.grad(found.sum(), (q, k, v, agents)):
+        assert bool(gradient.isfinite().all())
+    with torch.no_grad():
+        k[0, :, 0] = torch.nan
+        assert bool(agent_attention(q, k, v, agents, **options)[0].isnan().any())
+
+
 @pytest.mark.parametrize("form", [None, "reference", "chunked"])
 def test_a_running_softmax_keeps_all_weights_but_those_of_the_queries(form):
     q, k, v = sample(7)

@@ -98,9 +98,12 @@ class HeadCache(MethodCache):
         """The number of tokens that every row and head holds beside the next `tokens`; None if it differs, if there is more
         to keep than float32 keys and values on the CPU, and for several tokens with pages that have bounds."""
         least, most = self._extent()
-        plain = self.weight is None and (self.low is None or tokens == 1)
         alike = all(x.is_cpu and x.dtype == torch.float32 for x in (self.k, self.v))
-        return most if plain and alike and least == most else None
+        return most if self._plain(tokens) and alike and least == most else None
+
+    def _plain(self, tokens: int) -> bool:
+        """Whether a kernel can write the next `tokens` without more than keys, values and what the method tells it."""
+        return self.weight is None and (self.low is None or tokens == 1)
 
     def replaced(self) -> int:
         """The slot of a token, the same in all rows and heads, that the next one replaces; -1 if it goes behind all."""
@@ -249,10 +252,8 @@ class EvictingCache(HeadCache):
         """Whether the newest token made the cache drop one."""
         return any(length > self.full_at for length in self.length.tolist())
 
-    def even(self, tokens: int) -> int | None:
-        unweighted = dataclasses.replace(self, weight=None)
-        plain = tokens == 1 and (self.weight is None or self.weight.dtype == torch.float32)
-        return super(EvictingCache, unweighted).even(1) if plain else None
+    def _plain(self, tokens: int) -> bool:
+        return tokens == 1 and (self.weight is None or self.weight.dtype == torch.float32)
 
     def extended(self, tokens: int) -> Self:
         """As in the base class, after the kernel has dropped what the method lets it drop."""

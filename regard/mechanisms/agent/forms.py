@@ -67,13 +67,13 @@ def _attend(
 ) -> Float[Tensor, "b h n v"]:
     """Softmax attention to the visible keys, with a bias and the call's dropout of whole matrices of weights."""
     n, m = q.shape[2], k.shape[2]
+    if call.dropout:
+        scores = scale * q @ repeat_groups(k, q.shape[1]).mT
+        weights = _softmax(scores if bias is None else scores + bias, visible)
+        return drop(call, weights) @ repeat_groups(v, q.shape[1])
     if visible is not None:
         hidden = q.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)[:, None, None]
         bias = hidden if bias is None else bias + hidden
-    if call.dropout:
-        scores = scale * q @ repeat_groups(k, q.shape[1]).mT
-        weights = (scores if bias is None else scores + bias).softmax(-1).nan_to_num()
-        return drop(call, weights) @ repeat_groups(v, q.shape[1])
     where = CountedRanks(n, m, m - n, True, q.device)
     return attention(q, k, v, where, visibility=Visibility(), scale=scale, bias=bias, backend=call.backend)[0]
 
@@ -88,7 +88,7 @@ def gathering_weights(
 ) -> Float[Tensor, "b h a m"]:
     """The agents' weights over the keys. Noncausal only."""
     scores = _gather_scores(call, _agents(call, q, agents, row_agents)[0], k, gather_bias)
-    return _hide_padding(call, scores).softmax(-1).nan_to_num()
+    return _softmax(scores, call.valid_keys(k.shape[2]))
 
 
 def chunked(
@@ -164,6 +164,15 @@ def read(
 
 def _float(x: Tensor) -> Tensor:
     return wide(x)
+
+
+def _softmax(scores: Float[Tensor, "b h n m"], visible: Bool[Tensor, "b m"] | None) -> Float[Tensor, "b h n m"]:
+    """Softmax over the visible keys; 0 if there are none."""
+    if visible is None:
+        return scores.softmax(-1)
+    seen = visible[:, None, None]
+    weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+    return torch.where(seen, weights, 0)
 
 
 def _gather_scores(call: Call, agents: Tensor, k: Tensor, bias: Tensor | None) -> Float[Tensor, "b h a m"]:
