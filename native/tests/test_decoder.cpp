@@ -161,6 +161,36 @@ void check(int64_t bits, int64_t m, int64_t threads) {
   must("keys that are no heads", regard_decoder_inputs(&a), REGARD_BAD_ARGUMENT);
 }
 
+// Two norms, a cache of keys and one of values with `slots` slots for each of `kv` heads, and what softmax needs.
+void set_layer(regard_decoder_layer& layer, const Floats* norms, Floats* caches, int64_t kv, int64_t slots, int64_t head,
+               float scale, int64_t left) {
+  for (int j = 0; j < 2; ++j) {
+    layer.eps[j] = 1e-5f;
+    layer.norms[j] = norms[j].data();
+  }
+  layer.scale = scale;
+  layer.left = left;
+  layer.keys = caches[0].data();
+  layer.values = caches[1].data();
+  for (int64_t* to : {layer.keys_strides, layer.values_strides}) {
+    to[0] = kv * slots * head;
+    to[1] = slots * head;
+    to[2] = head;
+  }
+}
+
+// NaN stands for slots that must not be written.
+void compare_caches(const std::vector<Floats>& found, const std::vector<Doubles>& expected) {
+  for (size_t i = 0; i < found.size(); ++i)
+    for (size_t j = 0; j < found[i].size(); ++j) {
+      const bool none = std::isnan(expected[i][j]);
+      if (none != std::isnan(found[i][j]) || (!none && fabs(found[i][j] - expected[i][j]) > 1e-4)) {
+        fail("a cache", found[i][j], expected[i][j]);
+        return;
+      }
+    }
+}
+
 // Layers of 4 query heads and 2 key heads, after rows of different lengths, the second layer with a window; without
 // pages and with few bits the first row begins with padding. Where the second layer has dropped tokens, its caches lack
 // two; for a single token it has no window then, the token replaces another one, and the first layer reads its last page.
@@ -193,19 +223,7 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
       layers[i].weights[j] = weights.back()->given;
     }
     const auto& own = [&](int j) -> const Weight& { return *weights[first + j]; };
-    for (int j = 0; j < 2; ++j) {
-      layers[i].eps[j] = 1e-5f;
-      layers[i].norms[j] = norms[2 * i + j].data();
-    }
-    layers[i].scale = .3f;
-    layers[i].left = lefts[i];
-    layers[i].keys = caches[2 * i].data();
-    layers[i].values = caches[2 * i + 1].data();
-    for (int64_t* to : {layers[i].keys_strides, layers[i].values_strides}) {
-      to[0] = kv * slots * head;
-      to[1] = slots * head;
-      to[2] = head;
-    }
+    set_layer(layers[i], &norms[2 * i], &caches[2 * i], kv, slots, head, .3f, lefts[i]);
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t t = 0; t < lengths[b] - fewer[i] + (replaced[i] >= 0); ++t)
         for (int64_t h = 0; h < kv; ++h)
@@ -308,14 +326,7 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
   std::swap(layers[1].weights[5].n, layers[1].weights[5].k);
   must("layers are taken", regard_decoder_layers(&a));
   compare("layers", Doubles(x.begin(), x.end()), expected, 1e-5, 1);
-  for (size_t i = 0; i < caches.size(); ++i)
-    for (size_t j = 0; j < caches[i].size(); ++j) {
-      const bool none = std::isnan(written[i][j]);
-      if (none != std::isnan(caches[i][j]) || (!none && fabs(caches[i][j] - written[i][j]) > 1e-4)) {
-        fail("a cache", caches[i][j], written[i][j]);
-        return;
-      }
-    }
+  compare_caches(caches, written);
 }
 
 // One token per row: a layer whose cache follows two blocks of tokens in 8 bits, and one that then drops tokens, of which
@@ -356,19 +367,7 @@ void check_scored(int64_t heads, int64_t head, bool kept, int64_t threads) {
       layers[i].weights[j] = weights.back()->given;
     }
     const auto& own = [&](int j) -> const Weight& { return *weights[first + j]; };
-    for (int j = 0; j < 2; ++j) {
-      layers[i].eps[j] = 1e-5f;
-      layers[i].norms[j] = norms[2 * i + j].data();
-    }
-    layers[i].scale = .1f;
-    layers[i].left = -1;
-    layers[i].keys = caches[2 * i].data();
-    layers[i].values = caches[2 * i + 1].data();
-    for (int64_t* to : {layers[i].keys_strides, layers[i].values_strides}) {
-      to[0] = kv * slots * head;
-      to[1] = slots * head;
-      to[2] = head;
-    }
+    set_layer(layers[i], &norms[2 * i], &caches[2 * i], kv, slots, head, .1f, -1);
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t g = 0; g < kv; ++g)
         for (int64_t d = 0; d < lengths[b] * head; ++d)
@@ -451,14 +450,7 @@ void check_scored(int64_t heads, int64_t head, bool kept, int64_t threads) {
   compare("layers", Doubles(x.begin(), x.end()), expected, 1e-5, 1);
   if (kept) compare("sums of weights", Doubles(sums.begin(), sums.end()), worth, 1e-5, 1);
   if (ranks != moved) fail("ranks");
-  for (size_t i = 0; i < caches.size(); ++i)
-    for (size_t j = 0; j < caches[i].size(); ++j) {
-      const bool none = std::isnan(written[i][j]);
-      if (none != std::isnan(caches[i][j]) || (!none && fabs(caches[i][j] - written[i][j]) > 1e-4)) {
-        fail("a cache", caches[i][j], written[i][j]);
-        return;
-      }
-    }
+  compare_caches(caches, written);
 }
 
 enum Kind { OF_FEATURES, OF_HEADS, STEPS, FIXED, RATES, NORMALIZED, MAPPED, WINDOWED, KINDS };
