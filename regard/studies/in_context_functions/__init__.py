@@ -22,9 +22,9 @@ from regard.contract import Kind, Paper, Pattern
 from regard.models.variants import read_variant
 from regard.reproductions import Reproduction
 from regard.reproductions.framework.judging import Check, Seed, measured, number
+from regard.reproductions.framework.pretrained import PACKAGES, smollm2_file
 from regard.studies.framework.protocol import Chosen, Study
 from regard.studies.in_context_functions.cells import BEST, NEAREST, NOTHING, run_cell
-from regard.studies.in_context_functions.prompts import PACKAGES, pretrained_file
 from regard.studies.in_context_functions.showing import sections
 from regard.tasks.in_context_functions.functions import CLASSES
 
@@ -104,7 +104,7 @@ def settings(chosen: Chosen) -> dict[str, dict[str, Any]]:
     if chosen.preset != "tiny":
         for name, variant in VARIANTS.items():
             found[trained(name, CONTROL)] = {"kind": "trained", "mechanism": CONTROL} | size | variant
-        if pretrained_file() is not None:
+        if smollm2_file() is not None:
             found |= PRETRAINED
     return found
 
@@ -235,7 +235,7 @@ NEEDS = (
 
 def make(chosen: Chosen) -> Reproduction:
     """The reproduction for a preset and its mechanisms."""
-    installed, cells = pretrained_file() is not None, settings(chosen)
+    installed, cells = smollm2_file() is not None, settings(chosen)
     words = "SmolLM2-135M is measured beside the nearest neighbour in the preset small, and not judged"
     return Reproduction(
         name="in-context-functions",

@@ -15,10 +15,11 @@ from regard.contract import Unsupported
 from regard.models import Encoder, EncoderConfig
 from regard.models.evaluating import evaluation_mode
 from regard.models.variants import read_variant
+from regard.reproductions.framework.pretrained import SMOLLM2, open_model
 from regard.reproductions.framework.protocol import Setting
 from regard.reproductions.framework.training import fit
 from regard.studies.in_context_functions.heads import head_figures, shows_weights
-from regard.studies.in_context_functions.prompts import ask, pretrained
+from regard.studies.in_context_functions.prompts import ask
 from regard.tasks.in_context_functions import InContextFunctionsTask, as_batch, learners
 from regard.tasks.in_context_functions.functions import Contexts, FunctionClass
 from regard.tasks.protocol import EVALUATION, counter_generator
@@ -139,9 +140,9 @@ def exact_learner(kind: FunctionClass) -> tuple[str, learners.Learner] | None:
 
 def asked(setting: Setting, seed: int) -> dict[str, Any]:
     """Accuracies of SmolLM2-135M, prompted with text, and of the reference learners on the same contexts."""
-    task = task_of(setting, seed)
+    task, host = task_of(setting, seed), open_model(SMOLLM2)
     found = {f"reference {name}": value for name, value in references(setting, seed).items()}
-    answers = ask(*pretrained(), task.held_out.x, task.held_out.y)
+    answers = ask(host.model, host.tokenizer, task.held_out.x, task.held_out.y)
     return {**found, **told(accuracy(answers, task.held_out), task.held_out.first)}
 
 

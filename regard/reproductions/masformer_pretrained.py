@@ -1,0 +1,56 @@
+"""MASFormer (Zhang et al., arXiv 2310.12442) in a trained model, complementing ``local`` and ``masformer_plan``.
+
+The paper: a pretrained 1.3B model with full attention in 4 of its 24 layers and blocks in the others, continually trained,
+is competitive with full attention in all layers on long texts at a quarter of its cost, and better than blocks alone;
+full attention is worth most in the bottom layers (abstract and section 4).
+
+Here: SmolLM2-135M, blocks of 64 tokens that also read the block before, 4 of 30 layers full, tuned on 28 texts of 1,024
+tokens; needles, hidden in texts of 1,024 tokens, are what only far attention can find.
+"""
+
+from regard.reproductions.framework.judging import Check, measured, minus
+from regard.reproductions.framework.pretrained import RETROFIT_OF, SMALL, retrofitted
+from regard.reproductions.framework.protocol import Reproduction
+
+TUNING = RETROFIT_OF | {"steps": 28, "length": 1024, "blocks": 8, "needles": {"1024": 2}}
+BLOCKS = TUNING | {"mechanism": "local:form=block,block=64"}
+FOUND = "found at 1024"
+
+REPRODUCTION = Reproduction(
+    name="masformer_pretrained",
+    mechanisms=("local",),
+    claim=(
+        "With full attention in 4 of 24 layers, the bottom ones, and blocks in the others, a continually trained model is nearly "
+        "as good on long texts as with full attention in all, and better than with blocks alone."
+    ),
+    instead=(
+        "SmolLM2-135M, blocks of 64 tokens and the ones before in all layers but 4 of 30, tuned on 29,000 tokens of the King James "
+        "Bible: needles in 1,024 tokens, and the loss on other books in Basic English; nearly as good means within 0.05 nats."
+    ),
+    settings={
+        "full": TUNING | {"mechanism": "softmax"},
+        "bottom": BLOCKS | {"keep": "0,1,2,3"},
+        "top": BLOCKS | {"keep": "26,27,28,29"},
+        "blocks": BLOCKS,
+    },
+    run_cell=retrofitted,
+    checks=(
+        Check(
+            "full in the bottom layers: within 0.05 nats of full in all", minus("bottom", "full", "loss"), below=0.05
+        ),
+        Check("better than blocks alone", minus("bottom", "blocks", "loss"), below=0.0),
+        Check("better than full in the top layers", minus("bottom", "top", "loss"), below=0.0),
+        Check("needles: within 2 points of full in all", minus("bottom", "full", FOUND), above=-0.02),
+        Check("needles: more than blocks alone, by 20 points", minus("bottom", "blocks", FOUND), above=0.2),
+    ),
+    needs=(
+        Check("full attention finds needles: above 0.5", measured("full", FOUND), above=0.5),
+        Check("far tokens are worth something: blocks lose 0.01 nats", minus("blocks", "full", "loss"), above=0.01),
+    ),
+    left_out=(
+        "summaries and question answering on texts of 8,192 tokens, and 1.3B parameters: out of reach of one core",
+    ),
+    smoke=SMALL | {"keep": "0", "needles": {"1024": 1}},
+    seeds=2,
+    seconds=700,
+)
