@@ -195,6 +195,39 @@ def test_tables_follow_from_the_cells():
     assert {row["first"] for row in parts["Do patterns agree about mechanisms?"].rows} <= {p.value for p in Pattern}
 
 
+def test_the_leaderboard_and_the_claims_have_one_index():
+    """Standardising is not linear: the mean over seeds of the index is not the index of the mean metrics."""
+    found = made_cells(CHOSEN, {"abc": 0.3}, seeds=2)
+    for (name, seed), measured in found.items():
+        if "abc" in name and "PPL" in measured:
+            measured["PPL"] = (6.0, 11.0)[seed]
+    judged = {one.says.partition(":")[0]: one.mean for one in STUDY.make(CHOSEN).judge(found).findings}
+    board = next(part for part in STUDY.sections(CHOSEN, found) if part.title == "Leaderboards").rows
+    rows = {row["mechanism"]: row for row in board if row["pattern"] == CC.value}
+    assert judged["causal-cross"] == pytest.approx(rows["softmax"]["index"] - rows["abc"]["index"])
+    assert rows["abc"]["to softmax"] == pytest.approx(-judged["causal-cross"])
+    rows = {row["mechanism"]: row for row in board if row["pattern"] == NS.value}
+    alone = [
+        cells.pattern_indices({name: one for (name, own), one in found.items() if own == seed}, CHOSEN, NS)
+        for seed in (0, 1)
+    ]
+    assert rows["abc"]["index"] == pytest.approx(np.mean([one["abc"][AVERAGE] for one in alone]))
+
+
+def test_a_run_that_diverged_gives_no_index_and_is_told():
+    found = made_cells(CHOSEN, ORDER, seeds=2)
+    found[cells.task_setting(NAMED["MLM"], "local", NS), 1]["PPL"] = None
+    parts = {part.title: part for part in STUDY.sections(CHOSEN, found)}
+    rows = {row["mechanism"]: row for row in parts["Leaderboards"].rows if row["pattern"] == NS.value}
+    assert list(rows) == ["softmax", "abc", "local"]
+    assert (rows["local"]["index"], rows["local"]["±"], rows["local"]["rank"], rows["local"]["MLM"]) == (None,) * 4
+    assert rows["local"]["diverged"] == "MLM in 1 of 2" and rows["softmax"]["diverged"] == ""
+    scores = {
+        (row["task"], row["mechanism"]): row["value"] for row in parts["Scores"].rows if row["pattern"] == NS.value
+    }
+    assert scores["MLM", "local"] is None and scores["MLM", "abc"] is not None
+
+
 def test_claims_are_judged_by_their_cells():
     def outcomes(better):
         reproduction = STUDY.make(CHOSEN)

@@ -75,6 +75,13 @@ def test_a_model_that_lacks_a_task_has_no_average_and_one_alone_is_at_zero():
     assert indices({"alone": {"a": 4.0}}, metrics)["alone"] == {"A": 0.0, AVERAGE: 0.0}
 
 
+def test_a_metric_in_which_all_are_equal_is_left_out():
+    metrics = [Metric("a", "A", True), Metric("none", "A", True), Metric("b", "B", True)]
+    models = {"one": {"a": 1.0, "none": 0.0, "b": 2.0}, "two": {"a": 3.0, "none": 0.0, "b": 2.0}}
+    found = indices(models, metrics)
+    assert found["two"] == {"A": pytest.approx(0.5**0.5), "B": 0.0, AVERAGE: pytest.approx(0.5**1.5)}
+
+
 def test_ranks_do_not_move_with_an_outlier():
     metrics = [Metric("ppl", "LM", False)]
     near = {"a": {"ppl": 3.0}, "b": {"ppl": 3.1}, "c": {"ppl": 3.1}, "d": {"ppl": 4.0}}

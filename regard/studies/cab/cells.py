@@ -16,7 +16,7 @@ from regard.measurement.memory import peak_memory
 from regard.measurement.timing import rounds
 from regard.models.variants import known_name
 from regard.reproductions import Reproduction
-from regard.reproductions.framework.judging import Check, Seed, number
+from regard.reproductions.framework.judging import Check, Measurements, Seed, number
 from regard.reproductions.framework.protocol import Setting
 from regard.studies.cab.backbones import NOTHING
 from regard.studies.cab.benches import BENCHES, NAMED, Bench, missing, run_bench
@@ -198,29 +198,58 @@ def settings(chosen: Chosen) -> dict[str, Setting]:
 
 
 def scores(cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Pattern) -> dict[str, dict[str, float]]:
-    """The metrics of each mechanism in a pattern, from one seed's cells (or means over seeds) by setting."""
+    """The metrics of each mechanism in a pattern, from one seed's cells by setting; none of a task in which it
+    diverged."""
     found: dict[str, dict[str, float]] = {}
     for mechanism in entered(chosen):
         if pattern not in patterns_of(mechanism):
             continue
-        own: dict[str, float] = {}
-        for bench in benches_of(chosen.preset):
-            if pattern not in bench.patterns or bench.task not in LEADERBOARD[pattern]:
-                continue
-            cell = cells.get(task_setting(bench, mechanism, pattern), {})
-            for name in bench.metrics:
-                value = cell.get(name)
-                if value is not None and math.isfinite(value):
-                    own[f"{bench.name} {name}"] = value
+        failed = diverged(cells, chosen, pattern, mechanism)
+        own = {
+            f"{bench.name} {name}": float(cell[name])
+            for bench, cell in _run(cells, chosen, pattern, mechanism)
+            if bench.task not in failed
+            for name in bench.metrics
+        }
         if own:
             found[mechanism] = own
     return found
 
 
+def diverged(
+    cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Pattern, mechanism: str
+) -> frozenset[str]:
+    """The tasks of a pattern in which one seed's run of a mechanism has a metric that is not finite."""
+    return frozenset(
+        bench.task
+        for bench, cell in _run(cells, chosen, pattern, mechanism)
+        if not all(cell.get(name) is not None and math.isfinite(cell[name]) for name in bench.metrics)
+    )
+
+
+def _run(
+    cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Pattern, mechanism: str
+) -> Iterator[tuple[Bench, Mapping[str, Any]]]:
+    """The benches of a pattern's leaderboard that one seed has run with a mechanism, each with its cell."""
+    for bench in benches_of(chosen.preset):
+        if pattern in bench.patterns and bench.task in LEADERBOARD[pattern]:
+            cell = cells.get(task_setting(bench, mechanism, pattern))
+            if cell is not None:
+                yield bench, cell
+
+
 def pattern_indices(cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Pattern) -> ScoresOf:
-    """The index of each mechanism in a pattern, standardised over the mechanisms that entered."""
+    """One seed's index of each mechanism in a pattern, standardised over the mechanisms that entered."""
     metrics = [metric for bench in benches_of(chosen.preset) for metric in bench.listed]
     return indices(scores(cells, chosen, pattern), metrics)
+
+
+def complete_seeds(
+    seeds: Mapping[int, Mapping[str, Measurements]], chosen: Chosen, pattern: Pattern
+) -> list[Mapping[str, Measurements]]:
+    """The cells of each seed that has all of a pattern's, or of all seeds while there is none."""
+    wanted = set(_read(chosen, pattern))
+    return [cells for cells in seeds.values() if wanted <= cells.keys()] or list(seeds.values())
 
 
 def checks(chosen: Chosen) -> tuple[Check, ...]:

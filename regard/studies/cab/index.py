@@ -7,7 +7,7 @@ scale for all models, so ranks are reported as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,9 +55,11 @@ def indices(
     Args:
         models: scores of each model.
         metrics: the metrics to use.
-        constants: standards of the metrics; computed from `models` when None. The index is 0 where the deviation is 0.
+        constants: standards of the metrics; computed from `models` when None. A metric in which all models are equal
+            is left out of its task's mean; the index of a task that has no other is 0.
     """
     known = standards(models, metrics) if constants is None else constants
+    apart = {one.task for one in metrics if one.name in known and known[one.name].deviation > 0}
 
     def index(value: float, one: Metric) -> float:
         standard = known[one.name]
@@ -67,10 +69,33 @@ def indices(
 
     return _by_task(
         {
-            name: {one: index(scores[one.name], one) for one in metrics if one.name in scores}
+            name: {
+                one: index(scores[one.name], one)
+                for one in metrics
+                if one.name in scores and (known[one.name].deviation > 0 or one.task not in apart)
+            }
             for name, scores in models.items()
         }
     )
+
+
+def over_seeds(each: Sequence[ScoresOf], without: Mapping[str, Set[str]]) -> ScoresOf:
+    """The mean over seeds of scores from :func:`indices` or :func:`ranks`, of those that have them.
+
+    Args:
+        each: the scores of each seed.
+        without: for models by name, tasks that are left out, and with them the model's average.
+    """
+    found: ScoresOf = {}
+    for name in dict.fromkeys(name for one in each for name in one):
+        lost = without.get(name, frozenset())
+        kept: dict[str, list[float]] = {}
+        for one in each:
+            for task, value in one.get(name, {}).items():
+                if task not in lost and not (lost and task == AVERAGE):
+                    kept.setdefault(task, []).append(value)
+        found[name] = {task: float(np.mean(values)) for task, values in kept.items()}
+    return found
 
 
 def ranks(models: Mapping[str, Scores], metrics: Sequence[Metric]) -> ScoresOf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ from regard.studies.cab.cells import (
     SOFTMAX,
     benches_of,
     card_of,
+    complete_seeds,
     cost_setting,
+    diverged,
     efficiency,
     entered,
     pattern_indices,
@@ -26,7 +29,7 @@ from regard.studies.cab.cells import (
     scores,
     task_setting,
 )
-from regard.studies.cab.index import AVERAGE, ScoresOf, correlation, ranks
+from regard.studies.cab.index import AVERAGE, ScoresOf, correlation, over_seeds, ranks
 from regard.studies.framework.protocol import Cells, Chosen
 from regard.workbench.reports.sections import Curves, Heat, Row, Section
 
@@ -54,9 +57,15 @@ WORDS = {
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
     """All sections of the report; sections without measurements are left out."""
     means, seeds = _means(cells), _by_seed(cells)
-    found = {pattern: pattern_indices(means, chosen, pattern) for pattern in Pattern}
+    failed = {pattern: _failed(chosen, seeds, pattern) for pattern in Pattern}
+    found = {
+        pattern: over_seeds(
+            [pattern_indices(one, chosen, pattern) for one in complete_seeds(seeds, chosen, pattern)], failed[pattern]
+        )
+        for pattern in Pattern
+    }
     parts = [
-        _leaderboard(chosen, means, seeds, found),
+        _leaderboard(chosen, seeds, found, failed),
         _metrics(chosen, means),
         _learned(chosen, means),
         _costs(chosen, cells),
@@ -70,7 +79,7 @@ def sections(chosen: Chosen, cells: Cells) -> list[Section]:
 
 
 def _means(cells: Cells) -> dict[str, dict[str, Any]]:
-    """Means over seeds of numbers, and elementwise of lists, by setting; None where no value is finite."""
+    """Means over seeds of numbers, and elementwise of lists, by setting; None where a run diverged."""
     gathered: dict[str, dict[str, list[Any]]] = {}
     for (setting, _), measured in cells.items():
         for name, value in measured.items():
@@ -81,8 +90,10 @@ def _means(cells: Cells) -> dict[str, dict[str, Any]]:
 
 
 def _mean(values: Sequence[Any]) -> Any:
+    if any(value is None for value in values):
+        return None
     if any(isinstance(value, list) for value in values):
-        return [_mean(column) for column in zip(*(value for value in values if value is not None), strict=False)]
+        return [_mean(column) for column in zip(*values, strict=False)]
     known = [float(value) for value in values if isinstance(value, int | float)]
     return float(np.mean(known)) if known else None
 
@@ -94,39 +105,55 @@ def _by_seed(cells: Cells) -> dict[int, dict[str, Measurements]]:
     return found
 
 
+def _failed(
+    chosen: Chosen, seeds: Mapping[int, Mapping[str, Measurements]], pattern: Pattern
+) -> dict[str, dict[str, int]]:
+    """How many runs of each mechanism diverged in a pattern, by task."""
+    counts = {
+        name: Counter(t for one in seeds.values() for t in diverged(one, chosen, pattern, name))
+        for name in entered(chosen)
+    }
+    return {name: dict(count) for name, count in counts.items() if count}
+
+
 def _leaderboard(
     chosen: Chosen,
-    means: Mapping[str, Mapping[str, Any]],
     seeds: Mapping[int, Mapping[str, Measurements]],
     found: Mapping[Pattern, ScoresOf],
+    failed: Mapping[Pattern, Mapping[str, Mapping[str, int]]],
 ) -> Section:
     tasks = [task for task in ("TTS", "Sum", "SR", "MLM", "LM", "PCC", "LSTF") if _has(chosen, task)]
     metrics = [metric for bench in benches_of(chosen.preset) for metric in bench.listed]
     rows: list[Row] = []
     for pattern in Pattern:
-        own = found[pattern]
-        places = ranks(scores(means, chosen, pattern), metrics)
-        each = [pattern_indices(measured, chosen, pattern) for measured in seeds.values()]
-        order = sorted(own, key=lambda name: own[name].get(AVERAGE, -math.inf), reverse=True)
+        own, lost = found[pattern], failed[pattern]
+        complete = complete_seeds(seeds, chosen, pattern)
+        places = over_seeds([ranks(scores(one, chosen, pattern), metrics) for one in complete], lost)
+        each = [pattern_indices(one, chosen, pattern) for one in complete]
+        named = [name for name in entered(chosen) if name in own or name in lost]
         base = own.get(SOFTMAX, {}).get(AVERAGE)
-        for name in order:
-            average = own[name].get(AVERAGE)
+        for name in sorted(named, key=lambda name: own.get(name, {}).get(AVERAGE, -math.inf), reverse=True):
+            average = own.get(name, {}).get(AVERAGE)
             values = [one[name][AVERAGE] for one in each if AVERAGE in one.get(name, {})]
-            rows.append(
-                {
-                    "pattern": pattern.value,
-                    "mechanism": name,
-                    "index": average,
-                    "±": standard_error(values),
-                    "to softmax": None if average is None or base is None else average - base,
-                    "rank": places[name].get(AVERAGE),
-                    **{task: own[name].get(task) for task in tasks},
-                }
-            )
+            row: Row = {
+                "pattern": pattern.value,
+                "mechanism": name,
+                "index": average,
+                "±": None if average is None else standard_error(values),
+                "to softmax": None if average is None or base is None else average - base,
+                "rank": places.get(name, {}).get(AVERAGE),
+                **{task: own.get(name, {}).get(task) for task in tasks},
+            }
+            if any(failed.values()):
+                row["diverged"] = ", ".join(f"{task} in {n} of {len(seeds)}" for task, n in lost.get(name, {}).items())
+            rows.append(row)
     says = (
         "The index is the mean of a task's standardised metrics, averaged over tasks: 0 is the mean of those that entered, "
-        "1 a deviation better. ± is its standard error over seeds; rank is the mean rank, which a single failure does not distort."
+        "1 a deviation better. It is the mean over seeds, of which ± is the standard error; rank is the mean rank, which a "
+        "single failure does not distort."
     )
+    if any(failed.values()):
+        says += " Where a run diverged there is no score of the task, and no index."
     return Section("Leaderboards", says, [], rows)
 
 
@@ -300,7 +327,7 @@ def _lengths(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
     for bench in benches_of(chosen.preset):
         for mechanism in entered(chosen):
             measured = means.get(task_setting(bench, mechanism, CS), {})
-            if "perplexities" in measured and CS in patterns_of(mechanism):
+            if measured.get("perplexities") and CS in patterns_of(mechanism):
                 curves[mechanism] = list(zip(measured["lengths"], measured["perplexities"], strict=True))
     if not curves:
         return Section("Shorter and longer text")
