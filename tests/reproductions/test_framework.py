@@ -235,6 +235,27 @@ def test_the_cost_of_deciding_counts_the_cells_that_are_compared(example, store)
     assert f"{finding['seeds_to_decide']} seeds" in cost_of_deciding(record)
 
 
+def test_what_would_decide_depends_on_whether_a_need_failed_or_is_open(example, store):
+    made = get_reproduction("example")
+
+    def decide(need: float, *rows: tuple[float, float]) -> str:
+        asked = dataclasses.replace(made, needs=(Check("good learns", measured("good", "score"), above=need),))
+        with Store(store.path.parent / f"{need}-{len(rows)}.db") as own:
+            for seed, row in enumerate(rows):
+                for setting, value in zip(("good", "bad"), row, strict=True):
+                    own.put(
+                        "reproduction", key(Cell(asked, setting, seed)), {"measured": {"score": value}, "seconds": 36.0}
+                    )
+            (record,) = collect([asked], own)
+        assert record["outcome"] == Outcome.UNDECIDED
+        return cost_of_deciding(record)
+
+    rows = [(0.9, 0.5), (0.88, 0.5), (0.91, 0.5)]
+    assert decide(0.95, *rows).startswith("an experiment in which this holds: good learns")
+    assert decide(0.88, *rows).partition(",")[0].removesuffix(" seeds").isdigit()
+    assert decide(0.1, rows[0]) == "2 seeds at least"
+
+
 def test_a_pilot_is_never_judged(example, store):
     run(plan(["example"], pilot=3), store)
     assert example == [(name, 1000 + seed) for seed in range(3) for name in ("good", "bad")]

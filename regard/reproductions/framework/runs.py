@@ -272,7 +272,7 @@ def _hours_to_decide(
         )
         if finding.outcome is Outcome.UNDECIDED
     ]
-    failed = any(finding.outcome is not Outcome.HELD for finding in verdict.needs)
+    failed = any(finding.outcome is Outcome.DID_NOT_HOLD for finding in verdict.needs)
     if verdict.outcome is not Outcome.UNDECIDED or failed or any(f.seeds_to_decide is None for _, f in open_):
         return None
     first = {setting: cell for (setting, _), cell in measured.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from regard.reproductions.framework.judging import Outcome
+from regard.reproductions.framework.judging import LEAST_SEEDS, Outcome
 
 
 def measured_words(finding: Mapping[str, Any]) -> str:
@@ -31,10 +31,18 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
 
 def cost_of_deciding(record: Mapping[str, Any]) -> str:
     """Describe the cost of deciding an undecided claim."""
-    lacking = [finding["says"] for finding in record["needs"] if finding["outcome"] != Outcome.HELD]
+    lacking = [
+        finding["says"]
+        for finding in record["needs"]
+        if finding["outcome"] == Outcome.DID_NOT_HOLD or finding["mean"] is None
+    ]
     if lacking:
         return f"an experiment in which this holds: {'; '.join(lacking)}"
-    unsettled = [finding for finding in record["findings"] if finding["outcome"] == Outcome.UNDECIDED]
+    unsettled = [
+        finding for finding in (*record["findings"], *record["needs"]) if finding["outcome"] == Outcome.UNDECIDED
+    ]
+    if any(finding["seeds"] < LEAST_SEEDS for finding in unsettled):
+        return f"{LEAST_SEEDS} seeds at least"
     seeds = [finding["seeds_to_decide"] for finding in unsettled]
     if record["hours_to_decide"] is None:
         return "a larger experiment: no affordable number of seeds separates what is compared here"
