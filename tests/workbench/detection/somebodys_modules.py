@@ -98,6 +98,18 @@ class Remembers(nn.Module):
         return x + self.last
 
 
+class AddsTheLastOne(nn.Module):
+    """Adds the input of the call before, if it had the same shape and was another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = None
+
+    def forward(self, x):
+        last, self.last = self.last, x
+        return x if last is None or last.shape != x.shape or last.equal(x) else x + last
+
+
 class Raises(nn.Module):
     def forward(self, x):
         raise RuntimeError("sizes of tensors must match\nand more")

@@ -103,6 +103,7 @@ def test_what_a_constructor_hands_on_is_known() -> None:
     [
         ("Random", "draws random numbers"),
         ("Remembers", "keeps something from call to call"),
+        ("AddsTheLastOne", "keeps something from call to call"),
         ("Raises", "runs in no pattern .*RuntimeError: sizes of tensors must match\\)"),
         ("RaisesWhenMade", "runs in no pattern .*RuntimeError: no weights here"),
         ("Shorter", r"shape \(1, 12, 32\)"),
