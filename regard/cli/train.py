@@ -92,7 +92,12 @@ def train(
     dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 128,
     layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 4,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 4,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in a training step.")] = 4096,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in a training step. 4096 when not given, or at least 16 images of a backbone (4 with masks)."
+        ),
+    ] = None,
     frame: FRAME = "convolution",
     exits: Annotated[
         str | None,
@@ -254,7 +259,8 @@ def train(
         budget=Budget.parse(budget),
         seeds=1,
         first_seed=seed,
-        batch_tokens=batch_tokens,
+        batch_tokens=4096 if batch_tokens is None else batch_tokens,
+        whole_batches=batch_tokens is None,
         rates=(learning_rate,),
         lengths=(asked.length,),
         stack=stacked,

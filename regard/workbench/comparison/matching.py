@@ -157,7 +157,7 @@ def _changed(variant: Variant, task: Task, options: Mapping[str, Any]) -> dict[s
 def _measures(task: Task, settings: CompareSettings) -> dict[str, Callable[[ImageModelConfig], float]]:
     def seconds(config: ImageModelConfig) -> float:
         model = build_model(config).to(settings.device)
-        batch = max(1, settings.batch_tokens // task.length)
+        batch = settings.batch_size(task)
         training = TrainConfig(steps=STEPS + 1, batch_size=batch, precision=settings.precision, measure_memory=False)
         history = runner_of(task).train(model, task, training, deadline=time.monotonic() + 60)
         return statistics.median(point.seconds for point in history.curve[1:] or history.curve)

@@ -11,6 +11,7 @@ from regard.measurement.budget import Budget
 from regard.models import StackConfig
 from regard.models.frames import FRAMES
 from regard.models.variants import Variant, read_model
+from regard.tasks import Task
 from regard.training import PRECISIONS
 from regard.workbench.advice.layer_work import check_device
 from regard.workbench.comparison.recommend import PREFERENCES
@@ -20,6 +21,8 @@ RATES = (3e-3, 1e-2, 3e-2)
 MORE_RATES = 3
 """Rates beyond the given ones that are tried, one at a time, while the best is at an end of the range."""
 
+LEAST_IMAGES, LEAST_SCENES = 16, 4
+"""Images of a training step of an image backbone, at least, and images with masks of a segmentation network."""
 
 MATCHED = {"parameters": "parameters", "flops": "FLOPs of an image", "time": "time of a training step"}
 """Quantities in which image backbones can be matched, in words."""
@@ -43,6 +46,8 @@ class CompareSettings:
         leaders: number of leading mechanisms that are trained in further frames.
         dim, layers, heads: sizes of the backbone.
         batch_tokens: tokens per training step; the batch size follows from the task's length.
+        whole_batches: whether a step of image backbones has at least 16 images, or 4 with masks, whatever
+            `batch_tokens` says: they cut images into patches of their own, and their norms are of a batch.
         rates: learning rates, each tried in a full run of the first seed; the best one trains the other seeds. While
             the best is at an end of the range, the next one beyond is tried, at most `MORE_RATES` times. A single rate
             is not varied.
@@ -68,6 +73,7 @@ class CompareSettings:
     layers: int = 2
     heads: int = 2
     batch_tokens: int = 2048
+    whole_batches: bool = True
     rates: tuple[float, ...] = RATES
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     at_length: int | None = None
@@ -122,6 +128,26 @@ class CompareSettings:
     def all_backbones(self) -> bool:
         """Whether whole image models are compared, not mechanisms."""
         return all(variant.backbone is not None for variant in self.variants.values())
+
+    def batch_size(self, task: Task) -> int:
+        """Items of a training step.
+
+        Raises:
+            Unsupported: for steps of one image, of which the norms of many backbones learn nothing.
+        """
+        tokens = task.length + (task.memory_length or 0)
+        size = max(1, self.batch_tokens // tokens)
+        if not self.all_backbones:
+            return size
+        if self.whole_batches:
+            return max(size, LEAST_IMAGES if task.objective == "classification" else LEAST_SCENES)
+        if size == 1 and task.objective == "classification":
+            raise Unsupported(
+                f"batch_tokens={self.batch_tokens}, a step of one image of {tokens} tokens",
+                supported="two images or more",
+                nearest=f"--batch-tokens {LEAST_IMAGES * tokens}",
+            )
+        return size
 
     @property
     def unmatched(self) -> set[str]:

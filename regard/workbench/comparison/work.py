@@ -69,7 +69,7 @@ class Work:
         self.target = target_of(task, settings)
         self.configs = {name: self._matched(name) for name in (settings.names if names is None else names)}
         self.item_tokens = task.length + (task.memory_length or 0)
-        self.batch_size = max(1, settings.batch_tokens // self.item_tokens)
+        self.batch_size = settings.batch_size(task)
         # generation token by token takes about as long for many items as for few
         self.scored_at_once = max(self.batch_size, GENERATED_AT_ONCE) if task.generates else self.batch_size
         self.items = sum(batch.size for batch in task.evaluation_batches(64))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -46,6 +48,19 @@ def test_lengths_whose_squares_a_backbone_cannot_take_are_known_before_its_cost_
     names = ("van_nano:widths=[8,8,8]", "agent_pvt_nano:widths=[8,8,8]")
     one = Work(create_task("images", size=16, patch=4), CompareSettings(names, Budget.parse("20 steps")))
     assert one.takes(1024) and not one.takes(2048)  # 128 x 128 and 180 x 180 pixels
+
+
+def test_a_step_of_large_images_has_several_of_them():
+    """A task counts patches of 4 pixels, of which one image of 224 has more than a step's tokens."""
+    large = create_task("images", size=224)
+    settings = CompareSettings(("vit_nano:patch=16",), Budget.parse("20 steps"), batch_tokens=4096)
+    assert settings.batch_size(large) == 16
+    assert settings.batch_size(create_task("images", size=16)) == 256
+    assert CompareSettings(("softmax",), Budget.parse("20 steps")).batch_size(large) == 1
+    given = dataclasses.replace(settings, whole_batches=False)
+    with pytest.raises(Unsupported, match=r"one image of 3136 tokens.*--batch-tokens 50176"):
+        given.batch_size(large)
+    assert dataclasses.replace(given, batch_tokens=6272).batch_size(large) == 2
 
 
 def test_a_budget_that_would_do_leaves_out_what_matching_took_which_the_store_keeps():
