@@ -124,7 +124,7 @@ def _solvers(cells: Cells) -> Section:
     words = ("order", "newton gradient", "largest rise", "regularised: lowest eigenvalue", "plain: indefinite")
     says = (
         "Regularised problems from 0. Order 2 is quadratic convergence of Newton's method; the largest rise is that of a step of "
-        "gradient descent at 1 / |H|; indefinite is the share of problems whose Hessian has a negative eigenvalue without the "
+        "gradient descent at 1 over a bound of |H|; indefinite is the share of problems whose Hessian has a negative eigenvalue without the "
         "regulariser."
     )
     picture = Curves("Loss above the least", "step", "loss", curves, log_y=True, rising=False)
