@@ -103,9 +103,25 @@ def test_after_a_teaching_sequence_one_conjunction_is_left(signed):
         assert (labels[at] > 0).tolist() == [True] * (2 if signed else 1) + [False] * sizes[at]
 
 
+def test_after_a_teaching_sequence_one_formula_of_three_clauses_is_left():
+    clauses = list(itertools.product((0, 1), repeat=4))
+    every = np.array(list(itertools.combinations_with_replacement(clauses, 3)))  # (functions, 3, 4)
+    table = np.array(list(itertools.product([-1, 1], repeat=4)))
+    truths = with_thresholds(CLASSES["teach_dnf"], every)(np.broadcast_to(table, (len(every), *table.shape)))
+    rows = dict(zip(map(bytes, table.astype(np.int8)), range(len(table)), strict=True))
+    assert len(every) == 816
+    functions = draw_functions(CLASSES["teach_dnf"], 200, 4, generator(), 0.4)
+    sequences, lengths = teaching_sequences(functions.weights, signed=False)
+    own = functions(np.broadcast_to(table, (200, *table.shape)))
+    for truth, sequence, length in zip(own, sequences, lengths, strict=True):
+        shown = [rows[bytes(x)] for x in sequence[:length].astype(np.int8)]
+        left = truths[(truths[:, shown] == truth[shown]).all(1)]
+        assert len(left) and (left == truth).all()
+
+
 @pytest.mark.parametrize("name", TEACHING)
 def test_a_teaching_sequence_that_is_longer_than_the_context_is_cut(name):
-    task = made(name, dimensions=8, length=8, literals=1.0)
+    task = made(name, dimensions=8, length=8, literals=0.6 if name == "teach_dnf" else 1.0)
     assert task.held_out.x.shape == (64, 4, 8)
     assert (task.held_out.taught == 4).all()
     sequences, _ = teaching_sequences(task.held_out.functions.weights, signed=task.kind.signed)
@@ -293,6 +309,8 @@ def test_what_reads_no_example_is_told_with_the_nearest_neighbour():
         ({"function": "dnf", "taught": 1.0}, "teach_dnf"),
         ({"function": "nearest_neighbours", "pool": 3}, "try pool=0"),
         ({"function": "sparse_disjunction", "dimensions": 3}, "4 or more"),
+        ({"function": "teach_dnf", "dimensions": 2}, "3 or more"),
+        ({"function": "teach_dnf", "literals": 1.0}, "try literals=0.5"),
         ({"function": "int_halfspace", "literals": 0.5}, "literals are a share"),
         ({"literals": 0.0}, "a share above 0"),
         ({"start": 3}, "start of nearest_neighbours"),

@@ -280,7 +280,7 @@ def make(chosen: Chosen) -> Reproduction:
             for name, setting in cells.items()
             if (seconds := OTHER_SECONDS[chosen.preset].get(setting["kind"]))
         },
-        protocol=2,
+        protocol=3,
     )
 
 

@@ -54,7 +54,8 @@ class InContextFunctionsTask(Task):
     The function classes: ``conjunction``, ``disjunction``, ``monotone_conjunction``, ``sparse_disjunction`` (of 4),
     ``majority``, ``int_halfspace``, ``sparse_threshold``, ``dnf`` and ``cnf`` (of 3), ``parity``, ``sparse_parity`` (of
     2), ``nearest_neighbours`` (a label is that of the most similar earlier input), and ``teach_conjunction``,
-    ``teach_biconjunction`` and ``teach_dnf``, whose contexts begin with examples that identify the function.
+    ``teach_biconjunction`` and ``teach_dnf`` (no clause inside another), whose contexts begin with examples that identify
+    the function.
 
     Args:
         length: tokens per item, two per example: an even number, 4 to 16384.
@@ -116,7 +117,8 @@ class InContextFunctionsTask(Task):
         self.start = self._start(start)
         if pool and self.kind.rule == "nearest":
             raise Unsupported(f"pool={pool} of nearest neighbours", supported="classes of functions", nearest="pool=0")
-        draw_functions(self.kind, 0, dimensions, np.random.default_rng(0))  # refuses too few coordinates
+        # refuses what cannot be drawn
+        draw_functions(self.kind, 1, dimensions, np.random.default_rng(0), self.literals)
 
     def _literals(self, given: float | None) -> float | None:
         if given is not None and not self.kind.of_literals:

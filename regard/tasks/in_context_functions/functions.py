@@ -39,7 +39,7 @@ class FunctionClass:
         planted: share of the examples in which the literals of one clause, fixed within a context, are set so that the
             label is `planted_label` (if there is one clause).
         planted_label: +1 or -1.
-        teaches: whether contexts begin with a teaching sequence.
+        teaches: whether contexts begin with a teaching sequence; no clause of a function then lies inside another.
     """
 
     name: str
@@ -64,6 +64,9 @@ class FunctionClass:
         """Whether there are teaching sequences: for conjunctions, and for monotone formulas of several conjunctions."""
         return self.rule == "all" and not (self.signed and self.clauses > 1)
 
+
+RAREST = 100_000
+"""Number of functions drawn of which at least one must have no clause inside another."""
 
 _CLASSES = (
     FunctionClass("conjunction", "all", signed=True, planted=0.3),
@@ -142,9 +145,13 @@ def draw_functions(
         literals: share of the coordinates that have a weight; None for the class's own.
 
     Raises:
-        Unsupported: for fewer coordinates than the class needs.
+        Unsupported: for fewer coordinates than the class needs, and for teaching sequences where nearly all functions
+            have a clause inside another.
     """
     shape = (count, kind.clauses, dimensions)
+    if kind.teaches and kind.clauses > 1:
+        share = kind.literals if literals is None else literals
+        return with_thresholds(kind, _irredundant(kind, count, dimensions, rng, share))
     if kind.subset is not None:
         if dimensions < kind.subset:
             raise Unsupported(f"{kind.name} on {dimensions} coordinates", supported=f"{kind.subset} or more")
@@ -163,6 +170,37 @@ def draw_functions(
         drawn_thresholds = rng.integers(low, high + 1, shape[:2]) + 0.5
         return Functions(kind, weights, drawn_thresholds)
     return functions
+
+
+def redundant(weights: Int[np.ndarray, "b clauses n"]) -> Bool[np.ndarray, "b clauses"]:
+    """Which clauses hold all literals of another one, so that without them the function is the same; of equal clauses
+    all but the first."""
+    inside = ((weights[:, :, None] == weights[:, None]) | (weights[:, :, None] == 0)).all(3)  # whether i is in j
+    equal = inside & inside.swapaxes(1, 2)
+    found: Bool[np.ndarray, "b clauses"] = (inside & ~np.tril(equal)).any(1)
+    return found
+
+
+def _irredundant(
+    kind: FunctionClass, count: int, dimensions: int, rng: np.random.Generator, share: float
+) -> Int[np.ndarray, "b clauses n"]:
+    """Draw monotone clauses until in no function one lies inside another: a teaching sequence would not tell of it."""
+    if dimensions < kind.clauses:
+        raise Unsupported(f"{kind.name} on {dimensions} coordinates", supported=f"{kind.clauses} or more")
+    found = np.zeros((0, kind.clauses, dimensions), dtype=np.int64)
+    tried = 0
+    while len(found) < count:
+        weights = (rng.random((max(count - len(found), 64), kind.clauses, dimensions)) < share).astype(np.int64)
+        found = np.concatenate([found, weights[~redundant(weights).any(1)]])
+        tried += len(weights)
+        if not len(found) and tried >= RAREST:
+            raise Unsupported(
+                f"{kind.name} on {dimensions} coordinates with literals={share:.3g}, of whose clauses nearly always one "
+                f"lies inside another",
+                supported="a share nearer to a half, or more dimensions",
+                nearest="literals=0.5",
+            )
+    return found[:count]
 
 
 @dataclass(frozen=True)
