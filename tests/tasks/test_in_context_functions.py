@@ -11,7 +11,7 @@ from support import close, load
 from task_data import refused
 
 from regard.tasks import create_task
-from regard.tasks.in_context_functions import as_batch, examples, learners, predicted
+from regard.tasks.in_context_functions import as_batch, examples, functions, learners, predicted
 from regard.tasks.in_context_functions.functions import (
     CLASSES,
     Contexts,
@@ -271,12 +271,29 @@ def test_noise_flips_labels_of_training_alone():
     assert torch.equal(one.targets[:, ::2, 0], y), "the flipped label is the target"
 
 
-def test_training_draws_from_the_pool_and_held_out_functions_do_not():
-    task = made(pool=3, dimensions=12)
-    pool = {each.tobytes() for each in task.pooled.weights}
-    drawn = task.draw(generator(), 200, task.pooled).functions
-    assert {each.tobytes() for each in drawn.weights} == pool
-    assert len({each.tobytes() for each in task.held_out.functions.weights} - pool) > 50
+@pytest.mark.parametrize(
+    ("name", "pool", "dimensions"),
+    [("conjunction", 3, 12), ("conjunction", 512, 8), ("sparse_parity", 20, 8), ("int_halfspace", 8, 3)],
+)
+def test_training_draws_from_the_pool_and_held_out_functions_do_not(name, pool, dimensions):
+    task = made(name, pool=pool, dimensions=dimensions)
+    known = set(task.pooled.identities())
+    drawn = task.draw(generator(), 50 * pool, task.pooled).functions
+    assert {each.tobytes() for each in drawn.weights} == {each.tobytes() for each in task.pooled.weights}
+    assert set(drawn.identities()) == known
+    assert len(task.held_out.functions.weights) == 64 and not known & set(task.held_out.functions.identities())
+
+
+@pytest.mark.parametrize("name", OF_CLAUSES)
+def test_functions_are_told_apart_by_what_they_answer(name, monkeypatch):
+    """The same by truth tables as by clauses, of which several weights may mean one function."""
+    drawn = draw_functions(CLASSES[name], 200, 4, generator())
+    tables = drawn.identities()
+    monkeypatch.setattr(functions, "TABLED", 0)
+    clauses = drawn.identities()
+    assert len(set(zip(tables, clauses, strict=True))) == len(set(clauses)) >= len(set(tables))
+    if name in ("conjunction", "disjunction", "parity", "majority", "teach_dnf"):
+        assert len(set(clauses)) == len(set(tables))
 
 
 def test_bits_are_as_often_one_as_asked():
@@ -309,6 +326,8 @@ def test_what_reads_no_example_is_told_with_the_nearest_neighbour():
         ({"function": "dnf", "taught": 1.0}, "teach_dnf"),
         ({"function": "nearest_neighbours", "pool": 3}, "try pool=0"),
         ({"function": "sparse_disjunction", "dimensions": 3}, "4 or more"),
+        ({"function": "sparse_parity", "pool": 4096}, "100% of the functions as they are drawn"),
+        ({"function": "int_halfspace", "dimensions": 1, "pool": 1024}, "try pool="),
         ({"function": "teach_dnf", "dimensions": 2}, "3 or more"),
         ({"function": "teach_dnf", "literals": 1.0}, "try literals=0.5"),
         ({"function": "int_halfspace", "literals": 0.5}, "literals are a share"),

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 1 << 14
 MAX_DIMENSIONS = 1 << 12
+MOST_TAKEN, TRIED = 0.9, 1000
+"""Largest share of the functions that a pool may hold, by how often they are drawn; number drawn to find it."""
 
 
 class InContextFunctionsTask(Task):
@@ -67,8 +69,8 @@ class InContextFunctionsTask(Task):
         taught: share of the contexts that begin with a teaching sequence; None for that of the class.
         start: the first example with a target, for nearest neighbours; None for half of the examples.
         noise: share of the labels that are flipped in training, 0 to 0.5. Held-out labels are correct.
-        pool: number of functions from which training draws; 0 for new ones at each step. Held-out functions are always
-            new.
+        pool: number of functions from which training draws; 0 for new ones at each step. Held-out functions are drawn
+            until they are not in the pool.
         ones: probability that a bit is +1.
         evaluation_items: number of held-out contexts, 1 to 65536.
         seed: seed of the held-out contexts and of the pool.
@@ -119,6 +121,8 @@ class InContextFunctionsTask(Task):
             raise Unsupported(f"pool={pool} of nearest neighbours", supported="classes of functions", nearest="pool=0")
         # refuses what cannot be drawn
         draw_functions(self.kind, 1, dimensions, np.random.default_rng(0), self.literals)
+        if pool:
+            self._check_pool()
 
     def _literals(self, given: float | None) -> float | None:
         if given is not None and not self.kind.of_literals:
@@ -163,15 +167,44 @@ class InContextFunctionsTask(Task):
     @cached_property
     def pooled(self) -> Functions | None:
         """The functions from which training draws; None for new ones at each step."""
-        if not self.pool:
-            return None
-        rng = counter_generator(self.seed, 0, SPLIT)
-        return draw_functions(self.kind, self.pool, self.dimensions, rng, self.literals)
+        return self._drawn(0, self.pool) if self.pool else None
+
+    def _drawn(self, number: int, count: int) -> Functions:
+        """Functions drawn with the seed of the task, 0 for the pool."""
+        rng = counter_generator(self.seed, number, SPLIT)
+        return draw_functions(self.kind, count, self.dimensions, rng, self.literals)
+
+    def _check_pool(self) -> None:
+        """Refuse a pool that leaves hardly any functions, so that the held-out ones would be few or of a rare kind."""
+        drawn = self._drawn(1, TRIED).identities()
+
+        def taken(pool: int) -> float:
+            known = set(self._drawn(0, pool).identities())
+            return sum(one in known for one in drawn) / TRIED
+
+        if (share := taken(self.pool)) > MOST_TAKEN:
+            fewer = self.pool // 2
+            while taken(fewer) > MOST_TAKEN:
+                fewer //= 2
+            raise Unsupported(
+                f"pool={self.pool} of {self.kind.name} on {self.dimensions} bits, which holds {share:.0%} of the functions "
+                f"as they are drawn",
+                supported=f"a pool that holds at most {MOST_TAKEN:.0%} of them, so fewer functions or more dimensions",
+                nearest=f"pool={fewer}",
+            )
 
     @cached_property
     def held_out(self) -> Contexts:
         """The held-out contexts, each of its own function."""
-        return self.draw(counter_generator(self.seed, 0, EVALUATION), self.evaluation_items)
+        rng = counter_generator(self.seed, 0, EVALUATION)
+        if self.pooled is None:
+            return self.draw(rng, self.evaluation_items)
+        known = set(self.pooled.identities())
+        found = self.pooled.take(np.arange(0))
+        while (missing := self.evaluation_items - len(found.weights)) > 0:
+            drawn = draw_functions(self.kind, missing, self.dimensions, rng, self.literals)
+            found = found.joined(drawn.take(np.flatnonzero([one not in known for one in drawn.identities()])))
+        return draw_contexts(found, self.points, rng, taught=self.taught, ones=self.ones)
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
         check_integer("batch_size", batch_size, 1, 1 << 20)
@@ -217,6 +250,7 @@ class InContextFunctionsTask(Task):
             f"{''.join('1' if bit > 0 else '0' for bit in x[i])}>{'1' if y[i] > 0 else '0'}" for i in range(6)[: len(x)]
         ]
         new = f"{self.pool} functions" if self.pool else "new functions at each step"
+        others = "functions outside the pool" if self.pool else "functions of their own"
         details = [f"{self.literals:.2g} of the bits in a clause"] if self.literals is not None else []
         details += [f"{self.taught:.0%} of the contexts taught"] if self.taught else []
         details += [f"{self.noise:.0%} of the training labels flipped"] if self.noise else []
@@ -226,7 +260,7 @@ class InContextFunctionsTask(Task):
                 f"in_context_functions: {self.kind.name} of {self.dimensions} bits, {self.points} examples a context",
                 "; ".join([*details, f"always the commoner label {self.chance:.3f}"])
                 + f", nearest neighbour {self.baseline.score:.3f}",
-                f"training: {new}; held out: {self.evaluation_items} contexts of functions of their own (seed {self.seed})",
+                f"training: {new}; held out: {self.evaluation_items} contexts of {others} (seed {self.seed})",
                 f"sample: {' '.join(spelled)}{' ...' if len(x) > 6 else ''}"
                 + (f" (the first {taught} teach)" if taught else ""),
             ]

@@ -8,6 +8,7 @@ never.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -65,6 +66,8 @@ class FunctionClass:
         return self.rule == "all" and not (self.signed and self.clauses > 1)
 
 
+TABLED = 10
+"""Bits up to which functions are told apart by their truth tables; above, by their clauses."""
 RAREST = 100_000
 """Number of functions drawn of which at least one must have no clause inside another."""
 
@@ -118,6 +121,27 @@ class Functions:
     def take(self, chosen: Int[np.ndarray, " c"]) -> Functions:
         """Select functions by index."""
         return Functions(self.kind, self.weights[chosen], self.thresholds[chosen])
+
+    def joined(self, other: Functions) -> Functions:
+        """These functions and, after them, others of the same class."""
+        pairs = ((self.weights, other.weights), (self.thresholds, other.thresholds))
+        return Functions(self.kind, *map(np.concatenate, pairs))
+
+    def identities(self) -> list[bytes]:
+        """What is the same for the same functions: truth tables up to `TABLED` bits, else thresholds and clauses, in an
+        order and without those that say nothing."""
+        count, _, n = self.weights.shape
+        if n > TABLED:
+            told = np.concatenate([self.weights, self.thresholds[..., None] * 2], -1).astype(np.int16)
+            needed = ~redundant(self.weights)
+            return [b"".join(sorted(map(bytes, own[kept]))) for own, kept in zip(told, needed, strict=True)]
+        inputs = np.array(list(itertools.product((-1, 1), repeat=n)))
+        found: list[bytes] = []
+        for start in range(0, count, 256):
+            some = self.take(np.arange(start, min(start + 256, count)))
+            labels = some(np.broadcast_to(inputs, (len(some.weights), *inputs.shape)))
+            found += map(bytes, np.packbits(labels > 0, axis=1))
+        return found
 
     def __call__(self, x: Int[np.ndarray, "b m n"]) -> Int[np.ndarray, "b m"]:
         """Label inputs, each context by its own function."""
