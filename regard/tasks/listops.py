@@ -11,7 +11,7 @@ import torch
 
 from regard.contract import Pattern, Unsupported
 from regard.tasks.generated import MAX_LENGTH, GeneratedTask
-from regard.tasks.protocol import Baseline, Batch, check_integer
+from regard.tasks.protocol import TRAINING, Baseline, Batch, check_integer, counter_generator
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -26,6 +26,8 @@ NEST = 0.4
 """Probability that an argument is itself an expression, if the depth allows."""
 AT_ONCE, RAREST = 1 << 21, 100_000
 """Approximate number of tokens drawn at once; number of expressions drawn of which at least one must fit."""
+FITTED = 512
+"""Training items on which the baseline is fitted."""
 
 
 class ListOpsTask(GeneratedTask):
@@ -34,7 +36,8 @@ class ListOpsTask(GeneratedTask):
     Classify an expression such as ``[MAX 4 3 [MIN 2 3 ] 1 0 ]`` by its value, a digit. The operators are MAX, MIN, MED
     (median) and SM (sum modulo 10), drawn uniformly; an argument is itself an expression with probability 0.4 if
     `depth` allows. Expressions have exact labels, between a quarter of `length` and `length` tokens, and padding on the
-    right. `chance` is the share of the commonest value among the held-out items.
+    right. `chance` is the share of the commonest value among the held-out items. The baseline knows more: values are
+    uneven given the outermost operator, the first token (mostly 9 after MAX and 0 after MIN).
 
     Args:
         length: tokens of the longest expression, 8 to 65536.
@@ -66,8 +69,8 @@ class ListOpsTask(GeneratedTask):
                 nearest=f"length={max(8, reach)}",
             )
         _, labels = self._held_out
-        self.baseline: Baseline | None = Baseline.majority_class(labels, labels)
-        self.chance = self.baseline.score
+        self.chance = float(np.bincount(labels).max() / len(labels))
+        self.baseline: Baseline | None = self._rule()
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Int[np.ndarray, "b n"], Int[np.ndarray, " b"]]:
         inputs, targets = [np.zeros((0, self.length), dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
@@ -93,7 +96,19 @@ class ListOpsTask(GeneratedTask):
         tokens = torch.from_numpy(inputs)
         return Batch(tokens, torch.from_numpy(targets), valid=tokens != PADDING)
 
+    def _rule(self) -> Baseline:
+        """The rule that answers with the commonest value of training items with the same outermost operator."""
+        inputs, labels = self._collect(counter_generator(self.seed, 0, TRAINING), FITTED, held_out=False)
+        counts = np.zeros((len(VOCABULARY), self.num_classes), dtype=np.int64)
+        np.add.at(counts, (inputs[:, 0], labels), 1)
+        inputs, labels = self._held_out
+        right = counts.argmax(1)[inputs[:, 0]] == labels
+        return Baseline(
+            "the commonest value by outermost operator", np.stack([right, np.ones_like(right)], -1).astype(np.float64)
+        )
+
     def describe(self) -> str:
+        assert self.baseline is not None
         inputs, labels = self._held_out
         sizes = (inputs != PADDING).sum(1)
         shares = np.bincount(labels, minlength=10) / len(labels)
@@ -102,7 +117,8 @@ class ListOpsTask(GeneratedTask):
                 f"listops: expressions of up to {self.length} tokens, depth {self.depth}, {self.arguments} arguments",
                 self._sizes(),
                 f"held-out lengths {sizes.min()} to {sizes.max()}, mean {sizes.mean():.0f}; "
-                f"values 0 to 9 in shares {' '.join(f'{share:.2f}' for share in shares)}; chance {self.chance:.3f}",
+                f"values 0 to 9 in shares {' '.join(f'{share:.2f}' for share in shares)}",
+                f"chance {self.chance:.3f}; {self.baseline.name}: {self.baseline.score:.3f}",
                 f"sample: {spell(inputs[sizes.argmin()])} = {labels[sizes.argmin()]}",
             ]
         )

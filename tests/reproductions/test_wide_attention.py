@@ -4,6 +4,7 @@ import pytest
 from command_line import answer, run
 
 from regard.reproductions import wide_attention as study
+from regard.tasks import create_task
 
 
 def test_the_table_has_means_over_seeds_and_nothing_where_nothing_was_measured():
@@ -17,6 +18,15 @@ def test_the_table_has_means_over_seeds_and_nothing_where_nothing_was_measured()
     row = next(r for r in study.table(cells) if (r["task"], r["attention"]) == ("documents", "linear"))
     scores = {"6x2": pytest.approx(0.7), "3x4": None, "2x6": None, "1x12": None}
     assert row == {"task": "documents", "attention": "linear", **scores, "smaller": 3.0, "faster": 3.0}
+
+
+def test_expressions_are_judged_by_what_the_first_token_tells():
+    name, score = study.RULES["listops"]
+    rule = create_task("listops", length=128).baseline
+    assert rule.name == name and rule.score == pytest.approx(score, abs=0.03)
+    need = next(check for check in study.REPRODUCTION.needs if name in check.says)
+    deep = f"listops: softmax {study.shape(*study.DEEP)}"
+    assert need.judge([{deep: {"score": 0.226}}, {deep: {"score": 0.227}}]).outcome == "did not hold"
 
 
 def test_the_command_lists_studies_and_shows_what_is_done(capsys, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from task_data import SMALL, items
 
 from regard.tasks import IGNORED, create_task
-from regard.tasks.listops import spell
+from regard.tasks.listops import VOCABULARY, spell
 
 
 def make(name, **options):
@@ -100,6 +100,20 @@ def test_listops_labels_equal_an_independent_evaluation_within_the_bounds():
         assert valid[:end].all() and not valid[end:].any() and (tokens[end:] == 0).all()
         shapes.add(tuple(shape))
     assert max(depth for depth, _ in shapes) == 4 and max(most for _, most in shapes) == 5
+
+
+def test_the_rule_for_listops_knows_the_outermost_operator():
+    task = create_task("listops", length=128, evaluation_items=1000)
+    batch = next(iter(task.evaluation_batches(1000)))
+    right = task.baseline.items[:, 0] == 1
+    answers = {
+        int(token): set(batch.targets[right & (batch.inputs[:, 0] == token).numpy()].tolist())
+        for token in range(11, 15)
+    }
+    assert [len(values) for values in answers.values()] == [1, 1, 1, 1]
+    assert answers[VOCABULARY.index("[MAX")] == {9} and answers[VOCABULARY.index("[MIN")] == {0}
+    assert task.baseline.score > 0.2 > 0.16 > task.chance
+    assert f"the commonest value by outermost operator: {task.baseline.score:.3f}" in task.describe()
 
 
 @pytest.mark.parametrize("name", ["recall", "copying", "listops"])
