@@ -94,7 +94,7 @@ def explain(
             drawn = maps.draw(picture, weight, smooth=used != "regions")
         else:
             used = f"{reduce}, {fewer.reduction.counts[-1]} tokens left"
-            drawn = maps.draw_tokens(picture, fewer.patches(reader.grid)[0])
+            drawn = maps.draw_tokens(picture, fewer.patches()[0])
         place = place_of(output, path, taken, PICTURES)
         write_atomically(place, functools.partial(drawn.save, format="PNG"))
         told.append(

@@ -31,14 +31,15 @@ class Reduced:
     """A copy of a model with token reduction, and the reduction that is active in it."""
 
     described: str
-    plain: nn.Module
-    model: nn.Module
+    plain: ImageModel
+    model: ImageModel
     reduction: Reduction
 
-    def patches(self, grid: tuple[int, int]) -> Int[Tensor, "b rows columns"]:
-        """Where each patch went in the reduced model's last call: a token's index, or -1 if it was dropped."""
+    def patches(self) -> Int[Tensor, "b rows columns"]:
+        """Where each patch of the backbone went in the reduced model's last call: a token's index, or -1 if it was
+        dropped."""
         tokens = self.reduction.tokens
-        return tokens.places[:, tokens.protected :].unflatten(1, grid)
+        return tokens.places[:, tokens.protected :].unflatten(1, self.model.backbone.config.grid)
 
     def speeds(self, inputs: Float[Tensor, "b n f"], grid: tuple[int, ...] | None) -> dict[str, Any]:
         """Images per second with all tokens and with fewer, measured in turn on a batch of at most `AT_ONCE`.

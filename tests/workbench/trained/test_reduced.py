@@ -83,6 +83,15 @@ def test_the_tokens_that_are_left_are_drawn(folder: Path, capsys: pytest.Capture
     assert code == 2 and "one of the two" in said
 
 
+def test_the_tokens_of_a_model_with_larger_patches_than_the_task_are_drawn(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save_pretrained(ImageModel(ImageModelConfig("vit_nano", 2, (4, 4), 4, options=OPTIONS | {"patch": 8})), folder)
+    line = f"explain --output {tmp_path / 'drawn'} --reduce tome:remove=1"
+    (found,) = answer(capsys, line, folder, folder / "photos" / "dark" / "0.png")["images"]
+    assert "3 tokens left" in found["method"] and Path(found["drawing"]).is_file()
+
+
 def test_merged_patches_have_one_colour_and_dropped_ones_are_dark() -> None:
     pixels = np.zeros((32, 32, 3), dtype=np.uint8)
     pixels[:, :16], pixels[:, 16:] = 40, 200
