@@ -96,6 +96,18 @@ def test_weights_come_from_a_file_under_their_own_names_and_with_another_head(tm
     assert torch.equal(maps(images)[-1], model.forward_intermediates(images)[1][-1])
 
 
+def test_weights_of_as_many_classes_keep_their_head(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    given: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    model = timm.create_model("regard_vit_nano", num_classes=7)
+    torch.save(model.state_dict(), path)
+    same = timm.create_model("regard_vit_nano", num_classes=7, **given)
+    assert torch.equal(same.head.weight, model.head.weight) and torch.equal(same.head.bias, model.head.bias)
+    assert same.pretrained_cfg["num_classes"] == 7
+    assert timm.create_model("regard_vit_nano", num_classes=5, **given).head.weight.shape == (5, 96)
+    assert timm.create_model("regard_vit_nano", **given).head.weight.shape == (1000, 96)
+
+
 def test_pixels_are_normalised_as_the_released_weights_read_them() -> None:
     half, imagenet = (0.5, 0.5, 0.5), timm.data.IMAGENET_DEFAULT_MEAN
     for name, mean in (
