@@ -92,7 +92,7 @@ def _names_weights(options: dict[str, Any]) -> bool:
 
 def _translated(checkpoint: Any, model: Backbone) -> dict[str, Tensor]:
     """Weights under the model's names. Those of heads may be for other classes; timm leaves them out, as it is told here
-    how many classes they are for.
+    which they are and for how many classes.
 
     Raises Unsupported where other weights do not fit.
     """
@@ -100,7 +100,8 @@ def _translated(checkpoint: Any, model: Backbone) -> dict[str, Tensor]:
     heads = {name: value for name, value in model.state_dict().items() if name.startswith(HEADS)}
     check_fit(model, {name: value for name, value in weights.items() if not name.startswith(HEADS)} | heads)
     if "head.weight" in weights:
-        model.pretrained_cfg["num_classes"] = len(weights["head.weight"])  # type: ignore[index,operator]
+        told: Any = model.pretrained_cfg
+        told |= {"num_classes": len(weights["head.weight"]), "classifier": [name.removesuffix(".") for name in HEADS]}
     return weights
 
 

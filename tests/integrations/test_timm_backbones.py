@@ -108,6 +108,19 @@ def test_weights_of_as_many_classes_keep_their_head(tmp_path: Path) -> None:
     assert timm.create_model("regard_vit_nano", **given).head.weight.shape == (1000, 96)
 
 
+def test_distilled_weights_of_other_classes_get_two_new_heads(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    options: dict[str, Any] = {"distillation_token": True, "num_layers": 1, "dim": 48, "img_size": 32}
+    model = timm.create_model("regard_deit_t", num_classes=7, **options)
+    torch.save(model.state_dict(), path)
+    options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    other = timm.create_model("regard_deit_t", num_classes=3, **options)
+    assert [len(head.weight) for head in (other.head, other.distillation_head)] == [3, 3]
+    assert torch.equal(other.positions, model.positions)
+    same = timm.create_model("regard_deit_t", num_classes=7, **options)
+    assert torch.equal(same.distillation_head.weight, model.distillation_head.weight)
+
+
 def test_pixels_are_normalised_as_the_released_weights_read_them() -> None:
     half, imagenet = (0.5, 0.5, 0.5), timm.data.IMAGENET_DEFAULT_MEAN
     for name, mean in (
