@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from regard.cli.arguments import plugged_tasks
 from regard.cli.console import console, emit, load_plugins
-from regard.cli.options import DEVICE, JSON, PLUGINS, REDUCE
+from regard.cli.options import DEVICE, JSON, PLUGINS, REDUCE, SKIP_UNREADABLE
 from regard.cli.progress import progress
 from regard.contract import Unsupported
 from regard.measurement import units
@@ -39,6 +39,7 @@ def evaluate(
         ),
     ] = None,
     reduce: REDUCE = None,
+    skip_unreadable: SKIP_UNREADABLE = False,
     device: DEVICE = "cpu",
     plugin: PLUGINS = None,
     as_json: JSON = False,
@@ -73,24 +74,33 @@ def evaluate(
     rules = exit_rules or []
     library = library_of_place(folder)
     if library in ("transformers", "timm"):
-        for option, given in (("--exit", rules), ("--reduce", reduce), ("--plugin", plugin)):
+        own_options = {
+            "--exit": rules,
+            "--reduce": reduce,
+            "--plugin": plugin,
+            "--skip-unreadable": skip_unreadable,
+        }
+        for option, given in own_options.items():
             if given:
                 raise Unsupported(f"{option} of {folder}, a model of {library}", supported="models of regard train")
         _of_other_libraries(folder, data, device, as_json)
         return
     own = plugged_tasks(load_plugins(plugin), (data,))
+    if own and skip_unreadable:
+        raise Unsupported("--skip-unreadable with the task of a plugin", supported="tasks that read images")
     trained = open_trained(folder)
     model = trained.model(device)
     fewer = None if reduce is None else reduced(model, reduce)
     for rule in rules:
         leaving(model, rule)  # refuses rules that do not fit before anything is scored
-    task = own[0] if own else trained.task(data[0] if data and len(data) == 1 else data)
+    other = data[0] if data and len(data) == 1 else data
+    task = own[0] if own else trained.task(other, skip_unreadable=skip_unreadable)
     chosen = task if own or data else None
-    found = trained.score(chosen, device=device, model=model)
+    found = trained.score(task, own=chosen is None, device=device, model=model)
     baseline, figures = task.baseline, figures_of(found)
     if baseline is not None and chosen is None:
         baseline = baseline.after(trained.chosen_by)
-    result = {
+    result: dict[str, Any] = {
         "folder": str(folder),
         "task": task.name,
         "metric": task.metric,
@@ -104,8 +114,11 @@ def evaluate(
     shared = 0 if chosen is None else getattr(task, "shared", 0)
     if shared:
         result["shared"] = shared
+    if skip_unreadable:
+        told_of_task = task.describe().splitlines()
+        result["notes"] = [line.removeprefix("note: ") for line in told_of_task if line.startswith("note: ")]
     if fewer is not None:
-        again = trained.score(chosen, device=device, model=fewer.model)
+        again = trained.score(task, own=chosen is None, device=device, model=fewer.model)
         batch = next(iter(task.evaluation_batches(AT_ONCE)))
         speeds = fewer.speeds(batch.inputs.to(device), batch.grid)
         result["reduced"] = {"by": reduce, "score": again.score, "loss": again.loss, **speeds}
@@ -129,6 +142,8 @@ def evaluate(
         console.print(Text(f"{again.score:.4g} {task.metric} with {reduce}: {told(speeds)}."))
     for one in early:
         console.print(Text(one.told(task.metric)))
+    for note in result.get("notes", ()):
+        console.print(Text(f"note: {note}", style="dim"))
 
 
 def _of_other_libraries(folder: Path, data: list[str] | None, device: str, as_json: bool) -> None:

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from command_line import run
+from command_line import answer, run
 from task_data import photo, photos, refused
 
 from regard.tasks import create_task
@@ -137,3 +137,17 @@ def test_the_command_line_goes_on_without_bad_images_where_images_are_read(folde
     assert code == 0 and "left out: bad.png" in out, said
     code, _, said = run(capsys, f"train --task recall {small} --output {tmp_path / 'other'}")
     assert code == 2 and "--skip-unreadable with recall" in said
+
+
+def test_new_data_is_scored_without_its_bad_images_on_demand(folder, tmp_path, capsys):
+    small = "--model vit_nano:num_layers=1,dim=24 --batch-tokens 256 --budget '20 steps'"
+    assert run(capsys, f"train {folder} --task images:size=8 {small} --output {tmp_path / 'out'}")[0] == 0
+    for i, name in enumerate(("cat", "dog", "newt")):
+        photo(tmp_path / "new" / name / "0.png", 100 + i)
+    cut(tmp_path / "new" / "dog" / "worse.png")
+    code, _, said = run(capsys, f"evaluate {tmp_path / 'out'} {tmp_path / 'new'}")
+    assert code == 2 and "worse.png, which cannot be read" in said and "--skip-unreadable" in said
+    found = answer(capsys, f"evaluate --skip-unreadable {tmp_path / 'out'} {tmp_path / 'new'}")
+    assert found["items"] == 3 and any("left out: worse.png" in note for note in found["notes"])
+    cut(folder / "dog" / "bad.png")
+    assert "left out: bad.png" in run(capsys, f"evaluate --skip-unreadable {tmp_path / 'out'}")[1]

@@ -115,7 +115,7 @@ def exited(
             nearest="regard train --exits all:halting",
         )
     with exit_layers(early) as seen:
-        found = trained.score(None if own else task, device=device, model=early)
+        found = trained.score(task, own=own, device=device, model=early)
     whole = leaving(model, f"{HALTING}:0") if model.config.stack.halts else copy.deepcopy(model)  # type: ignore[union-attr]
     if not model.config.stack.halts:  # type: ignore[union-attr]
         set_exit_rule(whole, None)

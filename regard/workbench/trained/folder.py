@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import nn
 from regard.compression.folders import load_own
 from regard.contract import Unsupported
 from regard.core.files import write_text_atomically
-from regard.tasks import Task, create_task
+from regard.tasks import TASKS, Task, create_task
 from regard.tasks.documents import nearest_path
 from regard.tasks.images import ImageReader
 from regard.tasks.segmentation import MaskReader
@@ -74,8 +75,10 @@ class TrainedModel:
             return VolumeReader.of_record(record)
         return (MaskReader if "colours" in record else ImageReader).of_record(record)
 
-    def task(self, data: str | list[str] | None = None) -> Task:
+    def task(self, data: str | list[str] | None = None, *, skip_unreadable: bool = False) -> Task:
         """The task that the model was trained on, with `data` in place of its held-out items if given.
+
+        `skip_unreadable` leaves out images that cannot be read, in training data and new data.
 
         Raises:
             Unsupported: for a plugin's task, for data that have moved, and for new data if the task generates its own.
@@ -85,6 +88,10 @@ class TrainedModel:
             raise Unsupported(f"the task {name} of a plugin", supported="the plugin's task, given to `score`")
         if self.record["tokenizer"] not in (None, ByteTokenizer.name):
             options = {**options, "tokenizer": str(self.folder / TOKENIZER)}
+        if skip_unreadable:
+            if "skip_unreadable" not in inspect.signature(TASKS[name]).parameters:
+                raise Unsupported(f"--skip-unreadable with {name}", supported="tasks that read images")
+            options = {**options, "skip_unreadable": True}
         task = create_task(name, **(options if data is None else {**options, "validation": data}))
         if self.record.get("reader") is not None:
             self._read_as_trained(task)
@@ -107,11 +114,16 @@ class TrainedModel:
         return int(self.record["settings"]["first_item"])
 
     def score(
-        self, task: Task | None = None, *, device: torch.device | str = "cpu", model: nn.Module | None = None
+        self,
+        task: Task | None = None,
+        *,
+        own: bool = False,
+        device: torch.device | str = "cpu",
+        model: nn.Module | None = None,
     ) -> Evaluation:
         """Score and loss on the held-out items of `task`, or by default on those items of its own task that did not
-        choose weights; of `model`, if given, in place of the folder's."""
-        first = self.chosen_by if task is None else 0
+        choose weights, as with `own` of `task`; of `model`, if given, in place of the folder's."""
+        first = self.chosen_by if task is None or own else 0
         chosen = self.task() if task is None else task
         return runner_of(chosen).evaluate(
             self.model(device) if model is None else model, chosen, self.record["settings"]["batch_size"], first=first
