@@ -95,7 +95,13 @@ def unused_name(name: str, taken: set[str]) -> str:
 
 
 def load_folders(
-    folder: Path, validation: Path | None, size: tuple[int, int], channels: int, *, skip_unreadable: bool = False
+    folder: Path,
+    validation: Path | None,
+    size: tuple[int, int],
+    channels: int,
+    *,
+    skip_unreadable: bool = False,
+    span: tuple[float, float] | None = None,
 ) -> Images:
     """Load the images of a folder with a sub-folder per class, and those of a second folder as held-out images.
 
@@ -103,6 +109,7 @@ def load_folders(
         size: height and width that the resized images must cover.
         channels: 3 or 1.
         skip_unreadable: whether unreadable files are reported in the notes instead of refused.
+        span: as in :class:`Images`; by default that of the images that are not held out.
 
     Raises:
         Unsupported: for folders and files that cannot be used.
@@ -152,7 +159,7 @@ def load_folders(
                 f"{folder / name} with {counts[i]} image" + "s" * (counts[i] != 1) + " that can be read" * bool(unread),
                 supported="2 or more images in each class's folder" if validation is None else "images of each class",
             )
-    pixels, span, count = stacked(images)
+    pixels, span, count = stacked(images, span, training=sum(i < training for i in kept))
     if span is not None:
         low, high = span
         notes.append(
@@ -241,8 +248,8 @@ def read_image(path: Path, size: tuple[int, int], channels: int, *, stretch: boo
     read).
 
     The image is rotated by its EXIF orientation and resized, keeping its proportions, until one side fits and the other
-    is not smaller; with `stretch`, until both fit. Pixels are bytes, or float32 in the file's own value range if its
-    grey values have more than 8 bits. Transparent areas become white.
+    is not smaller; with `stretch`, until both fit. Pixels are bytes, or float32 between the file's least and
+    greatest value if its grey values have more than 8 bits. Transparent areas become white.
 
     Raises:
         Unsupported: for a file that is not an image, is truncated, or is smaller than 2x2 or larger than 89 million
@@ -259,8 +266,8 @@ def read_image(path: Path, size: tuple[int, int], channels: int, *, stretch: boo
                 frames = getattr(opened, "n_frames", 1)
                 opened.draft(None, (2 * max(size),) * 2)  # do not decode a JPEG much larger than needed
                 turned = ImageOps.exif_transpose(opened)
-                deep = turned.mode[0] in "IF"
-                image = Image.fromarray(np.asarray(turned, dtype=np.float32)) if deep else turned.convert("RGBA")
+                whole = np.asarray(turned, dtype=np.float32) if turned.mode[0] in "IF" else None
+                image = turned.convert("RGBA") if whole is None else Image.fromarray(whole)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):  # above the limit, and above twice the limit
         raise unreadable(path, f"it has more than {(Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels") from None
     except UnidentifiedImageError:
@@ -270,8 +277,8 @@ def read_image(path: Path, size: tuple[int, int], channels: int, *, stretch: boo
     if min(image.size) < 2:
         raise unreadable(path, f"it is {image.width} x {image.height} pixels small")
     image = image.resize(size[::-1], Image.Resampling.BICUBIC) if stretch else _covering(image, size)
-    if deep:
-        values = np.asarray(image)
+    if whole is not None:
+        values = np.asarray(image).clip(whole.min(), whole.max())  # interpolation goes beyond
         if not np.isfinite(values).all():
             raise unreadable(path, "it holds values that are no finite numbers")
         return np.repeat(values[..., None], channels, axis=2), frames
@@ -303,16 +310,22 @@ def unreadable(path: Path, why: Any) -> Unreadable:
 
 
 def stacked(
-    images: Sequence[Pixels], span: tuple[float, float] | None = None
+    images: Sequence[Pixels], span: tuple[float, float] | None = None, *, training: int | None = None
 ) -> tuple[list[Pixels], tuple[float, float] | None, int]:
-    """Bring images to one value range; also returns the span of those with more than 8 bits, and their number."""
+    """Bring images to one value range; also returns the span of those with more than 8 bits, and their number.
+
+    Args:
+        span: the least and greatest value, beyond which values are clipped; by default those of the images.
+        training: number of images, from the first, whose values are the span if any of them has more than 8 bits.
+    """
     deep = [i for i, image in enumerate(images) if image.dtype == np.float32]
     if not deep:
         return list(images), span, 0
     if span is None:
-        span = float(min(images[i].min() for i in deep)), float(max(images[i].max() for i in deep))
+        measured = [images[i] for i in deep if training is None or i < training] or [images[i] for i in deep]
+        span = float(min(image.min() for image in measured)), float(max(image.max() for image in measured))
     low, width = span[0], span[1] - span[0]
     found = [image.astype(np.float32) for image in images]
     for i in deep:
-        found[i] = ((images[i] - low) * (255 / width if width else 0)).astype(np.float32)
+        found[i] = ((images[i].clip(*span) - low) * (255 / width if width else 0)).astype(np.float32)
     return found, span, len(deep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,15 @@ FOLDER_SIDE = 32
 _SUPPORTED = f"digits, {FASHION_MNIST}, a folder with one sub-folder per class, or a folder of MNIST's four IDX files"
 
 
-def load_images(data: Any, validation: Any, size: int | None, channels: int | None, *, skip_unreadable: bool) -> Images:
+def load_images(
+    data: Any,
+    validation: Any,
+    size: int | None,
+    channels: int | None,
+    *,
+    skip_unreadable: bool,
+    span: Sequence[float] | None = None,
+) -> Images:
     """Load the images that a task's options name. Unless they are from a folder, they are bytes of one shape.
 
     Args:
@@ -36,6 +45,7 @@ def load_images(data: Any, validation: Any, size: int | None, channels: int | No
         size: side to which images are resized; None keeps their size, but means 32 for a folder's.
         channels: 3 or 1, for images from a folder.
         skip_unreadable: whether unreadable files in a folder are left out and reported, instead of refused.
+        span: least and greatest value of images with more than 8 bits, from a folder.
 
     Raises:
         Unsupported: for data that cannot be used.
@@ -44,7 +54,8 @@ def load_images(data: Any, validation: Any, size: int | None, channels: int | No
         raise Unsupported(f"data={data!r} for images", supported=_SUPPORTED, nearest="a folder of folders")
     folder, name = Path(data), str(data).replace("_", "-")
     is_classes = name not in NAMED and not has_idx(folder)
-    for option, value in (("channels", channels), ("validation", validation), ("skip_unreadable", skip_unreadable)):
+    of_folders = {"channels": channels, "validation": validation, "skip_unreadable": skip_unreadable, "span": span}
+    for option, value in of_folders.items():
         if value and not is_classes:
             raise Unsupported(
                 f"{option}={value} for {data}, which comes as it is",
@@ -66,7 +77,20 @@ def load_images(data: Any, validation: Any, size: int | None, channels: int | No
     if depth not in (1, 3):
         raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
     held_out = None if validation is None else Path(validation)
-    return load_folders(folder, held_out, (side or FOLDER_SIDE,) * 2, depth, skip_unreadable=skip_unreadable)
+    sides = (side or FOLDER_SIDE,) * 2
+    return load_folders(folder, held_out, sides, depth, skip_unreadable=skip_unreadable, span=check_span(span))
+
+
+def check_span(span: Sequence[float] | None) -> tuple[float, float] | None:
+    """The option `span` as a pair; raises Unsupported for anything but two ascending numbers."""
+    if span is None:
+        return None
+    given = list(span) if isinstance(span, list | tuple) else []
+    if len(given) != 2 or not all(isinstance(value, int | float) for value in given) or not given[0] <= given[1]:
+        raise Unsupported(
+            f"span={span!r}", supported="the least and the greatest value, as in span=[0,4095]", nearest="no span"
+        )
+    return float(given[0]), float(given[1])
 
 
 def _load_digits() -> Images:

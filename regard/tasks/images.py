@@ -154,6 +154,8 @@ class ImagesTask(Task):
         flip: whether half of the augmented images are mirrored; None for all data but digits.
         mix: share of the training batches that are mixed, 0 to 1; None for half of them with ``standard``, else none.
         skip_unreadable: whether unreadable files in a folder are left out and reported, instead of refused.
+        span: values of images of more than 8 bits from a folder that are black and white, as a list of two; by default
+            the least and the greatest of `data`. Values beyond are clipped.
         held_out: share of each class to hold out if the data has no split of its own, 0.01 to 0.5.
         evaluation_items: largest number of held-out images, balanced over the classes, 1 to 65536.
         seed: seed of the split.
@@ -177,6 +179,7 @@ class ImagesTask(Task):
         flip: bool | None = None,
         mix: float | None = None,
         skip_unreadable: bool = False,
+        span: Sequence[float] | None = None,
         held_out: float = 0.2,
         evaluation_items: int = 1000,
         seed: int = 0,
@@ -191,7 +194,7 @@ class ImagesTask(Task):
                     f"{name}={value} with augment=none", supported="images that are varied", nearest="augment=light"
                 )
         loaded = load_images(
-            "digits" if data is None else data, validation, size, channels, skip_unreadable=skip_unreadable
+            "digits" if data is None else data, validation, size, channels, skip_unreadable=skip_unreadable, span=span
         )
         self._images = images = distinct(loaded)
         self.shared: int = images.shared

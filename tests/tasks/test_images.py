@@ -143,6 +143,13 @@ def test_grey_of_more_than_8_bits_keeps_its_shades(folder, suffix, dtype, low, h
     assert float(values(task).std(correction=0)) == pytest.approx(1, abs=1e-6)
 
 
+def test_values_between_pixels_stay_in_the_range_of_the_file(tmp_path):
+    write(tmp_path / "a.png", (np.indices((8, 8)).sum(0) % 2 * 5000 + 1000).astype(np.uint16))
+    found, _ = read_image(tmp_path / "a.png", (20, 20), 1)
+    assert (found.min(), found.max()) == (1000, 6000)
+    refused(lambda: images(tmp_path, span=[3, 1]), "span=[3, 1]")
+
+
 def test_one_bright_pixel_does_not_flatten_the_others(tmp_path):
     for i in range(8):
         image = np.random.default_rng(i).integers(0, 90, (8, 8)).astype(np.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Unsupported
-from regard.tasks.image_sets import distinct
+from regard.tasks.image_sets import check_span, distinct
 from regard.tasks.images import choose_patch
 from regard.tasks.protocol import (
     AUGMENTATION,
@@ -58,6 +58,8 @@ class SegmentationTask(MaskTask):
         size: side of the squares in which images and masks are drawn or to which they are resized, 16 to 1024.
         channels: 3 (colour) or 1 (grey), for images from a folder.
         skip_unreadable: whether unreadable images or masks in a folder are left out and reported, instead of refused.
+        span: values of images of more than 8 bits from a folder that are black and white, as a list of two; by default
+            the least and the greatest of `data`. Values beyond are clipped.
         augment: augmentation of training images from a folder or a head, together with their masks: ``none``, ``light``
             (shifted and mirrored) or ``standard`` (also rotated, scaled, and with changed shades and noise).
         flip: whether half of the images are mirrored, left to right; by default, if no class is named for a side.
@@ -87,6 +89,7 @@ class SegmentationTask(MaskTask):
         size: int = 64,
         channels: int | None = None,
         skip_unreadable: bool = False,
+        span: Sequence[float] | None = None,
         augment: str = "none",
         flip: bool | None = None,
         classes: int | None = None,
@@ -108,7 +111,12 @@ class SegmentationTask(MaskTask):
         chosen = "shapes" if data is None else str(data)
         values_of_masks = {"background": background, "ignore": ignore}
         of_read = {"classes": classes, "augment": None if augment == "none" else augment}
-        of_folders = {"validation": validation, "channels": channels, "skip_unreadable": skip_unreadable or None}
+        of_folders = {
+            "validation": validation,
+            "channels": channels,
+            "skip_unreadable": skip_unreadable or None,
+            "span": span,
+        }
         self.check_data(chosen, values_of_masks, of_folders, of_read)
         if channels not in (None, 1, 3):
             raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
@@ -116,7 +124,7 @@ class SegmentationTask(MaskTask):
         self._masked = (
             None
             if self._scene
-            else _read(chosen, validation, size, channels, values_of_masks, held_out, seed, skip_unreadable)
+            else _read(chosen, validation, size, channels, values_of_masks, held_out, seed, skip_unreadable, span)
         )
         if self._masked is not None and classes is not None:
             self._masked = self._masked.largest(check_integer("classes", classes, 1, 255))
@@ -245,13 +253,13 @@ def _read(
     held_out: float,
     seed: int,
     skip_unreadable: bool,
+    span: Sequence[float] | None,
 ) -> Masked:
     if is_head(data):
         return read_slices(data, size, held_out, seed)
     other = None if validation is None else Path(validation)
-    return read_masked(
-        Path(data), other, size, 3 if channels is None else channels, **values, skip_unreadable=skip_unreadable
-    )
+    depth = 3 if channels is None else channels
+    return read_masked(Path(data), other, size, depth, **values, skip_unreadable=skip_unreadable, span=check_span(span))
 
 
 __all__ = ["METRICS", "MaskReader", "MaskTask", "SegmentationTask"]

@@ -105,6 +105,7 @@ def read_masked(
     ignore: int | str | None,
     *,
     skip_unreadable: bool = False,
+    span: tuple[float, float] | None = None,
 ) -> Masked:
     """Read the images and masks of a folder, resized to squares of `size` pixels, masks by nearest neighbour.
 
@@ -116,6 +117,7 @@ def read_masked(
         ignore: value of pixels without loss and score; None for none, ``auto`` for 255 if there are more than two
             values.
         skip_unreadable: whether unreadable images or masks are reported in the notes instead of refused.
+        span: as for :func:`regard.tasks.image_files.load_folders`.
 
     Raises:
         Unsupported: for files that are missing, unreadable or do not belong together, naming the first one.
@@ -150,7 +152,7 @@ def read_masked(
     values, quiet = classes_among(
         [path for _, path in pairs], [np.unique(mask) for mask in masks], training, names, background, ignore
     )
-    pixels, span, count = stacked(given)
+    pixels, span, count = stacked(given, span, training=training)
     if span is not None:
         notes.append(
             f"{count} images of more than 8 bits a pixel: {span[0]:g} to {span[1]:g} are taken as dark to light"

@@ -33,6 +33,8 @@ UNFINISHED = {"retrofit": (".retrofit", "retrofit.json"), "compress": (".work", 
 """Commands that keep their work in a folder until they are done: the work's name, and the file that is written last."""
 STATISTICS = ("mean", "deviation", "scale")
 """Fields of a reader used for normalisation."""
+SAID = {"span": "bits of a pixel"}
+"""Words for a reader's fields whose names do not say what they are."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ class TrainedModel:
             if "skip_unreadable" not in inspect.signature(TASKS[name]).parameters:
                 raise Unsupported(f"--skip-unreadable with {name}", supported="tasks that read images")
             options = {**options, "skip_unreadable": True}
+        span = (self.record.get("reader") or {}).get("span")
+        if span is not None:
+            options = {**options, "span": span}
         task = create_task(name, **(options if data is None else {**options, "validation": data}))
         if self.record.get("reader") is not None:
             self._read_as_trained(task)
@@ -101,9 +106,12 @@ class TrainedModel:
         """Make a task normalise as in training, since the split into training and held-out data may differ now."""
         known, now = self.reader, task.reader
         statistics = {name: getattr(known, name) for name in STATISTICS if hasattr(known, name)}
-        if dataclasses.replace(now, **statistics) != known:
+        now = dataclasses.replace(now, **statistics)
+        names = [field.name for field in dataclasses.fields(now)]
+        others = [SAID.get(name, name) for name in names if getattr(now, name) != getattr(known, name)]
+        if others:
             raise Unsupported(
-                f"the data of {self.folder}, whose classes or pixels are others than those that it was trained on",
+                f"the data of {self.folder}, whose {' and '.join(others)} differ from what it was trained on",
                 supported="the data as they were",
             )
         task.reader = known
