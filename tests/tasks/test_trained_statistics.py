@@ -76,6 +76,16 @@ def test_brighter_and_darker_pixels_of_new_data_are_as_the_ends_of_the_trained_r
         model.task(str(tmp_path / "c"))
 
 
+def test_data_that_have_moved_are_named_though_others_are_given(tmp_path):
+    pytest.importorskip("PIL")
+    options, others = of("images", tmp_path)
+    _, model = trained(tmp_path, "images", **options)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    for data in (others, None):
+        with pytest.raises(Unsupported, match=f"the data of its training, {tmp_path / 'a'}.*try ln -s"):
+            model.task(data)
+
+
 def test_data_whose_classes_have_changed_since_are_refused(tmp_path):
     pytest.importorskip("PIL")
     options, _ = of("images", tmp_path)

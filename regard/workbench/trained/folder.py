@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class TrainedModel:
         name, options = self.record["task"]["name"], self.record["task"]["options"]
         if options is None:
             raise Unsupported(f"the task {name} of a plugin", supported="the plugin's task, given to `score`")
+        self._check_data_present(name, options, ("data",) if data is not None else ("data", "validation"))
         if self.record["tokenizer"] not in (None, ByteTokenizer.name):
             options = {**options, "tokenizer": str(self.folder / TOKENIZER)}
         if skip_unreadable:
@@ -101,6 +103,19 @@ class TrainedModel:
         if self.record.get("reader") is not None:
             self._read_as_trained(task)
         return task
+
+    def _check_data_present(self, name: str, options: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Raise Unsupported for training data that are not where they were, even if other data are to be read: what is
+        repeated in those is looked for among them."""
+        for part in parts:
+            given = options.get(part)
+            for path in [given] if isinstance(given, str) else given or ():
+                if path not in TASKS[name].named and os.path.isabs(path) and not os.path.exists(path):
+                    raise Unsupported(
+                        f"{self.folder} without the data of its training, {path}, which are not there any more",
+                        supported="data in their old place: what of other data was trained on is looked for there",
+                        nearest=f"ln -s WHERE_THEY_ARE_NOW {path}",
+                    )
 
     def _read_as_trained(self, task: Any) -> None:
         """Make a task normalise as in training, since the split into training and held-out data may differ now."""
