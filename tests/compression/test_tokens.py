@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -237,6 +239,20 @@ def test_draws_are_the_generators_and_gradients_reach_what_is_merged() -> None:
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x)
     assert (gradient.flatten(1).abs().amax(1) > 0).all() and gradient.isfinite().all()
+
+
+def test_blocks_that_are_computed_again_in_the_backward_pass_are_refused() -> None:
+    models: list[Any] = [small()]
+    with suppress(ImportError):
+        models.append(
+            importlib.import_module("timm").create_model("vit_tiny_patch16_224", img_size=32, depth=2).double()
+        )
+    for model in models:
+        model.set_grad_checkpointing(True)
+        reduce_tokens(model.train(), "tome", remove=1)
+        refused("gradient checkpointing", model(images()).sum().backward)
+        model.set_grad_checkpointing(False)
+        model(images()).sum().backward()
 
 
 def test_what_cannot_be_reduced_is_refused() -> None:

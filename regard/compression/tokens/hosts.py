@@ -74,7 +74,13 @@ class Reduction:
             self._undo.pop()()
 
     def begin(self, block: int, x: Float[Tensor, "b n c"], protected: int) -> Tokens:
-        """The tokens that enter a block."""
+        """The tokens that enter a block; raises Unsupported in a backward pass, which does not know them."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise Unsupported(
+                "gradient checkpointing in a model with fewer tokens, whose blocks would be computed again",
+                supported="blocks that are computed once in training",
+                nearest="set_grad_checkpointing(False)",
+            )
         if block == 0:
             self._run.tokens, self._run.counts = Tokens.begin(x, protected), []
         return self._run.tokens
