@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +131,20 @@ def test_where_nothing_is_merged_the_output_is_the_same_and_undo_gives_the_model
             assert all(m is not None and m.sizes.shape[1] == N // 2 for m in merging.merges)
         assert torch.equal(call(x), whole)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_copies_of_a_model_that_merges_are_independent_of_it() -> None:
+    model, _ = torch_encoder()
+    x = tokens()
+    with torch.no_grad():
+        whole = model(x)
+        merging = merge_on_grid(model, GRID, random=False)
+        merged = model(x)
+        for copied, own in (copy.deepcopy((model, merging)), pickle.loads(pickle.dumps((model, merging)))):
+            assert torch.equal(copied(x), merged) and len(own.merges) == 2
+            own.undo()
+            assert torch.equal(copied(x), whole)
+        assert torch.equal(model(x), merged)
 
 
 def test_attention_of_a_block_is_that_of_its_merged_tokens() -> None:

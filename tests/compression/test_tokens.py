@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 import math
+import pickle
 from contextlib import suppress
 from typing import Any
 
@@ -253,6 +255,20 @@ def test_blocks_that_are_computed_again_in_the_backward_pass_are_refused() -> No
         refused("gradient checkpointing", model(images()).sum().backward)
         model.set_grad_checkpointing(False)
         model(images()).sum().backward()
+
+
+def test_copies_of_a_model_with_fewer_tokens_are_independent_of_it() -> None:
+    timm = pytest.importorskip("timm")
+    for model in (small(), timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).double().eval()):
+        x = images()
+        whole = model(x)
+        reduction = reduce_tokens(model, "tome", remove=1)
+        fewer = model(x)
+        for copied, own in (copy.deepcopy((model, reduction)), pickle.loads(pickle.dumps((model, reduction)))):
+            assert torch.equal(copied(x), fewer) and own.counts == reduction.counts
+            own.undo()
+            assert torch.equal(copied(x), whole)
+        assert torch.equal(model(x), fewer)
 
 
 def test_what_cannot_be_reduced_is_refused() -> None:

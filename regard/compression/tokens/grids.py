@@ -143,6 +143,14 @@ class GridMerging:
         self._run = threading.local()
         self._undo: list[Callable[[], None]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model takes along: all but what the last calls left."""
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._run = threading.local()
+
     @property
     def merges(self) -> list[GridMerge | None]:
         """The merge of each block in this thread's calls, since the first block last ran; None where nothing was
@@ -163,11 +171,7 @@ class GridMerging:
     def enter(self, block: nn.Module, number: int, parts: Sequence[tuple[str, nn.Module, nn.Module]]) -> None:
         """Merge around parts of a block, each given by the module that reads tokens and the one that returns them."""
         transposed = not getattr(getattr(block, "self_attn", None), "batch_first", True)
-
-        def match(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = given[0] if given else next(named[k] for k in ("x", "src", "tgt", "hidden_states") if k in named)
-            self._match(number, x.transpose(0, 1) if transposed else x)
-
+        match = partial(self._match_input, number, transposed)
         self._keep(block.register_forward_pre_hook(match, with_kwargs=True))
         for kind, reads, gives in parts:
             around = _Around(self, kind, transposed)
@@ -180,6 +184,12 @@ class GridMerging:
 
     def _keep(self, handle: Any) -> None:
         self._undo.append(handle.remove)
+
+    def _match_input(
+        self, number: int, transposed: bool, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        x = given[0] if given else next(named[k] for k in ("x", "src", "tgt", "hidden_states") if k in named)
+        self._match(number, x.transpose(0, 1) if transposed else x)
 
     def _match(self, number: int, x: Float[Tensor, "b n c"]) -> None:
         if number == 0 or not hasattr(self._run, "merges"):

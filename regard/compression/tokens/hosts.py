@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -46,7 +47,15 @@ class Reduction:
         self.method, self.removed, self.proportional = method, removed, proportional
         self.metric, self.generator = metric, generator
         self._run = threading.local()
-        self._undo: list[Callable[[], None]] = []
+        self._changed: list[tuple[Any, type]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model takes along: all but what the last calls left."""
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._run = threading.local()
 
     @property
     def tokens(self) -> Tokens:
@@ -70,8 +79,16 @@ class Reduction:
 
     def undo(self) -> None:
         """Restore the model's own blocks."""
-        while self._undo:
-            self._undo.pop()()
+        while self._changed:
+            block, before = self._changed.pop()
+            block.__class__ = before
+            del block.reduction, block.number, block.protected
+
+    def enter(self, block: Any, number: int, protected: int) -> None:
+        """Turn a block into one that outputs fewer tokens."""
+        self._changed.append((block, type(block)))
+        block.__class__ = ReducedBlock if isinstance(block, VisionBlock) else _reduced_timm_block()
+        block.reduction, block.number, block.protected = self, number, protected
 
     def begin(self, block: int, x: Float[Tensor, "b n c"], protected: int) -> Tokens:
         """The tokens that enter a block; raises Unsupported in a backward pass, which does not know them."""
@@ -142,7 +159,7 @@ def reduce_tokens(
     counted = method.startswith("tome") if proportional is None else proportional
     reduction = Reduction(method, schedule, counted, metric, generator)
     for number, block in enumerate(layers):
-        reduction._undo.append(_enter(block, reduction, number, protected))
+        reduction.enter(block, number, protected)
     return reduction
 
 
@@ -207,7 +224,7 @@ class ReducedBlock(VisionBlock):
 @functools.cache
 def _reduced_timm_block() -> type[nn.Module]:
     """A subclass of timm's `Block` that outputs fewer tokens."""
-    block_class: Any = sys.modules["timm.models.vision_transformer"].Block
+    block_class: Any = importlib.import_module("timm.models.vision_transformer").Block
 
     class ReducedTimmBlock(block_class):
         """A block of timm's `VisionTransformer` that outputs fewer tokens."""
@@ -231,7 +248,14 @@ def _reduced_timm_block() -> type[nn.Module]:
             x = self.reduction.after(self.number, tokens, x, evidence).x
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
+    ReducedTimmBlock.__qualname__ = "ReducedTimmBlock"  # by which a saved model finds it, see __getattr__
     return ReducedTimmBlock
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ReducedTimmBlock":
+        return _reduced_timm_block()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _evidence(
@@ -246,16 +270,3 @@ def _evidence(
     scores = scores if bias is None else scores + bias
     metric = x if reduction.metric == "tokens" else (key if reduction.metric == "keys" else query).mean(1)
     return Evidence(metric, scores.softmax(-1).mean(1)[:, 0], reduction.generator)
-
-
-def _enter(block: Any, reduction: Reduction, number: int, protected: int) -> Callable[[], None]:
-    """Turn a block into one that outputs fewer tokens; return a function that restores it."""
-    before = type(block)
-    block.__class__ = ReducedBlock if isinstance(block, VisionBlock) else _reduced_timm_block()
-    block.reduction, block.number, block.protected = reduction, number, protected
-
-    def undo() -> None:
-        block.__class__ = before
-        del block.reduction, block.number, block.protected
-
-    return undo
