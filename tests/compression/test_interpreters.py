@@ -94,6 +94,16 @@ def test_a_threshold_of_zero_is_the_plain_model_and_one_keeps_the_class_token_al
     close(model.usage(decisions), torch.full((4,), 1 / TOKENS, dtype=torch.float64))
 
 
+def test_work_is_left_by_the_last_decision_in_the_groups_after_it() -> None:
+    model = interpreted()
+    x = images()
+    _, decisions = model.forward_masked(x, groups=1)
+    assert decisions[0].share.mean() < 1
+    close(model.usage(decisions), decisions[0].share)
+    _, decisions = model.forward_masked(x, groups=2)
+    close(model.usage(decisions), (decisions[0].share + 2 * decisions[1].share) / 3)
+
+
 def test_scores_follow_their_patches_and_are_constant_without_weights() -> None:
     interpreter = Interpreter(12, 6).double()
     x, alive = torch.randn(2, 9, 12, dtype=torch.float64), torch.rand(2, 9) > 0.3
@@ -204,7 +214,14 @@ def test_a_curriculum_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Pat
     refused("other settings", run, file, error_penalty=0.5)
 
 
+def test_a_curriculum_of_other_groups_is_another_run(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"policy_steps": 1, "block_steps": 1, "checkpoint": tmp_path / "checkpoint.safetensors"}
+    train_interpreters(interpreted(groups=[1, 2]).float(), marked_corners, **given)
+    refused("other settings", train_interpreters, interpreted(groups=[2, 1]).float(), marked_corners, **given)
+
+
 def test_models_and_groups_that_do_not_fit_are_refused() -> None:
+    refused("groups 0 to 0", interpreted(groups=1).heat_map, images())
     refused("add up to 3", interpreted, groups=[1, 1])
     refused("add up to 3", interpreted, groups=2)
     refused("query", interpreted, query="patch")

@@ -216,12 +216,24 @@ class InterpretedTransformer(nn.Module):
 
     def heat_map(self, images: Float[Tensor, "b c h w"], group: int = 1) -> Float[Tensor, "b rows columns"]:
         """Scores of the patches before a group, at their grid positions; 0 for patches that were removed before."""
+        count = len(self.sizes)
+        if group not in range(count):
+            raise Unsupported(
+                f"the scores before group {group} of {count}",
+                supported=f"groups 0 to {count - 1}",
+                nearest=f"group={count - 1}",
+            )
         _, decisions = self.forward_masked(images, groups=group + 1)
         return decisions[group].scores[:, 1:].unflatten(1, self.model.config.grid)
 
     def usage(self, decisions: Sequence[Decision]) -> Float[Tensor, " b"]:
-        """The share of the blocks' work that is left, ignoring the quadratic part of attention."""
-        saved = [(1 - made.share) * size / sum(self.sizes) for made, size in zip(decisions, self.sizes, strict=False)]
+        """The share of the blocks' work that is left, ignoring the quadratic part of attention.
+
+        Groups after those of the decisions use the last one.
+        """
+        made = list(decisions)
+        made += made[-1:] * (len(self.sizes) - len(made))
+        saved = [(1 - each.share) * size / sum(self.sizes) for each, size in zip(made, self.sizes, strict=True)]
         return 1 - torch.stack(saved).sum(0)
 
     def _embedded(self, images: Tensor) -> Float[Tensor, "b n c"]:
@@ -331,7 +343,7 @@ def train_interpreters(
         model,
         phases,
         batches,
-        settings={"error_penalty": error_penalty, "threshold": model.threshold},
+        settings={"error_penalty": error_penalty, "threshold": model.threshold, "groups": model.sizes},
         seed=seed,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
