@@ -253,6 +253,8 @@ def train(
     if len(sizes["mechanisms"]) != 1:
         raise Unsupported(f"mechanism {mechanism!r}", supported="one mechanism", nearest="regard compare")
     stacked = read_stack(stack)
+    if exits is not None and variants and variants[0].backbone is not None:
+        raise Unsupported(f"--exits with the backbone {variants[0].name}", supported="--exits with --mechanism")
     if exits is not None:
         stacked = read_exits(exits, sizes["layers"], asked.objective, stacked)
     settings = CompareSettings(

@@ -262,6 +262,15 @@ def test_a_picture_turned_by_its_camera_has_a_mask_of_its_turned_size(tmp_path):
     assert task(folder).num_classes == 3
 
 
+def test_masks_that_lost_their_values_are_told_from_none(tmp_path):
+    folder = masked(tmp_path / "a")
+    for path in sorted((folder / "masks").iterdir()):
+        path.rename(path.with_suffix(".jpg"))
+    refused(
+        lambda: task(folder), "masks of files ending in .jpg, which do not keep the values", "masks drawn anew as .png"
+    )
+
+
 def test_options_that_mean_nothing_and_unknown_data_are_refused(tmp_path):
     refused(lambda: task("shape"), "try shapes")
     refused(lambda: task(tmp_path / "nothing"), "does not exist")

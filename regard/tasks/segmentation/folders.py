@@ -119,10 +119,14 @@ def pairs_of(folder: Path, kind: Kind) -> tuple[list[tuple[Path, Path]], list[st
         left += len(files) - len(kept)
         if not kept:
             there = {suffix_of(path) for path in files}
+            lossy = " ".join(sorted(there & kind.images))  # images as they may be, but not masks
+            others = [f"--task {each.task}" for each in (PICTURES, VOLUMES) if each is not kind and there & each.images]
             raise Unsupported(
-                f"{folder / part}, which holds no {kind.word}",
+                f"{folder / part} of files ending in {lossy}, which do not keep the values of masks"
+                if lossy
+                else f"{folder / part}, which holds no {kind.word}",
                 supported="files ending in " + " ".join(sorted(suffixes)),
-                nearest=next((f"--task {each.task}" for each in (PICTURES, VOLUMES) if there & each.images), ""),
+                nearest=f"masks drawn anew as {kind.usual}" if lossy else next(iter(others), ""),
             )
         by_name: dict[str, Path] = {}
         for path in kept:

@@ -96,7 +96,8 @@ def backbone_config(variant: Variant, task: Task, settings: CompareSettings, lon
     """An image backbone or segmenter in its published size for a task, or for a square or cube of `longest` patches."""
     name, options = variant.backbone or ("", {})
     if settings.model is not None or settings.stack != StackConfig():
-        raise Unsupported(f"{name} with --model or --stack", supported="the layers that it has")
+        given = "--stack" if settings.model is None else "--model"
+        raise Unsupported(f"{given} with the backbone {name}", supported=f"{given} with mechanisms")
     config = network_config(name, options, task)
     return config if longest is None else replace(config, grid=square_grid(longest, len(config.grid)))
 

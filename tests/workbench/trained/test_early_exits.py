@@ -79,6 +79,8 @@ def test_a_model_that_halts_is_told_as_it_is_and_with_another_patience(quick, tm
         ("train {lists} --exits 1+3 --output {out}", ("--exits 1+3", "1 to 2")),
         ("train {lists} --exits all:mine --output {out}", ("mine", "halting")),
         ("train --task recall --exits all:own --output {out}", ("next-token", "--exits all")),
+        ("train --task images --model vit_nano --exits all:own --output {out}", ("backbone vit_nano", "--mechanism")),
+        ("train --task images --model vit_nano --stack exits=1 --output {out}", ("--stack with the backbone",)),
         ("train --frozen {folder} --output {out}", ("--exits all",)),
         ("train --frozen {folder} --exits all --dim 8 --output {out}", ("--dim",)),
         ("train --frozen {folder} --exits all:halting --output {out}", ("halting",)),
