@@ -455,11 +455,11 @@ class _Job:
         codes = round_to_nearest(linear.weight, HEAD_FORMAT, rounding.calibrate)
         made = QuantizedLinear.of(linear, codes, HEAD_FORMAT)
         report = LayerReport(name, str(HEAD_FORMAT), relative_error(made.dequantized(), linear.weight))
-        tables = [(table, self.model.get_submodule(table)) for table in self.layers.tied]
+        tables = [(table, self.model.get_submodule(table), factor) for table, factor in self.layers.tied.items()]
         self._replace(linear, made, report)
-        for table, old in tables:
+        for table, old, factor in tables:
             words = f"{HEAD_FORMAT}, looked up in the codes of {name}"
-            self._replace(old, QuantizedEmbedding(made), LayerReport(table, words, report.error))
+            self._replace(old, QuantizedEmbedding(made, factor), LayerReport(table, words, report.error))
 
     def _replace(self, old: nn.Module, new: nn.Module, report: LayerReport) -> None:
         replace_module(self.model, old, new)

@@ -31,13 +31,13 @@ class Layers:
     Attributes:
         body: linear layers to quantize.
         head: name of a language model's output projection, if it is a linear layer; not included in the body.
-        tied: names of embeddings whose table is the head's weight.
+        tied: the embeddings whose table is the head's weight, each with the factor of the rows that it looks up.
         kept: the reason why each other layer with a weight matrix is left as it is.
     """
 
     body: dict[str, nn.Linear]
     head: str | None
-    tied: tuple[str, ...]
+    tied: dict[str, float]
     kept: dict[str, str]
 
 
@@ -54,7 +54,7 @@ def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambd
     body: dict[str, nn.Linear] = {}
     kept: dict[str, str] = {}
     outputs = _language_head(model)
-    head, tied = None, list[str]()
+    head, tied = None, dict[str, nn.Embedding]()
     inside: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -73,7 +73,12 @@ def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambd
             else:
                 body[name] = module
         elif isinstance(module, nn.Embedding) and outputs is not None and module.weight is outputs.weight:
-            tied.append(name)
+            tied[name] = module
+    factors = {name: factor for name, table in tied.items() if (factor := factor_of(table)) is not None}
+    if head is not None and len(factors) < len(tied):
+        odd = next(name for name in tied if name not in factors)
+        kept[odd] = f"{an_instance(tied[odd])}, which may compute something else than rows of its table"
+        kept[head], head = f"its weight is the table of {odd}, {kept[odd]}", None
     if not body:
         raise Unsupported(
             f"quantization of {an_instance(model)} without linear layers"
@@ -85,7 +90,22 @@ def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambd
     shared = _shared(body)
     if shared:
         raise Unsupported(f"layers that share a weight: {' and '.join(shared)}", supported="a weight for each layer")
-    return Layers(body, head, tuple(tied), kept)
+    return Layers(body, head, factors, kept)
+
+
+@torch.no_grad()
+def factor_of(table: nn.Embedding) -> float | None:
+    """The factor of the rows that an embedding looks up: 1, or ``embed_scale`` as in Gemma and BART; None for one that
+    computes something else, or has hooks."""
+    if "forward" in vars(table) or table._forward_hooks or table._forward_pre_hooks or table.max_norm is not None:
+        return None
+    if type(table) is nn.Embedding:
+        return 1.0
+    factor = getattr(table, "embed_scale", None)
+    if factor is None:
+        return None
+    ids = torch.arange(min(len(table.weight), 64), device=table.weight.device)
+    return float(factor) if torch.allclose(table(ids), table.weight[ids] * float(factor)) else None
 
 
 def _language_head(model: nn.Module) -> Any:

@@ -174,7 +174,7 @@ def quantize(
     the sum of embeddings and the residual sums, as norms read them. The residual stream itself, scores and attention
     weights (which are inside kernels), convolutions, and parameters of other modules stay in floating point: the paper
     quantizes the stream, scores and attention weights too, so its gaps are larger. A table that is also the head is
-    rounded only where it is looked up.
+    rounded only where it is looked up; an embedding of a class of its own has its own rounded table in the copy.
 
     Args:
         model: any module with linear layers; the simulation runs in hooks on them, so compile the returned copy.
@@ -200,6 +200,8 @@ def quantize(
         weights[name] = symmetric_grid(table, weight_bits)
         if isinstance(module, Learned):
             table.copy_(simulate(table, weights[name]))
+        elif type(module) is not nn.Embedding:  # it may scale its rows, and its table may be the head
+            module.weight = nn.Parameter(simulate(table, weights[name]), requires_grad=table.requires_grad)
         else:
             module.register_forward_hook(partial(_round_output, weights[name]))
     ranges: dict[str, RunningRange] = {}

@@ -242,11 +242,14 @@ class QuantizedEmbedding(nn.Module):
     """An embedding table tied to a quantized output head: looks up rows in the head's codes.
 
     The head is not registered as a submodule, so that its codes are stored and saved only once.
+
+    Args:
+        factor: the rows that are looked up are multiplied by it.
     """
 
-    def __init__(self, head: QuantizedLinear) -> None:
+    def __init__(self, head: QuantizedLinear, factor: float = 1.0) -> None:
         super().__init__()
-        self._head = (head,)
+        self._head, self.factor = (head,), factor
 
     @property
     def head(self) -> QuantizedLinear:
@@ -270,7 +273,8 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b k"]:
         rows = ids.flatten()
-        return dequantize(self.head.codes[rows], self.head.scale[rows], None, torch.float32).view(*ids.shape, -1)
+        found = dequantize(self.head.codes[rows], self.head.scale[rows], None, torch.float32).view(*ids.shape, -1)
+        return found if self.factor == 1 else found * self.factor
 
 
 def quantized_record(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -281,7 +285,7 @@ def quantized_record(model: nn.Module) -> dict[str, dict[str, Any]]:
         if isinstance(module, QuantizedLinear):
             found[name] = module.record()
         elif isinstance(module, QuantizedEmbedding):
-            found[name] = {"head": names[module.head]}
+            found[name] = {"head": names[module.head]} | ({} if module.factor == 1 else {"factor": module.factor})
     return found
 
 
@@ -316,7 +320,7 @@ def restore_layers(model: nn.Module, record: Mapping[str, Mapping[str, Any]], *,
             head = _submodule(model, str(entry["head"]), source)
             if not isinstance(head, QuantizedLinear):
                 raise Unsupported(f"{source}, in which {entry['head']} is not quantized", supported="a quantized head")
-            replace_module(model, _submodule(model, name, source), QuantizedEmbedding(head))
+            replace_module(model, _submodule(model, name, source), QuantizedEmbedding(head, entry.get("factor", 1.0)))
 
 
 def _submodule(model: nn.Module, name: str, source: str) -> nn.Module:

@@ -11,7 +11,7 @@ from support import refused
 from torch import Tensor, nn
 
 import regard
-from regard.compression import calibration, load_compressed, text_windows
+from regard.compression import calibration, load_compressed, quantize, text_windows
 from regard.compression.calibration import Chain, Statistics
 from regard.compression.layer_work import compress_layer
 from regard.compression.layers import find_layers, run_batch
@@ -183,6 +183,52 @@ def test_a_causal_model_of_transformers_has_its_head_and_tied_table_in_8_bits(ti
     before_head = kept.lm_head
     found = regard.compress(kept, "int8:head=keep")
     assert kept.lm_head is before_head and found.report.kept == {"lm_head": "head=keep"}
+
+
+def scaled(kind: str) -> Any:
+    """A model of transformers whose embedding is the head and multiplies what it looks up."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "Bart":
+        half = {"attention_heads": 2, "ffn_dim": 64}
+        sizes |= {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "scale_embedding": True}
+        sizes |= {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in half.items()}
+        return transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes)).eval()
+    config = getattr(transformers, f"{kind}Config")(num_key_value_heads=1, head_dim=16, **sizes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["Gemma", "Gemma3Text", "Bart"])
+def test_a_tied_table_that_multiplies_its_rows_still_does_in_8_bits(kind, tmp_path):
+    model, ids = scaled(kind), windows(1)[0]
+    before = model(ids).logits
+    small = regard.compress(model, "int8")
+    tables = [x for x in model.modules() if isinstance(x, QuantizedEmbedding)]
+    assert tables and all(x.factor == pytest.approx(32**0.5) for x in tables)
+    after = model(ids).logits
+    assert 0 < distance(after, before) < 0.05
+    small.save(tmp_path)
+    assert torch.equal(load_compressed(tmp_path)(ids).logits, after)
+    model = scaled(kind)
+    before = model(ids).logits
+    assert distance(quantize(model, [ids]).model(ids).logits, before) < 0.1
+
+
+def test_a_head_stays_where_its_table_may_compute_something_else():
+    class Turned(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return -super().forward(ids)
+
+    model, data = llama(tie_word_embeddings=True), windows(1)
+    table = Turned(VOCABULARY, 32)
+    table.weight = model.lm_head.weight
+    model.set_input_embeddings(table)
+    before = model(data[0]).logits
+    small = regard.compress(model, "int8")
+    assert model.get_input_embeddings() is table and distance(model(data[0]).logits, before) < 0.05
+    assert "a Turned, which may compute something else" in small.report.kept["model.embed_tokens"]
+    assert "the table of model.embed_tokens" in small.report.kept["lm_head"]
 
 
 def test_image_models_of_regard_and_timm_and_encoders_keep_their_heads(tmp_path):
