@@ -16,6 +16,7 @@ from support import GRAPH
 import regard
 from regard.backends.native import library
 from regard.compression.folders import load_causal_model
+from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.sparse import sparsely
 from regard.compression.sparse.rounding import Block
 from regard.contract import Recurrence
@@ -334,6 +335,28 @@ def test_what_a_layer_has_now_is_what_it_computes_with(calls):
         assert calls.count("decoder_layers") == tokens.shape[1] - 1
         with torch.inference_mode():
             near(found, model(tokens).logits)
+
+
+@pytest.mark.parametrize("make", [llama, qwen2])
+def test_hard_layers_stay_hard_whether_they_were_so_before_or_after_the_model_was_fused(make, calls):
+    model, tokens = make(), ids()
+    disturb(model)
+    bridge.fuse_layers(model)
+    with torch.inference_mode():
+        soft = model(tokens).logits
+    near(stepped(model, tokens), soft)
+    undo = find_host(model).compact([Cut(), Cut(hard=2)])
+    with torch.inference_mode():
+        hard = model(tokens).logits
+    assert not torch.allclose(hard, soft, atol=1e-2)
+    near(stepped(model, tokens), hard)
+    bridge.unfuse_layers(model)
+    bridge.fuse_layers(model)
+    near(stepped(model, tokens), hard)
+    undo()
+    calls.clear()
+    near(stepped(model, tokens), soft)
+    assert calls.count("decoder_layers") == tokens.shape[1] - 1
 
 
 def test_a_layer_steps_aside_for_hooks_gradients_and_parts_that_are_others(calls):

@@ -195,6 +195,8 @@ class FusedDecoder:
             return found
         if len({(len(weight), natives[0].head_width), *((x.width, x.head_width) for x in natives)}) > 1:
             return found
+        if any(x.self_attn.config._attn_implementation != self.decoder.config._attn_implementation for x in layers):
+            return found  # a layer has one of its own, as hard attention
         members = [*map(Member, layers, natives, seen.recurrences)]
         if attention != SWAPPED:
             members = [x._replace(recurrence=None) for x in members]

@@ -43,6 +43,8 @@ class Snapshot:
     def __init__(self, layers: Sequence[Any], around: Sequence[nn.Module] = ()) -> None:
         self._homes = [x._modules for layer in layers for x in (layer, layer.self_attn, layer.mlp)]
         self._homes += [x._modules for x in around]
+        self._attending = [x.self_attn.__dict__ for x in layers]
+        self._configs = [x["config"] for x in self._attending]  # a hard layer has one of its own
         known = [recurrence_of(x.self_attn) for x in layers]
         placed = [x.self_attn.regard for x, recurrence in zip(layers, known, strict=True) if recurrence is not None]
         recurring = [part for x in placed for part in x.modules()]
@@ -65,7 +67,9 @@ class Snapshot:
         self.recurrences = [*map(_recurrence, known, self.natives)]
 
     def is_current(self) -> bool:
-        """Return whether the layers still have the same parts, with their tensors at the same addresses."""
+        """Return whether the layers still have the same parts and configs, with their tensors at the same addresses."""
+        if not all(map(operator.is_, self._configs, (x["config"] for x in self._attending))):
+            return False
         return self._found_parts() == self._parts and self._found_places() == self._places
 
     def is_seen(self) -> bool:
