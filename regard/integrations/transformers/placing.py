@@ -154,11 +154,21 @@ def _dispatches(module: nn.Module) -> bool:
 
 
 def check_interface(model: PreTrainedModel) -> None:
-    """Raise Unsupported for a model that does not attend through transformers' attention interface."""
+    """Raise Unsupported for a model that does not attend through transformers' attention interface, or has layers whose
+    attention was made hard, which no other implementation reaches."""
+    from regard.compression.pruning.hard import KEYS
+
     if not model._can_set_attn_implementation():
         raise Unsupported(
             f"{type(model).__name__}, which does not dispatch through transformers' attention interface",
             supported="models that do",
+        )
+    hard = next((name for name, module in model.named_modules() if hasattr(module, KEYS)), None)
+    if hard is not None:
+        raise Unsupported(
+            f"other attention in {type(model).__name__} with hard attention in {hard}",
+            supported="models whose queries read all keys",
+            nearest="axformer:hard=0",
         )
 
 

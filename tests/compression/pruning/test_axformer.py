@@ -19,6 +19,7 @@ from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.pruning.axformer import Found, search
 from regard.compression.pruning.masks import masked
 from regard.compression.pruning.steps import AxFormer
+from regard.compression.sparse import sparsify
 from regard.models import from_pretrained
 from regard.tasks.protocol import Batch
 
@@ -52,6 +53,21 @@ def test_hard_layers_are_masked_compacted_saved_and_loaded_alike(make, tmp_path)
     close(output(model, ids), expected)
     undo()
     close(output(model, ids), before, 0.0)
+
+
+def test_hard_layers_of_transformers_take_no_other_attention():
+    from regard.serving.transformers import TransformersReader
+
+    model = llama()
+    undo = find_host(model).compact([Cut(), Cut(hard=3), Cut(), Cut()])
+    for call in (
+        lambda: sparsify(model, "streaming:capacity=8"),
+        lambda: regard.swap(model, "linear"),
+        lambda: TransformersReader(model),
+    ):
+        refused("hard attention in model.layers.1.self_attn", call)
+    undo()
+    sparsify(model, "streaming:capacity=8").undo()
 
 
 def test_a_padded_batch_of_transformers_is_masked_in_hard_layers():
