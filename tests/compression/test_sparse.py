@@ -442,6 +442,19 @@ def causal_model():
     return transformers.LlamaForCausalLM(config).double().eval()
 
 
+def of_family(kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    others = {"n_embd": 32, "n_layer": 2, "n_head": 4, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}
+    others |= {"num_key_value_heads": 4, "word_embed_proj_dim": 32}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=40, **sizes, **others, **ends)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
 def continued(model, ids, count):
     if isinstance(model, LanguageModel):
         return model.generate(ids, count)
@@ -472,6 +485,23 @@ def test_models_of_both_libraries_run_sparsely_and_as_before_when_undone(make):
         assert torch.equal(logits(model, ids), before), "prompts are read as they are"
         assert continued(model, ids, 12).shape == tokens.shape and 0.1 < sparse.measured()["cache"] < 0.5
     assert torch.equal(logits(model, ids), before) and torch.equal(continued(model, ids, 12), tokens)
+
+
+@pytest.mark.parametrize("kind", ["GPTNeoX", "GPT2", "OPT", "Phi", "StableLm", "Cohere", "GPTBigCode", "Bart"])
+def test_families_of_transformers_decode_from_sparse_caches_as_from_their_own(kind):
+    model, ids = of_family(kind), torch.randint(3, 40, (1, 12))
+    settings = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, **settings)
+    with sparsely(model, "quest:budget=64,page=4"):
+        found = model.generate(ids, **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_a_module_that_attends_twice_in_a_call_is_refused():
+    with sparsely(of_family("DiffLlama"), "quest") as sparse, pytest.raises(Unsupported, match="more than once"):
+        sparse.model(torch.randint(3, 40, (1, 12)))
 
 
 def test_beams_of_a_sparse_model_have_caches_of_their_own():

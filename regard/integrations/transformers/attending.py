@@ -26,7 +26,7 @@ SWAPPED = PREFIX + "swapped"
 PLACE = "regard"
 """Attribute of an attention module: its mechanism, or None for softmax."""
 UNPLACED: Any = object()
-CACHES = tuple(dict.fromkeys((CACHE, "past_key_values", "past_key_value")))
+CACHES = tuple(dict.fromkeys((CACHE, "past_key_values", "past_key_value", "layer_past")))
 MEMORY = ("encoder_hidden_states", "key_value_states")
 """Arguments of attention modules that hold the tokens of another sequence."""
 _CALL = threading.local()
@@ -186,6 +186,11 @@ def _forward(
         attend = _without_weights(mechanism, () if softcap is None else (("softcap", softcap),))
     else:
         attend, told = placed, _told_of(module)
+        if told is NOTHING and placed.placement.layer is not None:
+            raise Unsupported(
+                f"{placed.chosen.name} with a cache in {an_instance(module)}, which attends more than once in a call",
+                supported="modules that attend once",
+            )
         if softcap is not None and getattr(placed.config, "softcap", None) != softcap:
             raise Unsupported(f"softcap={softcap} with {placed.chosen.name}", supported="a softcap set by regard.swap")
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
