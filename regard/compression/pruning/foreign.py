@@ -6,6 +6,7 @@ alone can load the saved model. Otherwise :mod:`regard.compression.pruning.recor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,9 @@ FAMILIES = {
         post_norm=True,
     ),
 }
+
+NOT_OF_LAYERS = re.compile("token|architectures")
+"""Lists of a config that are not one entry per layer, even where they are as long."""
 
 
 class NoAttention(nn.Module):
@@ -197,8 +201,11 @@ class TransformersModel:
             for module in layers[old].modules():
                 if getattr(module, "layer_idx", None) is not None:
                     undo.append(assign(module, "layer_idx", new))
-        if getattr(config, "layer_types", None):
-            undo.append(assign(config, "layer_types", [config.layer_types[i] for i in kept]))
+        undo += [
+            assign(config, one, [found[i] for i in kept])
+            for one, found in list(vars(config).items())
+            if isinstance(found, list | tuple) and len(found) == len(layers) and not NOT_OF_LAYERS.search(one)
+        ]
         return [*undo, assign(config, "num_hidden_layers", len(kept))]
 
     def _describe(self, cuts: list[Cut], layers: list[Layer]) -> list[Undo]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -56,6 +57,38 @@ def test_what_is_left_alike_in_all_layers_loads_in_transformers_alone(tmp_path):
     assert any(
         "cannot represent" in note for note in regard.compress(bert(), "structured:heads=0.5", [ids]).report.notes
     )
+
+
+def test_lists_of_a_config_lose_the_entries_of_layers_that_go(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"vocab_size": VOCABULARY, "pad_token_id": 0}
+    rope = transformers.SmolLM3Config(
+        num_key_value_heads=2, no_rope_layers=[1, 0, 0, 1], eos_token_id=[1, 2, 3, 4], **sizes
+    )
+    windows = transformers.LongformerConfig(attention_window=[4, 8, 12, 16], bos_token_id=1, **sizes)
+    ids = torch.randint(5, VOCABULARY, (2, 16))
+    for recipe in ("structured:layers=2,layers_by=even", "distil:layers=2,steps=1"):
+        model = transformers.SmolLM3ForCausalLM(copy.deepcopy(rope)).eval()
+        small = regard.compress(model, recipe, [ids])
+        rotated = [layer.self_attn.use_rope for layer in model.model.layers]
+        assert model.config.no_rope_layers == rotated and len(rotated) == 2
+        assert model.config.eos_token_id == [1, 2, 3, 4]
+        expected = output(model, ids)
+        small.save(tmp_path)
+        close(output(load_compressed(tmp_path), ids), expected, 1e-6)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True).eval()
+        close(output(loaded, ids), expected, 1e-6)
+    model = transformers.LongformerForMaskedLM(windows).eval()
+    small = regard.compress(model, "structured:layers=2,layers_by=even", [ids])
+    assert model.config.attention_window == [
+        2 * layer.attention.self.one_sided_attn_window_size for layer in model.longformer.encoder.layer
+    ]
+    expected = output(model, ids)
+    small.save(tmp_path)
+    close(output(load_compressed(tmp_path), ids), expected, 1e-6)
+    small = regard.compress(transformers.SmolLM3ForCausalLM(rope), "structured:layers=1,layers_by=even")
+    assert small.undo().config.no_rope_layers == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("recipe", ["structured:layers=2,neurons=0.3", "structured:heads=0.5,layers=1"])
