@@ -44,7 +44,7 @@ class Layer:
         branches: the module of each branch that the layer has.
         ends: for each branch, the module whose output is added to the residual stream.
         post_norm: whether norms come after the residual sums, so that they stay when branches are removed.
-        fixed: the reason why ``heads`` or ``neurons`` cannot be removed.
+        fixed: the reason why ``heads``, ``neurons`` or a branch cannot be removed.
     """
 
     name: str

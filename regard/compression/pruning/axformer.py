@@ -178,9 +178,10 @@ class _Search:
     def _prune(self, i: int, branch: str) -> None:
         """Try to remove a branch, or else its parts."""
         layer = self.host.layers[i]
-        taken, loss = self.attempt(f"{branch.replace('_', '-')} of {layer.name}", i, **{branch: True})
-        if taken or not loss < self.step.factor * self.best:
-            return
+        if branch not in layer.fixed:
+            taken, loss = self.attempt(f"{branch.replace('_', '-')} of {layer.name}", i, **{branch: True})
+            if taken or not loss < self.step.factor * self.best:
+                return
         what = "heads" if branch == "attention" else "neurons"
         for number, part in enumerate(_parts(layer, what, self.step.groups)):
             name = f"head {number}" if what == "heads" else f"neurons {part[0]} to {part[-1]}"

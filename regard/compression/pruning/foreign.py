@@ -7,7 +7,7 @@ alone can load the saved model. Otherwise :mod:`regard.compression.pruning.recor
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from regard.compression.pruning.anatomy import (
     spans,
     staying,
 )
-from regard.compression.pruning.records import check_whole, entry_of, note
+from regard.compression.pruning.records import check_whole, entry_of, note, why_not_built
 from regard.contract import Unsupported, an_instance
 from regard.layers.linear import Linear
 
@@ -120,6 +120,9 @@ class NormAlone(nn.Module):
             return self.LayerNorm(hidden_states), None
         return self.LayerNorm(more[0])
 
+    def set_attention_type(self, value: str, layer_idx: int | None = None) -> None:
+        """BigBird tells its attention which kind it is to be."""
+
 
 class TransformersModel:
     """A model of transformers whose layers belong to one of :data:`FAMILIES`."""
@@ -151,47 +154,50 @@ class TransformersModel:
         settled = check_cuts(self.layers, cuts)
         kept = staying(settled)
         undo: list[Undo] = []
-        for number in kept:
-            undo += self._cut(number, settled[number])
+        try:
+            for number in kept:
+                undo.extend(self._cut(number, settled[number]))
+        except (AttributeError, RuntimeError, TypeError):  # a layer that lacks something of its family
+            backwards(undo)()
+            raise
         if len(kept) < len(settled):
             undo += self._keep_layers(kept)
         undo += self._describe([settled[i] for i in kept], [self.layers[i] for i in kept])
         return backwards(undo)
 
-    def _cut(self, number: int, cut: Cut) -> list[Undo]:
+    def _cut(self, number: int, cut: Cut) -> Iterator[Undo]:
         layer, family = self.layers[number], self.family
         module: Any = layer.module
-        undo: list[Undo] = []
         if cut.attention:
             old = module.get_submodule(family.attention)
             new = NormAlone(old.output.LayerNorm, attention=True) if family.post_norm else NoAttention(old.layer_idx)
-            undo.append(put(module, family.attention, new.train(old.training)))
+            yield put(module, family.attention, new.train(old.training))
         elif cut.heads:
             units, counts = left(layer.units, cut.heads)
             own = module.get_submodule(family.key).out_features // layer.units
-            undo += [
-                put(module, path, smaller(module.get_submodule(path), rows=spans(units, size)))
-                for path, size in ((family.query, own * layer.group), (family.key, own), (family.value, layer.width))
-            ]
+            for path, size in ((family.query, own * layer.group), (family.key, own), (family.value, layer.width)):
+                yield put(module, path, smaller(module.get_submodule(path), rows=spans(units, size)))
             output = smaller(layer.output, columns=layer.columns(units), silent=not counts)  # type: ignore[arg-type]
-            undo.append(put(module, family.output, output))
+            yield put(module, family.output, output)
         if cut.feed_forward:
-            undo += self._without_network(module)
+            yield from self._without_network(module)
         elif cut.neurons:
             neurons, counts = left(layer.neurons, cut.neurons)
             kept = torch.tensor(neurons)
-            undo += [put(module, path, smaller(module.get_submodule(path), rows=kept)) for path in family.up]
+            for path in family.up:
+                yield put(module, path, smaller(module.get_submodule(path), rows=kept))
             down = smaller(module.get_submodule(family.down), columns=kept, silent=not counts)
-            undo.append(put(module, family.down, down))
+            yield put(module, family.down, down)
         if cut.hard is not None:
-            undo.append(self.harden(number, cut.hard))
-        return undo
+            yield self.harden(number, cut.hard)
 
-    def _without_network(self, module: Any) -> list[Undo]:
+    def _without_network(self, module: Any) -> Iterator[Undo]:
         if not self.family.post_norm:
-            return [put(module, "mlp", NoBranch())]
+            yield put(module, "mlp", NoBranch())
+            return
         norm = NormAlone(module.output.LayerNorm, attention=False).train(module.training)
-        return [put(module, "intermediate", nn.Identity()), put(module, "output", norm)]
+        yield put(module, "intermediate", nn.Identity())
+        yield put(module, "output", norm)
 
     def _keep_layers(self, kept: list[int]) -> list[Undo]:
         layers, config = self.stack, self.model.config
@@ -223,6 +229,9 @@ class TransformersModel:
             if pruned:
                 undo.append(assign(config, "num_attention_heads", heads))
                 undo.append(assign(config, "num_key_value_heads", entries[0]["units"]))
+                if why_not_built(self.model) is not None:  # layers of this kind ignore head_dim
+                    backwards(undo)()
+                    return [note(self.model, entries)]
             return undo
         return [note(self.model, entries)]
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from regard.compression.layers import Run, run_batch
 from regard.compression.pruning.anatomy import BRANCHES, Cut, Host, Layer, Undo
+from regard.compression.pruning.checked import compact
 from regard.compression.pruning.losses import Losses, item_losses
 from regard.compression.pruning.masks import Gates, gated
 from regard.contract import Unsupported, at_least
@@ -148,7 +149,7 @@ class LearnedGates(nn.Module):
                 ("neurons", "feed_forward", layer.down),
             ):
                 undo.append(_scaled(layer, linear, getattr(gates, part), getattr(gates, branch), branch))
-        undo.append(self.host.compact(cuts))
+        undo.append(compact(self.host, cuts))
 
         def back() -> None:
             for one in reversed(undo):

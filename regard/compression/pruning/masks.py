@@ -80,10 +80,15 @@ def masked(host: Host, cuts: Sequence[Cut]) -> Iterator[None]:
             if cut.hard is not None:
                 changes.callback(host.harden(number, cut.hard))
             if cut.layer and host.layers[number].post_norm:
-                changes.callback(replace_forward(host.layers[number].module, lambda x, *_, **__: x))
+                changes.callback(host.layers[number].module.register_forward_hook(_passed).remove)
         pairs = enumerate(zip(host.layers, settled, strict=True))
         changes.enter_context(gated(host.layers, {i: Gates.of(layer, cut) for i, (layer, cut) in pairs}))
         yield
+
+
+def _passed(module: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+    """The input of a layer in the form of its output."""
+    return (given[0], *output[1:]) if isinstance(output, tuple) else given[0]
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Undo:

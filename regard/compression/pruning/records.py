@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 
 from regard.compression.pruning.anatomy import Cut, Layer, Undo, find_host, left
@@ -63,6 +65,24 @@ def restore(model: nn.Module, record: Mapping[str, Any], *, source: str) -> None
             )
         )
     host.compact(cuts)
+
+
+def why_not_built(model: Any) -> str | None:
+    """Why the weights of a transformers model cannot be loaded into the one that its config and record describe; None
+    if they can."""
+    from transformers.initialization import no_init_weights
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), no_init_weights():
+            built = type(model)(copy.deepcopy(model.config))
+            if (record := structure(model)) is not None:
+                restore(built, record, source="the record")
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        return f"its config describes no model ({str(error).strip() or type(error).__name__})"
+    shapes = {name: parameter.shape for name, parameter in built.named_parameters()}
+    own = {name: parameter.shape for name, parameter in model.named_parameters()}
+    other = next((name for name, shape in own.items() if shapes.get(name, shape) != shape), None)
+    return None if other is None else f"its config describes another size of {other}"
 
 
 @dataclass(frozen=True)

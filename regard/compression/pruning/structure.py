@@ -13,6 +13,7 @@ from torch import nn
 from regard.compression.layers import Run
 from regard.compression.pruning.anatomy import Cut, Layer, Undo, find_host
 from regard.compression.pruning.axformer import Trial, search
+from regard.compression.pruning.checked import compact, note_fixed
 from regard.compression.pruning.losses import Losses
 from regard.compression.pruning.records import structure
 from regard.compression.pruning.scores import choose
@@ -42,8 +43,10 @@ def take_parts(
     host = find_host(model)
     kept = frozenset(i for i, layer in enumerate(host.layers) if keep(layer.name, layer.module))
     if isinstance(step, Structured):
+        note_fixed(host, [part for part in ("heads", "neurons") if getattr(step, part)])
         cuts, notes = choose(host, step, batches, run, kept), []
     else:
+        note_fixed(host)
         file = None if work is None else work / TRIALS
         known = [] if file is None or not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
 
@@ -65,7 +68,7 @@ def take_parts(
         )
         cuts, notes = found.cuts, [str(found)]
     before = sum(parameter.numel() for parameter in model.parameters())
-    undo = host.compact(cuts)
+    undo = compact(host, cuts)
     after = sum(parameter.numel() for parameter in model.parameters())
     said = [f"{after:,} of {before:,} parameters are left ({after / before:.1%})"]
     if structure(model) is not None:

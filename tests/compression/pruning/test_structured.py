@@ -16,7 +16,9 @@ from torch.nn import functional as F
 import regard
 from regard.compression import load_compressed
 from regard.compression.layers import run_batch
+from regard.compression.pruning import records
 from regard.compression.pruning.anatomy import Cut, find_host
+from regard.compression.pruning.checked import compact
 from regard.compression.pruning.losses import item_losses
 from regard.compression.pruning.scores import choose, layer_likeness
 from regard.compression.pruning.steps import Structured
@@ -176,6 +178,69 @@ def test_layers_that_keep_names_stay_whole():
     step = "structured:neurons=0.5,layers=1,heads=0.5"
     regard.compress(model.float(), step, [ids], keep=lambda name, module: name in ("blocks.0", "blocks.1"))
     assert list(model.blocks)[:2] == before[:2] and len(model.blocks) == 3
+
+
+def of_transformers(name: str, head: str, **options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "num_key_value_heads": 4, "embedding_size": 16}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, **tokens, **options)
+    return getattr(transformers, f"{name}For{head}")(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "parts", "options"),
+    [
+        ("Olmo2", "CausalLM", ("heads",), {}),
+        ("Cohere", "CausalLM", ("heads",), {"use_qk_norm": True}),
+        ("BitNet", "CausalLM", ("heads", "neurons"), {}),
+        ("MegatronBert", "MaskedLM", ("heads",), {}),
+        ("BigBird", "MaskedLM", ("heads",), {}),
+    ],
+)
+def test_parts_that_more_belongs_to_are_refused_and_a_search_leaves_them(name, head, parts, options, tmp_path):
+    model, ids = of_transformers(name, head, **options), torch.randint(5, VOCABULARY, (2, 11))
+    before = output(model, ids)
+    for part in ("heads", "neurons"):
+        if part in parts:
+            refused(f"taking {part} out of", regard.compress, model, f"structured:{part}=0.5,by=magnitude")
+        else:
+            regard.compress(model, f"structured:{part}=0.5,by=magnitude").undo()
+        close(output(model, ids), before, 0.0)
+    regard.compress(model, "structured:layers=1", [ids]).undo()
+    data = [{"input_ids": ids, "labels": ids}]
+    small = regard.compress(model, "axformer:focus=size,slack=0.5,hard=0,groups=2", data)
+    expected = output(model, ids)
+    small.save(tmp_path)
+    close(output(load_compressed(tmp_path), ids), expected, 1e-6)
+
+
+def test_what_a_config_cannot_say_is_recorded_or_refused(tmp_path):
+    model, ids = of_transformers("Helium", "CausalLM", head_dim=4), torch.randint(5, VOCABULARY, (2, 11))
+    small = regard.compress(model, "structured:heads=0.5,by=magnitude")
+    expected = output(model, ids)
+    small.save(tmp_path)
+    close(output(load_compressed(tmp_path), ids), expected, 1e-6)
+    refused(
+        "another size of esm.contact_head",
+        regard.compress,
+        of_transformers("Esm", "MaskedLM"),
+        "structured:layers=1,layers_by=even",
+    )
+
+
+def test_a_cut_that_does_not_fit_a_layer_leaves_the_model_as_it_was():
+    model, ids = of_transformers("MegatronBert", "MaskedLM"), torch.randint(5, VOCABULARY, (2, 11))
+    before = output(model, ids)
+    refused(
+        "taking attention and neurons out of",
+        compact,
+        find_host(model),
+        [Cut(neurons=(1,)), Cut(attention=True), Cut(), Cut()],
+    )
+    close(output(model, ids), before, 0.0)
+    assert records.structure(model) is None
 
 
 def test_losses_of_items_are_those_of_torch():
