@@ -178,7 +178,7 @@ class _Search:
     def _prune(self, i: int, branch: str) -> None:
         """Try to remove a branch, or else its parts."""
         layer = self.host.layers[i]
-        if branch not in layer.fixed:
+        if branch not in layer.fixed and not self._empties(i, branch):
             taken, loss = self.attempt(f"{branch.replace('_', '-')} of {layer.name}", i, **{branch: True})
             if taken or not loss < self.step.factor * self.best:
                 return
@@ -187,6 +187,12 @@ class _Search:
             name = f"head {number}" if what == "heads" else f"neurons {part[0]} to {part[-1]}"
             before = getattr(self.cuts[i], what)
             self.attempt(f"{name} of {layer.name}", i, **{what: (*before, *part)})
+
+    def _empties(self, i: int, branch: str) -> bool:
+        """Return whether no layer would be left without this branch."""
+        cuts = [*self.cuts]
+        cuts[i] = replace(cuts[i], **{branch: True})  # type: ignore[arg-type]
+        return all(cut.settled(layer).layer for cut, layer in zip(cuts, self.host.layers, strict=True))
 
     def attempt(self, name: str, i: int, **change: Any) -> tuple[bool, float]:
         """Try a change; return whether it is accepted, and the loss with it."""

@@ -202,6 +202,15 @@ def test_a_branch_that_adds_nothing_stays_unless_ties_are_taken():
         assert trial.taken == ties, found.trials
 
 
+@pytest.mark.parametrize("make", [language_model, llama])
+def test_a_search_that_could_take_everything_leaves_a_branch(make):
+    model, ids = make(), torch.randint(30, (4, 9))
+    data = [Batch(ids, ids)] if make is language_model else [{"input_ids": ids, "labels": ids}]
+    small = regard.compress(model, "axformer:focus=size,slack=1e9,groups=1,hard=0", data)
+    assert "11 of 11 changes" in small.report.notes[0]
+    assert "layers.0: feed-forward, 4 of 4 heads" in small.report.notes[-4].replace("blocks", "layers")
+
+
 def test_the_loss_is_a_mean_over_items_not_over_batches():
     model, batches = encoder(), items()
     expected = losses_of(model, batches)
