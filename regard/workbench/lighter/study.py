@@ -21,6 +21,7 @@ from torch import nn
 
 from regard.compression import Compressed, Recipe, compress
 from regard.compression.layers import find_layers
+from regard.compression.resume import digest
 from regard.contract import Unsupported
 from regard.core.files import write_text_atomically
 from regard.measurement import provenance, units
@@ -155,6 +156,7 @@ def study(
         keep()
     original = Row(**state["original"])
     answers: dict[str, list[Any]] = state.setdefault("effects", {})
+    refused: dict[str, str] = {}  # not kept: another version may do what this one refuses
 
     def ask(name: str, asked: nn.Module) -> None:
         if probes is not None and len(answers.get(name, ())) < effects:
@@ -166,7 +168,7 @@ def study(
     ask("original", model)
     for i, recipe in enumerate(recipes):
         answered = len(answers.get(recipe.name, ())) >= effects
-        if (recipe.name in state["rows"] and answered) or recipe.name in state["refused"]:
+        if recipe.name in state["rows"] and answered:
             continue
         if used() > budget.amount:
             say(f"the budget of {budget} is over: {recipe.name} is left out")
@@ -186,7 +188,7 @@ def study(
                 ),
             )
         except Unsupported as error:
-            state["refused"][recipe.name] = str(error)
+            refused[recipe.name] = str(error)
         else:
             on_progress(f"{recipe.name}: scoring", i, len(recipes))
             state["rows"][recipe.name] = asdict(_measured(subject, model, original, changed, state["items"]))
@@ -196,7 +198,7 @@ def study(
     late = {
         recipe.name: f"the budget of {budget} was over"
         for recipe in recipes
-        if recipe.name not in state["rows"] and recipe.name not in state["refused"]
+        if recipe.name not in state["rows"] and recipe.name not in refused
     }
     rows = [Row(**state["rows"][recipe.name]) for recipe in recipes if recipe.name in state["rows"]]
     return Study(
@@ -207,7 +209,7 @@ def study(
         state["calibration"],
         _timed_original(original, rows),
         rows,
-        {name: why for name, why in {**state["refused"], **late}.items() if name in {r.name for r in recipes}},
+        {**refused, **late},
         provenance.fingerprint()["cpu"],
         torch.get_num_threads(),
         {
@@ -344,9 +346,14 @@ def _changed(loss: float) -> str:
 
 def _opened(file: Path, subject: Subject, model: nn.Module) -> dict[str, Any]:
     """The state of the study in a folder; raises Unsupported if another model or other data were studied there."""
-    identity = {"subject": subject.described, "items": subject.items, "model": weights_digest(model)}
+    identity = {
+        "subject": subject.described,
+        "items": subject.items,
+        "model": weights_digest(model),
+        "data": digest(subject.looked_at()),
+    }
     if not file.is_file():
-        return {"identity": identity, "rows": {}, "refused": {}, "spent": 0.0}
+        return {"identity": identity, "rows": {}, "spent": 0.0}
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         same = before["identity"] == identity

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 import regard
 from regard.compression import load_compressed
 from regard.compression.layers import answers_of
+from regard.compression.resume import digest
 from regard.layers.quantized import QuantizedLinear
 from regard.models.weights import weights_bytes
 from regard.workbench.lighter import evaluated
@@ -99,6 +102,30 @@ def test_recipes_are_measured_on_what_the_model_says(capsys, place, tmp_path, mo
     assert set(rows["int8"]["speedup"]) == {"one item", "16 items"}
     assert rows["int8"]["bytes"] < found["original"]["bytes"] / 2
     assert metric in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("model", "data"), [("masked", "text.txt"), ("classes", "labelled.csv"), ("vit", "photos")])
+def test_a_study_knows_its_data_by_their_contents(place, model, data):
+    first, again = (digest(open_subject(place / model, str(place / data), None).looked_at()) for _ in range(2))
+    assert first == again
+    subject = open_subject(place / model, str(place / data), None)
+    held_out = subject.held_out.batch([0])
+    next(iter(held_out.values())).view(-1)[-1] += 1
+    other = replace(subject, held_out=Changed(subject.held_out, held_out))
+    assert digest(other.looked_at()) != first
+
+
+class Changed:
+    """Items of which the first is another one."""
+
+    def __init__(self, items, first):
+        self.items, self.first = items, first
+
+    def __len__(self):
+        return len(self.items)
+
+    def batch(self, numbers):
+        return self.first if 0 in numbers else self.items.batch(numbers)
 
 
 def test_scores_are_those_of_the_models_own_library(place):

@@ -99,6 +99,27 @@ def test_recipes_that_the_budget_has_no_time_for_are_named(trained, tmp_path):
     assert recommend(found)[0] is None
 
 
+def test_a_study_knows_its_data_again_and_keeps_no_refusals(causal, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:4000])
+    recipes = read_recipes("int8,gptq")
+    budget = Budget.parse("1h")
+
+    def refuse(*given, **told):
+        raise Unsupported("this recipe")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "compress", refuse)
+        found = study(CausalModel(causal[0], [str(text)], 64), recipes, tmp_path / "out", budget)
+    assert list(found.refused) == ["int8", "gptq"]
+    found = study(CausalModel(causal[0], [str(text)], 64), recipes, tmp_path / "out", budget)
+    assert [row.recipe for row in found.rows] == ["int8", "gptq"] and not found.refused
+    for changed in (TEXT[:3990] + TEXT[:10], "b" + TEXT[1:4000]):
+        text.write_text(changed)
+        with pytest.raises(Unsupported, match="other data"):
+            study(CausalModel(causal[0], [str(text)], 64), recipes, tmp_path / "out", budget)
+
+
 def row(recipe: str, quality: float, size: int, speed: float) -> Row:
     return Row(recipe, quality, quality / 10 - 1, size, {"decode": 1 / speed}, {"decode": speed}, 1.0, {}, 3)
 

@@ -85,6 +85,10 @@ class Answering:
         assert self.before is not None
         return list(_batches(self.before, CHOOSING))
 
+    def looked_at(self) -> Any:
+        assert self.held_out is not None
+        return self.calibration(AT_ONCE), self.choosing(), list(_batches(self.held_out, CHOOSING))
+
     def quality(self, model: nn.Module, items: int) -> float:
         original = None if self.score.known else self.load()
         return self.scored(model, items, self.score.begin(), original=original)[0].value()[0]

@@ -72,6 +72,10 @@ class Subject(Protocol):
         """Batches that a search may use: items that were neither trained on nor count for the quality."""
         ...
 
+    def looked_at(self) -> Any:
+        """The data that recipes are judged by, by which a study is known again: held-out and calibration items."""
+        ...
+
     def quality(self, model: nn.Module, items: int) -> float:
         """The quality on the first `items` held-out items."""
         ...

@@ -62,6 +62,9 @@ class CausalModel:
     def choosing(self) -> list[Any]:
         return text_windows(self.before, self.length, max(1, CHOOSING * 64 // self.length))
 
+    def looked_at(self) -> Any:
+        return self.before, self.held_out
+
     def quality(self, model: nn.Module, items: int) -> float:
         return perplexity(read_in_turn(model), text_windows(self.held_out, self.length, items))
 

@@ -72,6 +72,9 @@ class Trained:
             seen += last
         return found
 
+    def looked_at(self) -> Any:
+        return self.calibration(self.batch_size), list(self.task.evaluation_batches(self.batch_size))
+
     def quality(self, model: nn.Module, items: int) -> float:
         last = self.first + items
         read = read_in_turn(model)
