@@ -13,7 +13,7 @@ from regard.tasks.generated import GeneratedTask
 from regard.tasks.protocol import TRAINING, Baseline, check_integer, counter_generator
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int, UInt8
+    from jaxtyping import Bool, Float, Int, UInt8
 
 EMPTY, LINE, DOT = range(3)
 DASH, GAP = 3, 2
@@ -22,14 +22,19 @@ LINK = GAP + 1
 """Largest distance in pixels, along the longer axis, between consecutive dashes; different curves are further apart."""
 TRIES, ROUNDS = 8, 32
 """Curves drawn at once for each picture, of which the first that fits is used, and how often this is repeated."""
+CHOICE, ALIKE = 4, 0.5
+"""How many times as many second curves are drawn, of which the one with the most alike ends is used; difference between
+two pairs of ends up to which pictures are kept; a quarter of them is kept in any case."""
 BEND, STEADY = 3.0, 1 / 3
 """Radians that a curve turns over the side of a picture; share of a side over which it keeps turning one way."""
 AT_ONCE, MOST_AT_ONCE = 1 << 19, 256
 """Pixels of the pictures drawn at once, and the largest number of such pictures."""
 LARGEST, MANY = 256, 64
 """Largest side in pixels; number of pictures drawn at once of which at least one should hold all curves."""
-FITTED, TRACED = 256, 64
+FITTED, TRACED = 512, 64
 """Training items on which the baseline is fitted, and held-out items that are traced for the description."""
+STEPS, RIDGE = 8, 1.0
+"""Steps of Newton's method that fit the baseline, and its ridge."""
 
 
 class PathfinderTask(GeneratedTask):
@@ -39,8 +44,10 @@ class PathfinderTask(GeneratedTask):
     A picture has two long dashed curves and shorter distractors. Two ends of long curves are marked by dots: of the
     same curve (class 1) or of both (class 0), in half of the items each. Different curves are at least four pixels
     apart along an axis, dashes of one curve at most three, so the picture determines the class. For class 0, the dots
-    are the ends of two curves whose distance is most like that between the ends of one, so that the distance reveals
-    little; the score of the baseline shows how much.
+    are the ends of two curves that look most like those of one, by their distance and by the directions of the curves
+    next to them; pictures without such ends are left out, but at most three in four. Long curves then have to be
+    followed; with few dashes the dots still tell much. The baseline shows how much: a logistic rule of just these
+    features.
 
     Pixels are tokens, row by row: 0 is empty, 1 a line, 2 a dot. A model is not given the width of the picture.
 
@@ -86,8 +93,9 @@ class PathfinderTask(GeneratedTask):
         blocked = np.zeros((count, side, side), dtype=bool)
         near = np.arange(2 * LINK + 1)
         curves: list[np.ndarray] = []
-        for points in self._shapes:
-            curve, placed = self._place(rng, blocked[:, LINK:-LINK, LINK:-LINK], points)
+        for number, points in enumerate(self._shapes):
+            beside = curves[0] if number == 1 else None
+            curve, placed = self._place(rng, blocked[:, LINK:-LINK, LINK:-LINK], points, beside)
             blocked, curves, curve = blocked[placed], [one[placed] for one in curves], curve[placed]
             y, x = (curve[..., axis, None, None] for axis in range(2))
             rows = np.arange(len(curve))[:, None, None, None]
@@ -108,27 +116,41 @@ class PathfinderTask(GeneratedTask):
             drawn = curve[:, np.arange(curve.shape[1]) % (DASH + GAP) < DASH]
             pictures[rows[:, None], drawn[..., 0], drawn[..., 1]] = LINE
         targets = rng.integers(0, 2, len(blocked))
-        ends = np.stack([curve[:, [0, -1]] for curve in curves[:2]], 1)  # (B, curve, end, axis)
         # random order, because the second curve had less room than the first
-        swapped = rng.integers(0, 2, len(blocked))[:, None, None, None] == 1
-        ends = np.where(swapped, ends[:, ::-1], ends)
-        dots = np.where(targets[:, None, None] == 1, ends[:, 0], _of_two(ends))
+        swapped = rng.integers(0, 2, len(blocked))[:, None, None] == 1
+        first, second = np.where(swapped, curves[1], curves[0]), np.where(swapped, curves[0], curves[1])
+        of_two, difference = _of_two(first, second, self.size)
+        dots = np.where(targets[:, None, None] == 1, first[:, [0, -1]], of_two)
         pictures[rows[:, None], dots[..., 0], dots[..., 1]] = DOT
-        return pictures.reshape(len(blocked), self.length), targets
+        alike = difference <= (max(ALIKE, float(np.quantile(difference, 0.25))) if len(difference) else ALIKE)
+        return pictures.reshape(len(blocked), self.length)[alike], targets[alike]
 
     def _place(
-        self, rng: np.random.Generator, blocked: Bool[np.ndarray, "b s s"], points: int
+        self,
+        rng: np.random.Generator,
+        blocked: Bool[np.ndarray, "b s s"],
+        points: int,
+        beside: Int[np.ndarray, "b p 2"] | None,
     ) -> tuple[Int[np.ndarray, "b p 2"], Bool[np.ndarray, " b"]]:
-        """A curve in each picture that avoids blocked pixels, and which pictures have one."""
+        """A curve in each picture that avoids blocked pixels, and which pictures have one.
+
+        Args:
+            beside: a curve of each picture; of the new one and this one, an end each should look like ends of one.
+        """
         curve = np.zeros((len(blocked), points, 2), dtype=np.int64)
         left = np.arange(len(blocked))
         for _ in range(ROUNDS):
             if not len(left):
                 break
-            drawn, fits = _curves(rng, len(left), points, self.size)
+            tries = TRIES if beside is None else CHOICE * TRIES
+            drawn, fits = _curves(rng, len(left), points, self.size, tries)
             free = fits & ~blocked[left[:, None, None], drawn[..., 0], drawn[..., 1]].any(-1)
             some = free.any(1)
-            curve[left[some]] = drawn[some, free[some].argmax(1)]
+            order = (~free).astype(float)
+            if beside is not None:
+                near = np.broadcast_to(beside[left, None], drawn.shape)
+                order += np.maximum(_of_two(near, drawn, self.size)[1], _of_two(drawn, near, self.size)[1]) / 100
+            curve[left[some]] = drawn[some, order[some].argmin(1)]
             left = left[~some]
         return curve, ~np.isin(np.arange(len(blocked)), left)
 
@@ -154,16 +176,14 @@ class PathfinderTask(GeneratedTask):
         )
 
     def _rule(self) -> Baseline:
-        """The rule that decides by the distance of the dots, with a threshold fitted on training items."""
+        """The rule that looks at the dots and around them, fitted on training items."""
         inputs, labels = self._collect(counter_generator(self.seed, 0, TRAINING), FITTED, held_out=False)
-        apart = _distances(inputs, self.size)
-        cuts = np.unique(apart)
-        above = (apart[:, None] >= cuts) == labels[:, None].astype(bool)
-        share = above.mean(0)
-        best = np.abs(share - 0.5).argmax()
+        weights = _fitted(_terms(_seen(inputs, self.size)), labels)
         inputs, labels = self._held_out
-        right = ((_distances(inputs, self.size) >= cuts[best]) == labels) == (share[best] >= 0.5)
-        return Baseline("the distance of the dots", np.stack([right, np.ones_like(right)], -1).astype(np.float64))
+        right = (_terms(_seen(inputs, self.size)) @ weights > 0) == labels
+        return Baseline(
+            "directions and distance of the dots", np.stack([right, np.ones_like(right)], -1).astype(np.float64)
+        )
 
 
 def connected(pictures: UInt8[np.ndarray, "b s s"]) -> Bool[np.ndarray, " b"]:
@@ -190,9 +210,9 @@ def _points(dashes: int) -> int:
 
 
 def _curves(
-    rng: np.random.Generator, rows: int, points: int, size: int
+    rng: np.random.Generator, rows: int, points: int, size: int, tries: int
 ) -> tuple[Int[np.ndarray, "b t p 2"], Bool[np.ndarray, "b t"]]:
-    """Draw `TRIES` smooth curves per row, with points one pixel apart before rounding; also returns which curves fit.
+    """Draw `tries` smooth curves per row, with points one pixel apart before rounding; also returns which curves fit.
 
     Curves are placed anywhere in the picture; those whose ends are close to each other do not fit.
     """
@@ -200,8 +220,8 @@ def _curves(
     ago = np.arange(points)[:, None] - np.arange(points)
     memory = np.where(ago >= 0, np.exp(-np.abs(ago) / steady), 0)
     memory /= np.sqrt((memory**2).sum(1, keepdims=True))
-    turns = rng.standard_normal((rows, TRIES, points), dtype=np.float32) @ memory.T.astype(np.float32)
-    angle = rng.uniform(0, 2 * np.pi, (rows, TRIES, 1)) + turns.cumsum(-1) * (BEND / size)
+    turns = rng.standard_normal((rows, tries, points), dtype=np.float32) @ memory.T.astype(np.float32)
+    angle = rng.uniform(0, 2 * np.pi, (rows, tries, 1)) + turns.cumsum(-1) * (BEND / size)
     place = np.stack([np.sin(angle), np.cos(angle)], -1).cumsum(2)
     place -= place.min(2, keepdims=True)
     room = size - 1 - place.max(2, keepdims=True)
@@ -211,18 +231,70 @@ def _curves(
     return found, (room >= 0).all((2, 3)) & apart
 
 
-def _of_two(ends: Int[np.ndarray, "b 2 2 axis"]) -> Int[np.ndarray, "b 2 axis"]:
-    """One end of each of two curves, chosen so that their distance is most like that between the ends of the first."""
-    one, other = ends[:, 0, :, None], ends[:, 1, None]
-    apart = ((one - other) ** 2).sum(-1).reshape(-1, 4)
-    alike = np.abs(np.sqrt(apart) - np.sqrt(((ends[:, 0, 0] - ends[:, 0, 1]) ** 2).sum(-1))[:, None]).argmin(1)
-    rows = np.arange(len(ends))
-    return np.stack([ends[rows, 0, alike // 2], ends[rows, 1, alike % 2]], 1)
+def _of_two(
+    first: Int[np.ndarray, "*b p 2"], second: Int[np.ndarray, "*b p 2"], size: int
+) -> tuple[Int[np.ndarray, "*b 2 2"], Float[np.ndarray, "*b"]]:
+    """One end of each of two curves, chosen to look most like the ends of the first: in their distance and in how much
+    their dashes lead towards each other. Also returns how much they differ."""
+    ends, dashes = (np.stack([x[..., at, :] for x in (first, second)], -3) for at in ([0, -1], [DASH - 1, -DASH]))
+    ways = dashes - ends  # (..., curve, end, axis)
+    own = _look(ends[..., 0, 0, :], ends[..., 0, 1, :], ways[..., 0, 0, :], ways[..., 0, 1, :], size)
+    pairs = [(i, j) for i in range(2) for j in range(2)]
+    each = [
+        _look(ends[..., 0, i, :], ends[..., 1, j, :], ways[..., 0, i, :], ways[..., 1, j, :], size) for i, j in pairs
+    ]
+    apart = np.abs(np.stack(each, -2) - own[..., None, :]).sum(-1)
+    best = apart.argmin(-1)
+    chosen = [
+        np.take_along_axis(ends[..., curve, :, :], of[best][..., None, None], -2)
+        for curve, of in enumerate(np.array(pairs).T)
+    ]
+    return np.concatenate(chosen, -2), apart.min(-1)
 
 
-def _distances(inputs: UInt8[np.ndarray, "b n"], size: int) -> Int[np.ndarray, " b"]:
-    """Squared distance between the two dots."""
+def _look(
+    one: Float[np.ndarray, "*b 2"],
+    other: Float[np.ndarray, "*b 2"],
+    way: Float[np.ndarray, "*b 2"],
+    other_way: Float[np.ndarray, "*b 2"],
+    size: int,
+) -> Float[np.ndarray, "*b 3"]:
+    """What can be seen of two ends without following a curve: their distance in units of a quarter of the side, and
+    how far the directions at the ends lead towards each other (cosines, in order)."""
+    between = other - one
+    distance = np.sqrt((between**2).sum(-1))
+    towards = [
+        (x * between).sum(-1) * sign / np.maximum(np.sqrt((x**2).sum(-1)) * distance, 1e-9)
+        for x, sign in ((way, 1), (other_way, -1))
+    ]
+    return np.stack([4 * distance / size, np.minimum(*towards), np.maximum(*towards)], -1)
+
+
+def _seen(inputs: UInt8[np.ndarray, "b n"], size: int) -> Float[np.ndarray, "b 3"]:
+    """What can be seen of the dots: their distance, and where the pixels of a line within two of each dot lead."""
     places = np.nonzero(inputs == DOT)[1].reshape(-1, 2)
-    y, x = places // size, places % size
-    found: np.ndarray = (y[:, 0] - y[:, 1]) ** 2 + (x[:, 0] - x[:, 1]) ** 2
-    return found
+    dots = np.stack([places // size, places % size], -1)  # (b, dot, axis)
+    steps = np.stack(np.meshgrid(*[np.arange(-DASH + 1, DASH)] * 2, indexing="ij"), -1).reshape(-1, 2)
+    around = dots[:, :, None] + steps
+    inside = ((around >= 0) & (around < size)).all(-1)
+    y, x = np.moveaxis(around.clip(0, size - 1), -1, 0)
+    lines = inside & (inputs[np.arange(len(inputs))[:, None, None], y * size + x] == LINE)
+    ways = lines.astype(np.float64) @ steps
+    return _look(dots[:, 0], dots[:, 1], ways[:, 0], ways[:, 1], size)
+
+
+def _terms(looks: Float[np.ndarray, "b 3"]) -> Float[np.ndarray, "b 10"]:
+    """A constant, and the features with their squares and products."""
+    ones = np.concatenate([np.ones((len(looks), 1)), looks], 1)
+    return (ones[:, :, None] * ones[:, None])[:, *np.triu_indices(ones.shape[1])]
+
+
+def _fitted(terms: Float[np.ndarray, "b k"], labels: Int[np.ndarray, " b"]) -> Float[np.ndarray, " k"]:
+    """Weights of a logistic rule, with a small ridge, by Newton's method."""
+    weights = np.zeros(terms.shape[1])
+    for _ in range(STEPS):
+        chance = 1 / (1 + np.exp(-(terms @ weights).clip(-30, 30)))
+        slope = terms.T @ (labels - chance) - RIDGE * weights
+        bend = (terms * (chance * (1 - chance))[:, None]).T @ terms + RIDGE * np.eye(len(weights))
+        weights += np.linalg.solve(bend, slope)
+    return weights

@@ -8,7 +8,7 @@ import torch
 from task_data import items
 
 from regard.tasks import check_task, create_task
-from regard.tasks.pathfinder import DOT, EMPTY, LINK, PathfinderTask, connected
+from regard.tasks.pathfinder import DOT, EMPTY, LINE, LINK, RIDGE, PathfinderTask, _fitted, _seen, connected
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_batch_does_not_depend_on_what_was_drawn_before_it_or_on_how_items_are
 def test_training_leaves_out_the_held_out_pictures(monkeypatch):
     """The generator is replaced by one that draws the same few pictures again and again."""
     task = create_task("pathfinder", size=16, distractors=0, evaluation_items=4)
-    few, labels = task.draw(np.random.default_rng(0), 200)
+    few, labels = task.draw(np.random.default_rng(0), 2000)
     few, labels = few[:40], labels[:40]
 
     def draw(rng, count):
@@ -103,8 +103,39 @@ def test_training_leaves_out_the_held_out_pictures(monkeypatch):
     assert len(held_out) == 4 and not held_out & trained and len(trained) > 20
 
 
-def test_the_distance_of_the_dots_tells_little_and_the_rule_says_how_much(small):
-    assert 0.4 < small.baseline.score < 0.8
-    told = small.describe()
-    assert f"the distance of the dots: {small.baseline.score:.3f}; from dash to dash: 1.000" in told
+def test_what_lies_around_the_dots_tells_little_and_the_rule_says_how_much():
+    task = create_task("pathfinder", evaluation_items=1000)
+    assert task.baseline.name == "directions and distance of the dots"
+    assert 0.45 < task.baseline.score < 0.66
+    told = task.describe()
+    assert f"{task.baseline.name}: {task.baseline.score:.3f}; from dash to dash: 1.000" in told
     assert told.count("OO") == 2
+    easy = create_task("pathfinder", size=16, dashes=2, distractors=0)
+    assert easy.baseline.score > 0.7, "with two dashes the rule knows more"
+
+
+def test_dots_of_both_classes_look_alike():
+    """The features of the rule, pixel by pixel, have about the same means in both classes."""
+    inputs, labels = create_task("pathfinder", evaluation_items=600)._held_out
+    looks = []
+    for picture in inputs.reshape(-1, 32, 32):
+        one, other = np.argwhere(picture == DOT)
+        between = other - one
+        cosines = []
+        for dot, sign in ((one, 1), (other, -1)):
+            near = [at - dot for at in np.argwhere(picture == LINE) if np.abs(at - dot).max() <= 2]
+            way = np.sum(near, 0)
+            cosines.append(sign * way @ between / np.linalg.norm(way) / np.linalg.norm(between))
+        looks.append([np.linalg.norm(between) / 8, *sorted(cosines)])
+    looks = np.array(looks)
+    assert np.allclose(looks, _seen(inputs, 32))
+    apart = looks[labels == 1].mean(0) - looks[labels == 0].mean(0)
+    assert (np.abs(apart) < 0.4 * looks.std(0)).all()
+
+
+def test_the_rule_is_the_logistic_regression_of_its_terms():
+    rng = np.random.default_rng(0)
+    terms, labels = rng.normal(size=(400, 3)), rng.integers(0, 2, 400)
+    weights = _fitted(terms, labels)
+    chance = 1 / (1 + np.exp(-terms @ weights))
+    assert np.allclose(terms.T @ (labels - chance), RIDGE * weights)
