@@ -44,8 +44,8 @@ REDUCE = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD:OPTIONS",
-        help="Use fewer tokens, in a vision transformer with a class token: tome, tome_stride, tome_random, evit, "
-        "attention, random, stride or mean, with remove=4 (patches removed at each block) or keep=0.7 (the share kept at some "
+        help="Use fewer tokens, in a vision transformer: tome, tome_stride, tome_random, evit and attention (with a class "
+        "token), random, stride or mean, with remove=4 (patches removed at each block) or keep=0.7 (the share kept at some "
         "blocks, which blocks=[1,3] can set).",
     ),
 ]

@@ -91,6 +91,30 @@ def test_where_nothing_is_removed_the_output_is_the_same_and_undo_gives_the_mode
     assert torch.equal(model(x), whole) and type(model.blocks[0]).__name__ == "VisionBlock"
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("evit", "attention")])
+def test_a_model_without_a_class_token_can_have_fewer_tokens(method: str) -> None:
+    model, x = small(pool="mean"), images()
+    whole = model(x)
+    reduction = reduce_tokens(model, method, remove=0)
+    assert torch.equal(model(x), whole)
+    reduction.change(remove=[4, 0, 3])
+    found = model(x)
+    assert reduction.counts == [12, 12, 9]
+    reduction.undo()
+    assert torch.equal(model(x), whole) and not torch.allclose(found, whole)
+
+
+def test_a_model_without_a_class_token_averages_what_its_tokens_stand_for() -> None:
+    model, x = small(pool="mean"), images(1)
+    with torch.no_grad():
+        model.positions[:] = model.positions.mean(0)
+    x[..., 8:16], x[..., 24:] = x[..., :8], x[..., 16:24]  # each patch is there twice
+    whole = model(x)
+    reduction = reduce_tokens(model, "tome", remove=[3, 0, 0])
+    close(model(x), whole)
+    assert sorted(reduction.tokens.sizes[0].tolist()) == [1.0] * 10 + [2.0] * 3
+
+
 @pytest.mark.parametrize("method", ["tome", "tome_stride", "tome_random", "mean"])
 def test_merging_keeps_what_all_tokens_stand_for_and_their_sum(method: str) -> None:
     before, evidence = tokens()
@@ -229,6 +253,30 @@ def test_a_model_of_timm_is_reduced_as_the_same_model_here() -> None:
             reduction.undo()
 
 
+def test_registers_of_timm_are_no_class_token() -> None:
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "num_classes": 5,
+        "embed_dim": 16,
+        "depth": 3,
+        "num_heads": 2,
+    }
+    given = {**sizes, "mlp_ratio": 2, "class_token": False, "global_pool": "avg", "fc_norm": False}
+    registers = timm.VisionTransformer(**given, reg_tokens=4).double().eval()
+    for method in ("evit", "attention"):
+        refused("without a class token", reduce_tokens, registers, method, keep=0.5)
+    reduction = reduce_tokens(registers, "tome", remove=3)
+    assert registers.forward_features(images()).shape[1] == 4 + PATCHES and reduction.counts == [17, 14, 11]
+    other = timm.VisionTransformer(**given).double().eval()
+    model, x = small(pool="mean"), images()
+    model.load_released(other.state_dict())
+    for each in (model, other):
+        reduce_tokens(each, "tome", remove=3)
+    close(other(x), model(x))
+
+
 def test_draws_are_the_generators_and_gradients_reach_what_is_merged() -> None:
     model, x = small(), images()
     found = []
@@ -278,7 +326,7 @@ def test_what_cannot_be_reduced_is_refused() -> None:
     refused("0 < keep", reduce_tokens, model, "tome", keep=1.5)
     refused("one a block", reduce_tokens, model, "tome", remove=[1, 2])
     refused("0 to 2", reduce_tokens, model, "evit", keep=0.5, blocks=[3])
-    refused("class token", reduce_tokens, small(pool="mean"), "tome", remove=1)
+    refused("class token", reduce_tokens, small(pool="mean"), "evit", remove=1)
     refused("softmax", reduce_tokens, small(plan="linear"), "tome", remove=1)
     refused("Linear", reduce_tokens, nn.Linear(2, 2), "tome", remove=1)
     reduce_tokens(model, "tome", remove=1)

@@ -7,8 +7,9 @@
     reduction.tokens.places                                     # where each patch went, to draw or spread outputs back
     reduction.undo()
 
-Models: :class:`regard.models.vision.vit.VisionTransformer` with a class token, and timm's `VisionTransformer` with
-plain blocks. Tokens are merged or dropped between the attention and the feed-forward network of a block
+Models: :class:`regard.models.vision.vit.VisionTransformer`, and timm's `VisionTransformer` with plain blocks; `evit`
+and `attention` need a class token. In a model that averages its patches, a merged token counts as often as it stands for
+one: the last block outputs it in the place of each. Tokens are merged or dropped between the attention and the feed-forward network of a block
 (methods in :mod:`regard.compression.tokens.reducers`). A token that stands for several counts that many times in later
 attention, by adding log(size) to the scores of its key (`proportional`).
 

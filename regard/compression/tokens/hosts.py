@@ -21,7 +21,11 @@ from regard.models.vision.vit import VisionBlock, VisionTransformer
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-HOSTS = "regard's VisionTransformer with a class token, timm's VisionTransformer of plain blocks with one"
+HOSTS = "regard's VisionTransformer, timm's VisionTransformer of plain blocks"
+ATTENDED = ("evit", "attention")
+"""Methods that need a class token."""
+DROPPING = ("attention", "random", "stride")
+"""Methods after which some patches are part of no token."""
 METRICS = ("keys", "queries", "tokens")
 
 
@@ -34,6 +38,8 @@ class Reduction:
         proportional: whether a token that stands for several counts that many times in attention.
         metric: one of `METRICS`.
         generator: source of a method's random draws.
+        pooled: whether the model averages patches in the end: then the last block passes on each merged token as often
+            as it stands for a patch.
     """
 
     def __init__(
@@ -43,9 +49,10 @@ class Reduction:
         proportional: bool,
         metric: str,
         generator: torch.Generator | None,
+        pooled: bool = False,
     ) -> None:
         self.method, self.removed, self.proportional = method, removed, proportional
-        self.metric, self.generator = metric, generator
+        self.metric, self.generator, self.pooled = metric, generator, pooled
         self._run = threading.local()
         self._changed: list[tuple[Any, type]] = []
 
@@ -117,6 +124,11 @@ class Reduction:
         self._run.counts.append(moved.x.shape[1])
         return moved
 
+    def passed_on(self, block: int, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b m c"]:
+        """What a block outputs of its tokens; see `pooled`. Where some were dropped, the others count once."""
+        last = block + 1 == len(self.removed)
+        return self._run.tokens.spread(x) if last and self.pooled and self.method not in DROPPING else x
+
 
 def reduce_tokens(
     model: nn.Module,
@@ -152,27 +164,31 @@ def reduce_tokens(
     one_of("method", method, METHODS)
     one_of("metric", metric, METRICS)
     one_of("proportional", proportional, (None, True, False))
-    layers, protected = blocks_of(model)
+    layers, protected = blocks_of(model, class_token=method in ATTENDED)
     if any(hasattr(block, "reduction") for block in layers):
         raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
     schedule = removals(len(layers), remove, keep, blocks)
     counted = method.startswith("tome") if proportional is None else proportional
-    reduction = Reduction(method, schedule, counted, metric, generator)
+    pooled = model.global_pool not in ("token", "") if hasattr(model, "global_pool") else not protected
+    reduction = Reduction(method, schedule, counted, metric, generator, pooled)
     for number, block in enumerate(layers):
         reduction.enter(block, number, protected)
     return reduction
 
 
-def blocks_of(model: nn.Module) -> tuple[list[Any], int]:
-    """The blocks of a host, and its number of class tokens; raises Unsupported for other models."""
+def blocks_of(model: nn.Module, *, class_token: bool = True) -> tuple[list[Any], int]:
+    """The blocks of a host, and its number of class tokens and registers; raises Unsupported for other models, and where
+    a `class_token` is needed for models without one."""
     timm = sys.modules.get("timm.models.vision_transformer")
     if isinstance(model, VisionTransformer):
         blocks: list[Any] = list(model.blocks)
         protected = model.config.class_tokens
+        has_class = protected > 0
         wrong = [b for b in blocks if not isinstance(b.mixer, AttentionLayer) or b.mixer.card.name != "softmax"]
         wrong = wrong or [b for b in blocks if getattr(b.mixer.positions, "name", "none") != "none"]
     elif timm is not None and isinstance(model, timm.VisionTransformer):
         blocks, protected = list(model.blocks), model.num_prefix_tokens
+        has_class = model.has_class_token
         wrong = [b for b in blocks if type(b) is not timm.Block and not isinstance(b, _reduced_timm_block())]
     else:
         raise Unsupported(f"fewer tokens in {an_instance(model)}", supported=HOSTS)
@@ -181,8 +197,11 @@ def blocks_of(model: nn.Module) -> tuple[list[Any], int]:
             f"fewer tokens in {an_instance(model)} with {type(wrong[0]).__name__} of another kind of attention",
             supported="softmax attention without positions of its own in every block",
         )
-    if not protected:
-        raise Unsupported(f"fewer tokens in {an_instance(model)} without a class token", supported=HOSTS)
+    if class_token and not has_class:
+        raise Unsupported(
+            f"fewer tokens in {an_instance(model)} without a class token",
+            supported="vision transformers with a class token",
+        )
     return blocks, protected
 
 
@@ -218,6 +237,7 @@ class ReducedBlock(VisionBlock):
         x = self.reduction.after(self.number, tokens, x, evidence).x
         if self.feed_forward is not None:
             x = x + self.drop_path(self.feed(x, context=Context(generator=context.generator)))
+        x = self.reduction.passed_on(self.number, x)
         return Result(x, mixed.state, mixed.losses, mixed.extras)
 
 
@@ -246,7 +266,8 @@ def _reduced_timm_block() -> type[nn.Module]:
                 return _evidence(self.reduction, self.attn.q_norm(query), self.attn.k_norm(key), x, bias)
 
             x = self.reduction.after(self.number, tokens, x, evidence).x
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+            return self.reduction.passed_on(self.number, x)
 
     ReducedTimmBlock.__qualname__ = "ReducedTimmBlock"  # by which a saved model finds it, see __getattr__
     return ReducedTimmBlock
@@ -265,8 +286,10 @@ def _evidence(
     x: Float[Tensor, "b n c"],
     bias: Float[Tensor, "b 1 1 n"] | None,
 ) -> Evidence:
-    """The evidence of a layer; only the class token's row of the attention is computed."""
+    """The evidence of a layer; of the attention, only the class token's row is computed, for methods that read it."""
+    metric = x if reduction.metric == "tokens" else (key if reduction.metric == "keys" else query).mean(1)
+    if reduction.method not in ATTENDED:
+        return Evidence(metric, None, reduction.generator)
     scores = query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5
     scores = scores if bias is None else scores + bias
-    metric = x if reduction.metric == "tokens" else (key if reduction.metric == "keys" else query).mean(1)
     return Evidence(metric, scores.softmax(-1).mean(1)[:, 0], reduction.generator)

@@ -106,7 +106,8 @@ class Evidence:
 
     Attributes:
         metric: vectors by which tokens are compared (B, N, D): by default their keys, averaged over the heads.
-        scores: attention of the class token to each token (B, N), averaged over the heads; None without a class token.
+        scores: attention of the class token to each token (B, N), averaged over the heads; None for methods
+            that do not read it.
         generator: source of random draws.
     """
 

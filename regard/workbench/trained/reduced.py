@@ -72,7 +72,7 @@ def reduced(model: nn.Module, text: str) -> Reduced:
 
     Raises:
         Unsupported: for unknown names, unsuitable values, a method without the number of tokens to drop, and models
-            that are not vision transformers with a class token.
+            that are not vision transformers, or have no class token where the method needs one.
     """
     name, _, rest = text.partition(":")
     name = name.strip()
@@ -93,7 +93,7 @@ def reduced(model: nn.Module, text: str) -> Reduced:
     if not isinstance(model, ImageModel):
         raise Unsupported(
             f"--reduce with {an_instance(model)}",
-            supported="models of images that are vision transformers with a class token",
+            supported="models of images that are vision transformers",
             nearest="regard train --task images --model vit_nano",
         )
     fewer = copy.deepcopy(model)

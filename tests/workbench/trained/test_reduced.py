@@ -130,6 +130,6 @@ def test_what_does_not_fit_is_one_sentence(given: str, words: str) -> None:
 def test_models_without_a_class_token_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused("vit_nano", reduced, nn.Linear(2, 2), "tome:remove=1")
     other = ImageModel(ImageModelConfig("vit_nano", 2, (4, 4), 4, options=OPTIONS | {"pool": "mean"}))
-    refused("class token", reduced, other, "tome:remove=1")
+    refused("class token", reduced, other, "evit:remove=1")
     code, _, said = run(capsys, "evaluate --reduce tom", folder)
     assert code == 2 and said.count("\n") == 1
