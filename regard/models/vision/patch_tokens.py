@@ -86,7 +86,8 @@ def fit_tables(
         found: the released weights, under the names used here.
         own: the model's state dict.
         grids: for each position table, by name: the number of class tokens before the grid, and the grid's sides. A
-            table of another size is taken to be that of a square grid.
+            table of another size is taken to be that of a square grid, and one of the same size to be that of the same
+            grid, since tables do not say their sides.
         mode: interpolation mode of positions. Biases of rows and columns are interpolated linearly, as in the official
             code of agent attention.
     """
