@@ -9,6 +9,8 @@ import torch
 from support import close, refused
 from torch import Tensor
 
+import regard
+from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.tokens.text import PrunedTokens
 
 transformers = pytest.importorskip("transformers")
@@ -100,6 +102,35 @@ def test_soft_thresholds_learn_by_the_penalty_and_soft_counts_too():
         optimizer.step()
     counted.harden()
     assert counted.counts == [10, 8, 5], "12 (1 - 0.2 l), rounded up: later layers pay more"
+
+
+def relative(kind: str) -> Any:
+    """A classifier that descends from BERT."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=30, num_labels=3, pad_token_id=1, initializer_range=0.5, **sizes
+    )
+    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["RobertaPreLayerNorm", "Esm", "XLMRobertaXL", "MegatronBert", "RoFormer", "BigBird"])
+def test_layers_that_are_not_as_berts_are_refused(kind):
+    refused("as BERT's", PrunedTokens, relative(kind), counts=[3, 3])
+
+
+def test_hard_attention_is_not_softened_by_dropping_tokens():
+    model = bert(2)
+    undo = find_host(model).compact([Cut(), Cut(hard=2)])
+    refused("as BERT's", PrunedTokens, model, counts=[3, 3])
+    undo()
+    PrunedTokens(model, counts=[3, 3])
+
+
+def test_a_model_whose_answers_change_although_all_tokens_stay_is_refused():
+    model, given = relative("MarkupLM"), padded()  # its mask is -10000 at padding
+    before = logits(model, given)
+    refused("answers change", regard.compress, model, "tokens:method=power_bert,keep=0.5", [given])
+    assert torch.equal(logits(model, given), before)
 
 
 def test_what_cannot_be_pruned_is_refused():

@@ -11,7 +11,7 @@ A record is ``{"method": name, "options": {...}}`` with values that no longer de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -174,7 +174,10 @@ def let_go(model: nn.Module, step: FewerTokens, batches: Sequence[Any], run: Run
         Unsupported: as in :func:`settle`, and for a model with outputs per token, some of which would be lost.
     """
     record = record_of(model, step, batches)
-    expected = _shape(run(model, batches[0])) if batches else None
+    before = answers_of(run(model, batches[0])) if batches else None
+    expected = None if before is None else tuple(before.shape)
+    if before is not None and record["method"] in TEXTS:
+        _check_kept(model, before, lambda: answers_of(run(model, batches[0])))
     applied = put_on(model, record)
     try:
         found = _shape(run(model, batches[0])) if batches else None
@@ -187,6 +190,24 @@ def let_go(model: nn.Module, step: FewerTokens, batches: Sequence[Any], run: Run
         take_off(model)
         raise
     return lambda: take_off(model), _words(applied, bool(batches))
+
+
+def _check_kept(model: nn.Module, expected: Tensor, answers: Callable[[], Tensor | None]) -> None:
+    """Raise Unsupported if an encoder answers otherwise while only padding is dropped: its layers are not as BERT's."""
+    everything = PrunedTokens(model, thresholds=[-1.0] * len(layers_of(model)))
+    try:
+        found = answers()
+    finally:
+        everything.undo()
+    if (
+        found is not None
+        and found.shape == expected.shape
+        and not torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+    ):
+        raise Unsupported(
+            f"fewer tokens in {an_instance(model)}, whose answers change although all tokens but padding stay",
+            supported="encoders of transformers with layers as BERT's",
+        )
 
 
 class InTurn(nn.Module):

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regard.compression.pruning.hard import KEYS
 from regard.compression.pruning.masks import replace_forward
 from regard.compression.tokens.reducers import Tokens
 from regard.contract import Unsupported, an_instance, at_least
@@ -189,15 +190,21 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     ]
     if len(found) != 1:
         raise Unsupported(
-            f"fewer tokens in {an_instance(model)}", supported="encoders of transformers with layers as BERT's"
+            f"fewer tokens in {an_instance(model)}",
+            supported="encoders of transformers with layers as BERT's: softmax by its attention interface, norms after branches",
         )
     return found[0]
 
 
 def _fits(layer: Any) -> bool:
     attention = getattr(layer, "attention", None)
-    parts = hasattr(attention, "self") and hasattr(attention, "output") and hasattr(layer, "feed_forward_chunk")
-    return parts and not hasattr(layer, "crossattention")
+    if not hasattr(layer, "feed_forward_chunk") or set(layer._modules) != {"attention", "intermediate", "output"}:
+        return False
+    if not isinstance(attention, nn.Module) or set(attention._modules) != {"self", "output"}:
+        return False  # a norm in front, as in ESM, would be passed over
+    heads: Any = attention.self
+    plain = set(heads._modules) <= {"query", "key", "value", "dropout"} and not hasattr(heads, KEYS)
+    return plain and hasattr(heads, "config") and hasattr(heads, "scaling")
 
 
 def _enter(pruning: PrunedTokens, number: int, layer: Any) -> list[Any]:
