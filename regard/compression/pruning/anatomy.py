@@ -158,6 +158,11 @@ def check_cuts(layers: Sequence[Layer], cuts: Sequence[Cut]) -> list[Cut]:
                 raise Unsupported(f"taking {what} out of {layer.name}: {layer.fixed[what]}", supported="whole branches")
             if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
                 raise Unsupported(f"{what} {chosen} of {layer.name}", supported=f"0 to {count - 1}")
+        for branch in BRANCHES:
+            if branch in layer.fixed and getattr(cut, branch) and not cut.layer:
+                raise Unsupported(
+                    f"taking a branch out of {layer.name}: {layer.fixed[branch]}", supported="heads, neurons or layers"
+                )
         settled.append(cut)
     return settled
 

@@ -6,6 +6,7 @@ alone can load the saved model. Otherwise :mod:`regard.compression.pruning.recor
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from regard.compression.pruning.anatomy import (
     spans,
     staying,
 )
+from regard.compression.pruning.hard import attends_by_interface
 from regard.compression.pruning.records import check_whole, entry_of, note, why_not_built
 from regard.contract import Unsupported, an_instance
 from regard.layers.linear import Linear
@@ -255,6 +257,11 @@ def _layer(name: str, module: Any, family: Family) -> Layer:
     units = key.out_features // width
     output = module.get_submodule(family.output)
     networks = [module.get_submodule(path) for path in family.feed_forward]
+    fixed: dict[str, str] = {}
+    if family.post_norm and not attends_by_interface(attention):
+        fixed["heads"] = f"{an_instance(attention)} does not attend through transformers' attention interface"
+    if family.post_norm and (reason := _unlike_bert(module)):
+        fixed |= dict.fromkeys(BRANCHES, reason)
     return Layer(
         name,
         module,
@@ -267,4 +274,19 @@ def _layer(name: str, module: Any, family: Family) -> Layer:
         {"attention": module.get_submodule(family.attention), "feed_forward": nn.ModuleList(networks)},
         dict(zip(BRANCHES, (output, down), strict=True)),
         family.post_norm,
+        fixed,
     )
+
+
+def _unlike_bert(layer: Any) -> str:
+    """Why the norm alone cannot take the place of an encoder layer's branch and its norm; empty if it can."""
+    if not all(hasattr(part, "LayerNorm") for part in (layer.attention.output, layer.output)):
+        return "its norms come before its branches"
+    if hasattr(layer, "set_attention_type"):
+        return f"{an_instance(layer)} chooses its attention by the length of inputs"
+    call = inspect.signature(layer.attention.forward)
+    if next(iter(call.parameters)) != "hidden_states":
+        return f"{an_instance(layer.attention)} is given more than hidden states"
+    if call.return_annotation in (Tensor, "torch.Tensor", "Tensor"):
+        return f"{an_instance(layer.attention)} returns no weights"
+    return ""

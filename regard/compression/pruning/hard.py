@@ -23,6 +23,11 @@ KEYS = "regard_hard_keys"
 """Attribute of a module: the number of keys that its queries read."""
 
 
+def attends_by_interface(module: nn.Module) -> bool:
+    """Return whether a module calls the attention function that its config names."""
+    return hasattr(module, "config") and hasattr(module, "scaling")
+
+
 def harden_module(module: Any, keys: int) -> Undo:
     """Restrict the queries of a transformers attention module to their `keys` largest weights.
 
@@ -31,12 +36,16 @@ def harden_module(module: Any, keys: int) -> Undo:
     """
     from transformers import AttentionInterface
 
-    config = module.config
+    config: Any = getattr(module, "config", None)
     for option in ("attn_logit_softcapping", "sliding_window"):
         if getattr(module, option, None) or getattr(config, option, None):
             raise Unsupported(f"hard attention in {an_instance(module)} with {option}", supported="plain attention")
-    if not hasattr(module, "scaling"):
-        raise Unsupported(f"hard attention in {an_instance(module)}", supported="modules of transformers' interface")
+    if not attends_by_interface(module):
+        raise Unsupported(
+            f"hard attention in {an_instance(module)}",
+            supported="modules of transformers' interface",
+            nearest="axformer:hard=0",
+        )
     AttentionInterface.register(NAME, hard_forward)
     own = copy.copy(config)
     own._attn_implementation = NAME

@@ -9,6 +9,7 @@ import torch
 from support import close, refused
 from torch import Tensor
 
+import regard
 from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.pruning.masks import Gates, gated, masked
 from regard.compression.pruning.records import structure
@@ -236,6 +237,39 @@ def test_what_cannot_be_taken_is_refused_with_the_reason():
     refused("out of a ResNet", find_host, pytest.importorskip("timm").create_model("test_resnet"))
     refused("neurons", find_host(language_model()).compact, [Cut(neurons=(24,)), Cut(), Cut(), Cut()])
     refused("cuts of 1 layers", find_host(language_model()).compact, [Cut()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "branches", "heads"),
+    [
+        ("RobertaPreLayerNorm", "norms come before", ""),
+        ("Esm", "norms come before", ""),
+        ("MobileBert", "more than hidden states", ""),
+        ("LayoutLM", "returns no weights", ""),
+        ("BigBird", "by the length", "attention interface"),
+        ("MegatronBert", "norms come before", "attention interface"),
+        ("RoFormer", "", "attention interface"),
+    ],
+)
+def test_relatives_of_bert_are_refused_what_their_layers_cannot_lose_and_searched_for_the_rest(kind, branches, heads):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=VOCABULARY, pad_token_id=1, embedding_size=16, **sizes)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    host, ids = find_host(model), torch.randint(2, VOCABULARY, (2, 9))
+    before = model(ids).logits
+    given = [{"input_ids": ids, "labels": torch.tensor([0, 1])}]
+    if heads:
+        refused("hard attention in a", regard.compress, model, "axformer", given)
+    regard.compress(model, "axformer:hard=0,groups=1", given).undo()
+    for words, cut in ((branches, Cut(attention=True)), (heads, Cut(heads=(0,)))):
+        if words:
+            refused(words, host.compact, [cut, Cut()])
+        else:
+            undo = host.compact([cut, Cut()])
+            assert not torch.equal(model(ids).logits, before)
+            undo()
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_a_refused_cut_of_a_model_of_timm_changes_nothing():

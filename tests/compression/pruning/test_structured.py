@@ -234,7 +234,7 @@ def test_a_cut_that_does_not_fit_a_layer_leaves_the_model_as_it_was():
     model, ids = of_transformers("MegatronBert", "MaskedLM"), torch.randint(5, VOCABULARY, (2, 11))
     before = output(model, ids)
     refused(
-        "taking attention and neurons out of",
+        "norms come before its branches",
         compact,
         find_host(model),
         [Cut(neurons=(1,)), Cut(attention=True), Cut(), Cut()],
