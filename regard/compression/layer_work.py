@@ -126,7 +126,8 @@ def _rounded(
         work = weight * scale
     if isinstance(rounding, LlmInt8):
         assert statistics is not None
-        columns = (statistics.largest >= rounding.threshold).nonzero()[:, 0]
+        largest = statistics.largest if scale is None else statistics.largest / scale
+        columns = (largest >= rounding.threshold).nonzero()[:, 0]
         work = work.index_fill(1, columns, 0.0)
     codes: Codes
     if isinstance(rounding, Gptq):

@@ -312,6 +312,21 @@ def test_smoothquant_and_outlier_columns_lose_less_than_plain_8_bits_where_input
     assert losses["smoothquant"] < losses["w8a8"] / 2 and losses["llm_int8:threshold=20"] < losses["w8a8"] / 2, losses
 
 
+def test_columns_that_smoothing_tamed_are_rounded_and_the_others_are_kept():
+    counts = {}
+    for recipe in (
+        "llm_int8:threshold=20",
+        "smoothquant + llm_int8:threshold=20",
+        "smoothquant + llm_int8:threshold=3",
+    ):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(64, 64))
+        x = torch.randn(300, 64)
+        x[:, 7] *= 80
+        counts[recipe] = regard.compress(model, recipe, [x]).report.layers[0].float_columns
+    assert [*counts.values()] == [1, 0, 1], counts
+
+
 @pytest.mark.parametrize("recipe", ["int8", "int4:symmetric=false"])
 def test_a_model_that_is_given_a_dtype_keeps_its_scales_and_computes_as_before(recipe):
     model, data = language_model(), windows()
