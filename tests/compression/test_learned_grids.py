@@ -48,6 +48,16 @@ def test_gradients_of_weights_and_steps_are_those_of_the_paper(format):
     assert torch.allclose(steps(weight).float(), steps.codes(weight).weight()[:, :64], rtol=1e-6)
 
 
+def test_the_step_of_a_padded_group_counts_its_own_columns_alone():
+    weight = torch.ones(3, 48)
+    steps, alone = LearnedSteps(weight, Format(3, 32)), LearnedSteps(weight[:, 32:], Format(3, 32))
+    assert torch.allclose(steps.scale, torch.full_like(steps.scale, 2 / math.sqrt(3)))
+    assert torch.allclose(alone.scale, steps.scale[1::2])
+    for made, given in ((steps, weight), (alone, weight[:, 32:])):
+        made(given)[:, -16:].sum().backward()
+    assert torch.allclose(steps.scale.grad[1::2], alone.scale.grad)
+
+
 def test_steps_that_training_drove_to_nothing_leave_gradients_finite():
     weight = torch.randn(4, 32)
     weight[0] = 0

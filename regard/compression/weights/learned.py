@@ -40,14 +40,16 @@ class LearnedSteps(nn.Module):
         format: a symmetric format.
     """
 
+    share: Tensor
+
     def __init__(self, weight: Tensor, format: Format) -> None:
         super().__init__()
         self.format = format
         rows, self.groups = in_groups(weight.detach(), format)
         low, high = format.codes
         self.low, self.high = float(low), float(high)
-        counted = min(rows.shape[1], weight.shape[1])
-        self.share = 1 / math.sqrt(max(counted * self.high, 1.0))
+        counted = in_groups(torch.ones_like(weight), format)[0].sum(1).clamp(min=1)  # without padding
+        self.register_buffer("share", (counted * self.high).clamp(min=1).rsqrt(), persistent=False)
         self.scale = nn.Parameter((2 * rows.abs().sum(1) / (counted * math.sqrt(self.high))).clamp(min=TINY))
 
     def forward(self, weight: Tensor) -> Tensor:
