@@ -15,6 +15,7 @@ from regard.layers.linear import Linear
 from regard.layers.quantized import QuantizedLinear
 from regard.mechanisms.gated_softmax import GatePredictor
 from regard.models.registry import MODELS
+from regard.positions.learned import Learned
 from regard.tasks.protocol import Batch
 from regard.training.step import batch_context, run_model
 
@@ -32,7 +33,8 @@ class Layers:
         body: linear layers to quantize.
         head: name of a language model's output projection, if it is a linear layer; not included in the body.
         tied: the embeddings whose table is the head's weight, each with the factor of the rows that it looks up.
-        kept: the reason why each other layer with a weight matrix is left as it is.
+        kept: the reason why each other layer with a weight matrix is left as it is; also for matrices that are no layer's,
+            such as those of experts, by the names of the parameters.
     """
 
     body: dict[str, nn.Linear]
@@ -53,6 +55,7 @@ def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambd
     """
     body: dict[str, nn.Linear] = {}
     kept: dict[str, str] = {}
+    others: dict[str, str] = {}
     outputs = _language_head(model)
     head, tied = None, dict[str, nn.Embedding]()
     inside: list[str] = []
@@ -72,8 +75,11 @@ def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambd
                 head = name
             else:
                 body[name] = module
-        elif isinstance(module, nn.Embedding) and outputs is not None and module.weight is outputs.weight:
-            tied[name] = module
+        elif isinstance(module, nn.Embedding):
+            if outputs is not None and module.weight is outputs.weight:
+                tied[name] = module
+        elif not isinstance(module, Learned):
+            others |= _matrices(name, module)
     factors = {name: factor for name, table in tied.items() if (factor := factor_of(table)) is not None}
     if head is not None and len(factors) < len(tied):
         odd = next(name for name in tied if name not in factors)
@@ -90,7 +96,7 @@ def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambd
     shared = _shared(body)
     if shared:
         raise Unsupported(f"layers that share a weight: {' and '.join(shared)}", supported="a weight for each layer")
-    return Layers(body, head, factors, kept)
+    return Layers(body, head, factors, kept | others)
 
 
 @torch.no_grad()
@@ -140,6 +146,16 @@ def _reason_to_keep(name: str, module: nn.Module, keep: Callable[[str, nn.Module
     if type(module).__name__ == "Conv1D" and hasattr(module, "weight"):
         return "a Conv1D, whose weight is transposed"
     return ""
+
+
+def _matrices(name: str, module: nn.Module) -> dict[str, str]:
+    """The matrices among a module's own parameters, each with the reason why it stays as it is."""
+    reason = f"a parameter of {an_instance(module)}, which is not a linear layer"
+    return {
+        f"{name}.{part}".removeprefix("."): reason
+        for part, parameter in module.named_parameters(recurse=False)
+        if parameter.is_floating_point() and sum(size > 1 for size in parameter.shape) > 1
+    }
 
 
 def _check(name: str, module: nn.Linear) -> None:

@@ -385,6 +385,21 @@ def test_layers_that_are_not_recognised_are_named_as_kept():
     }
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "GptOss"])
+def test_matrices_of_experts_are_named_as_kept(kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "moe_intermediate_size": 16}
+    sizes |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**sizes)).float()
+    small = regard.compress(model, "int8")
+    experts = {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    assert experts < small.report.kept.keys() and "Experts, which is not" in small.report.kept[min(experts)]
+    quantized = {f"{layer.name}.weight" for layer in small.report.layers}
+    left = {name for name, x in model.named_parameters() if x.ndim > 1 and "embed_tokens" not in name}
+    assert left == small.report.kept.keys() and not left & quantized
+
+
 def test_what_cannot_be_compressed_is_refused_and_nothing_is_changed(tmp_path):
     model = language_model()
     refused("without data", regard.compress, model, "gptq")
