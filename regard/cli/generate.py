@@ -105,7 +105,7 @@ def generate(
     """
     import torch
 
-    from regard.models import LanguageModel, exit_layers
+    from regard.models import exit_layers
     from regard.models.generation import check_sampling
     from regard.workbench.trained.folder import beyond, trained_length
 
@@ -123,26 +123,24 @@ def generate(
         raise Unsupported("--shorten-by without --shorten", supported="a share", nearest="--shorten 0.5")
     model, tokenizer = _opened(folder, device)
     shortened: dict[str, int] = {}
+    kept: Tensor | None = None
     if shorten is not None:
         judge = (model, tokenizer) if shorten_by is None else _opened(shorten_by, device)
-        prompt, shortened = _shortened(*judge, prompt, shorten, device)
+        kept, prompt, shortened = _shortened(*judge, prompt, shorten, device)
     if cache is not None:
         from regard.compression.sparse import sparsify
 
         sparsify(model, cache)
     if exit_rule is not None:
         _leave_early(model, exit_rule)
-    ids = _read(model, tokenizer, prompt, device)
-    if not isinstance(model, LanguageModel):
-        from regard.integrations.transformers.folders import check_positions
-
-        check_positions(model, ids.shape[1] + tokens)
+    ids = kept if kept is not None and shorten_by is None else _read(model, tokenizer, prompt, device)
+    _check_positions(model, ids.shape[1] + tokens)
     farther = beyond(trained_length(folder, model), ids.shape[1] + tokens)
     counts = None
     if draft is None:
         stream = _stream(model, ids, tokens, sampling)
     else:
-        speculation = _speculation(model, draft, device, proposals)
+        speculation = _speculation(model, tokenizer, draft, device, proposals, ids.shape[1] + tokens)
         stops = _stops(model)
         drawn = speculation.stream(ids, tokens, stop_tokens=stops, **sampling)
         stream = itertools.takewhile(lambda token: int(token) not in stops, drawn)
@@ -238,16 +236,30 @@ def _stops(model: Any) -> tuple[int, ...]:
     return stop_tokens(model)
 
 
-def _shortened(model: Any, tokenizer: Any, prompt: str, share: float, device: str) -> tuple[str, dict[str, int]]:
-    """Shorten a text; also returns how many of its tokens were kept."""
+def _check_positions(model: Any, tokens: int) -> None:
+    from regard.models import LanguageModel
+
+    if not isinstance(model, LanguageModel):
+        from regard.integrations.transformers.folders import check_positions
+
+        check_positions(model, tokens)
+
+
+def _shortened(
+    model: Any, tokenizer: Any, prompt: str, share: float, device: str
+) -> tuple[Tensor, str, dict[str, int]]:
+    """Shorten a text; returns the tokens that are kept, their text without special tokens, and how many they are."""
     from regard.compression.prompts import shorten
+    from regard.models import LanguageModel
 
     ids = _read(model, tokenizer, prompt, device)[0]
-    found = shorten(_reads(model), [(ids, share)])
-    return tokenizer.decode(found.ids.tolist()), {"tokens": len(ids), "kept": len(found.ids)}
+    found = shorten(_reads(model, "shortening a text"), [(ids, share)])
+    shown = {} if isinstance(model, LanguageModel) else {"skip_special_tokens": True}
+    text = tokenizer.decode(found.ids.tolist(), **shown)
+    return found.ids[None], text, {"tokens": len(ids), "kept": len(found.ids)}
 
 
-def _reads(model: Any) -> Reads:
+def _reads(model: Any, purpose: str = "speculation") -> Reads:
     from regard.models import LanguageModel
     from regard.models.speculation import ReadLanguageModel
 
@@ -255,15 +267,29 @@ def _reads(model: Any) -> Reads:
         return ReadLanguageModel(model)
     from regard.integrations.transformers.speculation import ReadCausalModel
 
-    return ReadCausalModel(model)
+    return ReadCausalModel(model, purpose)
 
 
-def _speculation(model: Any, draft: str, device: str, proposals: int) -> Speculation:
+def _speculation(model: Any, tokenizer: Any, draft: str, device: str, proposals: int, length: int) -> Speculation:
+    """Speculation with a draft that can propose all of `length` tokens, prompt and reply together."""
     from regard.models.speculation import ModelDraft, PromptLookup, Speculation
 
     if draft == "lookup":
         return Speculation(_reads(model), PromptLookup(), proposals)
-    return Speculation(_reads(model), ModelDraft(_reads(_opened(Path(draft), device)[0])), proposals)
+    small, own = _opened(Path(draft), device)
+    found = Speculation(_reads(model), ModelDraft(_reads(small)), proposals)
+    if not _same_tokens(tokenizer, own, found.reads.vocabulary):
+        raise Unsupported(
+            f"the draft {draft} with other tokens than the model", supported="a draft with the same tokens"
+        )
+    _check_positions(small, length)
+    return found
+
+
+def _same_tokens(one: Any, other: Any, count: int) -> bool:
+    if hasattr(one, "get_vocab") and hasattr(other, "get_vocab"):
+        return bool(one.get_vocab() == other.get_vocab())
+    return all(one.decode([token]) == other.decode([token]) for token in range(count))
 
 
 def write(tokenizer: Tokenizer, stream: Iterable[Tensor], show: Callable[[str], None], prompt: str) -> str:

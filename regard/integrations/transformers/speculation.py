@@ -19,10 +19,11 @@ class ReadCausalModel:
 
     Args:
         model: a transformers model in evaluation mode.
+        purpose: what needs the cache to be cut back, for error messages.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.cache = model, None
+    def __init__(self, model: Any, purpose: str = "speculation") -> None:
+        self.model, self.purpose, self.cache = model, purpose, None
         self.vocabulary = model.get_input_embeddings().num_embeddings
 
     def __call__(self, ids: Int[Tensor, "1 n"], state: int | None) -> tuple[Float[Tensor, "n vocab"], int]:
@@ -46,6 +47,6 @@ class ReadCausalModel:
         if fixed or not hasattr(self.cache, "crop"):
             what = type(fixed[0]).__name__ if fixed else type(self.cache).__name__
             raise Unsupported(
-                f"speculation with {an_instance(self.model)} whose cache ({what}) cannot be cut back",
+                f"{self.purpose} with {an_instance(self.model)} whose cache ({what}) cannot be cut back",
                 supported="models whose layers all keep keys and values, and every language model of regard",
             )

@@ -280,6 +280,60 @@ def test_a_table_of_positions_is_not_read_beyond_its_end(capsys, causal, tmp_pat
     assert (code, out) == (2, "") and "of a GPT2LMHeadModel; supported: as many as it has positions, 8" in said
 
 
+def test_a_shortened_text_keeps_one_start_token_which_is_not_shown(capsys, causal, tmp_path, monkeypatch):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from regard.cli import generate
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(causal[0])
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(causal[0])
+    model.resize_token_embeddings(260)
+    model.save_pretrained(tmp_path / "model")
+    seen, stream = [], generate._stream
+    monkeypatch.setattr(generate, "_stream", lambda *given: seen.append(given[1]) or stream(*given))
+    for more in ("", f"--shorten-by {tmp_path}/model"):
+        found = answer(capsys, f"generate {tmp_path}/model --tokens 3 --shorten 0.5 {more}", "the quick brown fox")
+        ids = seen.pop()[0].tolist()
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+        assert found["shortened"] == {"tokens": 20, "kept": 10} and len(found["prompt"]) == len(ids) - 1 == 9
+        assert "<s>" not in found["prompt"]
+
+
+def test_drafts_have_the_tokens_and_the_positions(capsys, causal, tmp_path):
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    for name in ("short", "other"):
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        save_byte_tokenizer(tmp_path / name)
+    line = f"generate {causal[0]} the --temperature 0"
+    alone = answer(capsys, f"{line} --tokens 8")["text"]
+    assert answer(capsys, f"{line} --tokens 8 --draft {tmp_path}/short")["text"] == alone
+    code, out, said = run(capsys, f"{line} --tokens 30 --draft {tmp_path}/short")
+    assert (code, out) == (2, "") and "of a GPT2LMHeadModel; supported: as many as it has positions, 16" in said
+    file = tmp_path / "other" / "tokenizer.json"
+    own = json.loads(file.read_text())
+    own["model"]["vocab"]["a"], own["model"]["vocab"]["b"] = own["model"]["vocab"]["b"], own["model"]["vocab"]["a"]
+    file.write_text(json.dumps(own))
+    code, out, said = run(capsys, f"{line} --tokens 8 --draft {tmp_path}/other")
+    assert (code, out) == (2, "") and "with other tokens than the model" in " ".join(said.split())
+
+
+def test_texts_are_not_shortened_by_a_model_that_drops_tokens(capsys, causal, tmp_path):
+    line = (
+        f'compress --length 64 --recipe "tokens:capacity=20" --data {causal[1]} {causal[0]} --output {tmp_path}/fewer'
+    )
+    answer(capsys, line)
+    code, out, said = run(capsys, f"generate {tmp_path}/fewer --tokens 3 --shorten 0.5 'the quick brown fox'")
+    assert (code, out) == (2, "") and "shortening a text with a LlamaForCausalLM" in " ".join(said.split())
+
+
 def test_files_that_lack_weights_of_the_model_are_refused(capsys, causal, tmp_path):
     from safetensors.torch import load_file, save_file
 
