@@ -38,7 +38,7 @@ from regard.compression.pruning.steps import (
 )
 from regard.compression.steps import Distil, Export, FewerTokens, check_program, check_rate
 from regard.compression.weights.limits import CALIBRATORS
-from regard.contract import Unsupported, at_least, check_options, closest, one_of, read_options
+from regard.contract import Unsupported, at_least, check_options, closest, one_of, read_options, split_list
 from regard.layers.quantized import Format
 from regard.measurement.data_files import read_data
 
@@ -333,10 +333,21 @@ class Recipe:
 
 
 def _written(name: str, step: Any) -> str:
-    usual = STEPS[name]()
-    own = {f.name: getattr(step, f.name) for f in fields(step) if getattr(step, f.name) != getattr(usual, f.name)}
+    own: dict[str, Any] = {}
+    for option in (f.name for f in fields(step)):
+        value = getattr(step, option)
+        if value != getattr(_usual(name, own), option):
+            own[option] = value
     said = ",".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items())
     return f"{name}:{said}" if said else name
+
+
+def _usual(name: str, own: Mapping[str, Any]) -> Any:
+    """A step with these options and the defaults that go with them, as those of ``axformer`` go with its focus."""
+    try:
+        return STEPS[name](**own)
+    except Unsupported:  # options that need further ones
+        return STEPS[name]()
 
 
 def read_recipe(given: str | Recipe | Sequence[Any]) -> Recipe:
@@ -361,7 +372,7 @@ def read_recipes(text: str) -> list[Recipe]:
     if text.strip() == "all":
         return [read_recipe(one) for one in ALL]
     parts: list[str] = []
-    for part in text.split(","):
+    for part in split_list(text):
         if parts and re.match(r"\s*\w+\s*=", part):
             parts[-1] += f",{part}"
         elif part.strip():

@@ -32,7 +32,17 @@ def test_a_recipe_is_written_as_text_as_a_list_and_in_files(tmp_path):
         "sparsegpt:pattern=2:4",
         'structured:heads=0.5,by="magnitude" + wanda:ratio=0.3 + awq + gptq',
         "axformer:focus=size,slack=0.1",
+        "axformer:focus=size,slack=0",
+        "axformer:focus=speed,fraction=0.5",
+        "axformer:focus=speed,fraction=0,ties=true,hard=0",
+        "axformer:fraction=0.7,groups=3",
+        "axformer:factor=2",
         "axformer",
+        "lsq:bits=8,steps=3",
+        "lsq:bits=2,group=64",
+        "gptq:bits=2,calibrate=kl,head=keep",
+        "int4:bits=3,symmetric=false",
+        "tokens:method=tome,remove=[4,2,1]",
         "distil:layers=2,kind=features + wanda + distil:steps=5,budget=30s + int8 + tokens:keep=0.5 + export",
         "tokens:method=snapkv,capacity=64",
         "tokens:remove=4 + export:format=torch",
@@ -42,6 +52,11 @@ def test_a_recipe_is_written_as_text_as_a_list_and_in_files(tmp_path):
 def test_a_recipe_reads_back_from_its_name(name):
     recipe = read_recipe(name)
     assert read_recipe(recipe.name) == recipe == read_recipe(recipe.as_list())
+
+
+def test_a_name_has_no_options_that_go_with_others():
+    for name in ("axformer:focus=size", "axformer:focus=speed", "gptq:bits=8", "lsq:bits=8"):
+        assert read_recipe(name).name == name
 
 
 def test_a_step_that_does_not_round_gets_the_usual_one_that_does():
@@ -60,6 +75,8 @@ def test_the_order_that_is_suggested_keeps_the_options_and_is_accepted():
 def test_a_list_of_recipes_keeps_options_with_their_step():
     names = [recipe.name for recipe in read_recipes("int8, int4:group=64,symmetric=false,gptq,int8")]
     assert names == ["int8", "int4:group=64,symmetric=false", "gptq"]
+    lists = read_recipes("tokens:method=tome,remove=[4,2,1],int8,tokens:remove=[3, 1],method=tome")
+    assert [recipe.as_list()[0].get("tokens", {}).get("remove") for recipe in lists] == [[4, 2, 1], None, [3, 1]]
     assert [recipe.name for recipe in read_recipes("all")] == [read_recipe(name).name for name in ALL]
     others = {
         "structured",
