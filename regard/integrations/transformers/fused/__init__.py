@@ -18,8 +18,8 @@ def fuse_layers(model: nn.Module) -> int:
     Consecutive layers with softmax attention to all tokens in a cache of keys and values (`DynamicCache`,
     :class:`regard.integrations.transformers.GrowingCache`, the pages of `regard serve`) share one call, caches and
     attention included; so do those of :func:`regard.compression.sparse.sparsify` with a method that keeps equally many
-    tokens in all heads of a layer and needs no weights of the attention after the prompt (`snapkv`, `pyramidkv`,
-    `streaming`, `quest`, and methods for prompts alone). In a model that :func:`regard.swap` changed, layers of
+    tokens in all heads of a layer (`snapkv`, `pyramidkv`, `streaming`, `tova`, `h2o`, `quest`, `int8`, and methods for
+    prompts alone). In a model that :func:`regard.swap` changed, layers of
     `linear`, `lolcats` (with its window), `gated_linear` and `delta_rule` join the same call, with their states, after
     the first token; exceptions are `gated_linear` with gates on values, and `delta_rule` whose rate is 1 or per value,
     or whose norm is a sum. Consecutive layers of local attention (`form="window"`) share a call of their own once their
