@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support import load
+from support import load, refused
 
 from regard import Context, Mask, Unsupported
 from regard.compression.sparse import METHODS, Method, Place, at_compression, read_method, sparsely, sparsify, written
@@ -311,6 +311,17 @@ def test_caches_that_evict_do_so_token_by_token(text):
     expected = evicting_by_loops(text.partition(":")[0], q, k, v, 14, 12)
     assert (output - expected).abs().max() < 1e-12
     assert torch.equal(cache.counts, torch.full((2, 2), 12)) and torch.equal(cache.length, torch.full((2,), 48))
+
+
+@pytest.mark.parametrize("options", ["capacity=12,recent=0", "capacity=2", "capacity=2,recent=1"])
+def test_a_new_token_is_not_dropped_at_once(options):
+    q, k, v = heads(30)
+    method = read_method(f"h2o:{options}")
+    _, cache = call(method, *(x[:, :, :14] for x in (q, k, v)), None, Place(scale=SCALE), keeps=True)
+    for i in range(14, 30):
+        _, cache = call(method, *(x[:, :, i : i + 1] for x in (q, k, v)), cache, Place(scale=SCALE), keeps=True)
+        assert torch.equal(cache.ranks[..., : method.capacity].max(-1).values, torch.full((2, 2), i))
+    refused("capacity=1", read_method, "h2o:capacity=1")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

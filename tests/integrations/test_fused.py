@@ -110,6 +110,7 @@ def _wide(make):
         ("quest:budget=16,page=8,share=false", 77),
         ("local_sinks:window=16 + quest:budget=80,page=16", 77),  # all pages at first
         ("tova:capacity=24", 77),
+        ("h2o:capacity=24,recent=0", 77),
         ("h2o:capacity=24,recent=0.25", 77),
         ("h2o:capacity=24,recent=1.0", 77),
         ("local_sinks:window=16 + h2o:capacity=90", 77),

@@ -238,21 +238,22 @@ class H2O(Evicting):
     """Heavy hitters: keep the tokens with most attention from all queries so far, and the last ones (arXiv 2306.14048).
 
     Attributes:
-        recent: the share of the capacity that goes to the last tokens.
+        recent: the share of the capacity that goes to the last tokens, of which there is at least one: a new token
+            has had little attention yet.
     """
 
     summary: ClassVar = "The cache keeps the last tokens and those that all queries so far looked at most."
     recent: float = 0.5
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        at_least("capacity", self.capacity, 2)
         if not 0 <= self.recent <= 1:
             raise Unsupported(f"recent={self.recent}", supported="0 to 1", nearest="recent=0.5")
 
     @property
     def last(self) -> int:
         """Number of last tokens that stay."""
-        return int(self.recent * self.capacity)
+        return max(int(self.recent * self.capacity), 1)
 
     def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> EvictingCache:
         n = k.shape[2]
