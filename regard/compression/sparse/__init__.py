@@ -14,7 +14,7 @@ options for a given compression, :mod:`.cost` their costs.
 
 from __future__ import annotations
 
-from regard.compression.sparse.catalogue import METHODS, at_compression, read_method, written
+from regard.compression.sparse.catalogue import METHODS, at_compression, compresses, read_method, written
 from regard.compression.sparse.hosts import Sparse, sparsely, sparsify
 from regard.compression.sparse.method import Combined, Meter, Method, Place
 
@@ -26,6 +26,7 @@ __all__ = [
     "Place",
     "Sparse",
     "at_compression",
+    "compresses",
     "read_method",
     "sparsely",
     "sparsify",

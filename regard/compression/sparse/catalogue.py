@@ -109,6 +109,11 @@ def read_names(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def compresses(name: str, ratio: float) -> bool:
+    """Return whether a method can be used at a ratio: those in :data:`ALWAYS` have one of their own."""
+    return all(ALWAYS.get(method_name(part), ratio) == ratio for part in name.split(" + "))
+
+
 def at_compression(name: str, ratio: float, n: int) -> Method:
     """A method that computes about one pair in `ratio` of a prompt of n tokens, or keeps or reads n / ratio tokens.
 

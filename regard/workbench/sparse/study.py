@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from regard.compression.sparse import METHODS, Method, at_compression, sparsely, sparsify, written
+from regard.compression.sparse import METHODS, Method, at_compression, compresses, sparsely, sparsify, written
 from regard.compression.sparse.cost import (
     Sizes,
     decode_bytes,
@@ -47,6 +47,8 @@ NOTICEABLE = 1.02
 """Ratio from which one is called faster than the other."""
 ALIKE = 1.05
 """Ratio up to which one method counts as about as fast as another."""
+FIXED = "it always compresses by the same"
+"""Why a method is left out at a ratio."""
 FEWEST = 4
 """Fewest samples of a task for which a loss is judged."""
 
@@ -229,9 +231,11 @@ def study(
     """
     sizes = Sizes.of(reader.model)
     sparsify(reader.model, Method()).undo()
-    for method in plan.methods:
+    chosen = [(method, ratio) for method in plan.methods for ratio in plan.ratios]
+    fitting = [(method, ratio) for method, ratio in chosen if compresses(method, ratio)]
+    for method, ratio in fitting or chosen:
         for length in plan.lengths:
-            at_compression(method, max(plan.ratios), length)
+            at_compression(method, ratio, length)
     if reader.longest is not None and max(plan.lengths) > reader.longest:
         raise Unsupported(
             f"{max(plan.lengths)} tokens with {reader.name}",
@@ -245,8 +249,10 @@ def study(
     tasks: dict[str, Any] = {
         name: Continuation(reader, plan.data, CONTINUED) if name == TEXT else _task(name, plan) for name in plan.tasks
     }
-    refused: dict[str, str] = {}
-    variants = [("dense", 1.0), *((method, ratio) for method in plan.methods for ratio in plan.ratios)]
+    refused = {f"{method} at {ratio:g}x": FIXED for method, ratio in chosen if not compresses(method, ratio)}
+    for pair, why in refused.items():
+        say(f"{pair} is left out: {why}")
+    variants = [("dense", 1.0), *fitting]
     total, done, over = plan.samples * len(plan.lengths) * len(tasks) * len(variants), 0, False
     rows: dict[tuple[str, float, str, int], list[dict[str, Any]]] = {}
     for number in range(plan.samples):

@@ -160,6 +160,20 @@ def test_a_folder_is_asked_judged_and_reported_and_goes_on_where_it_was_stopped(
     assert "safe at 128" in shown and "Report" in shown and len(asked) == 29
 
 
+def test_a_method_that_always_compresses_by_the_same_is_left_out_at_other_ratios(causal, tmp_path, capsys):
+    folder, text = causal
+    line = "sparse --lengths 64 --tasks text --samples 1 --methods"
+    more = "--data", text, "--output", tmp_path, folder
+    found = answer(capsys, f"{line} streaming,int8 --ratios 2,4", *more)
+    asked = {(cell["method"], cell["ratio"]) for cell in found["cells"]}
+    assert asked == {("dense", 1), ("streaming", 2), ("streaming", 4), ("int8", 4)}
+    assert "int8 at 2x" in found["refused"]
+    code, out, _ = run(capsys, f"{line} streaming,int8 --ratios 2", *more)
+    assert code == 0 and "left out: int8 at 2x: it always compresses by the same" in " ".join(out.split())
+    code, _, said = run(capsys, f"{line} int8 --ratios 2", *more)
+    assert code == 2 and "which it always is" in said
+
+
 @pytest.mark.parametrize(
     ("line", "match"),
     [
