@@ -97,19 +97,33 @@ def stop_tokens(model: Any) -> tuple[int, ...]:
 
 def check_positions(model: Any, tokens: int) -> None:
     """Raise Unsupported for more tokens than a causal language model has entries in its position table."""
+    if not has_positions(model, tokens):
+        raise Unsupported(
+            f"{tokens} tokens, prompt and reply together, of {an_instance(model)}",
+            supported=f"as many as it has positions, {model.config.max_position_embeddings}",
+            nearest="a shorter text or fewer tokens",
+        )
+
+
+def has_positions(model: Any, tokens: int) -> bool:
+    """Return whether a causal language model can read so many tokens: False where its position table is shorter."""
     reach = getattr(model.config, "max_position_embeddings", None)
     if reach is None or tokens <= reach or "position_ids" not in inspect.signature(model.forward).parameters:
-        return
+        return True
     last = torch.tensor([[tokens - 1]], device=model.device)
     try:
         with torch.no_grad():
             model(torch.zeros_like(last), position_ids=last)
     except IndexError:
-        raise Unsupported(
-            f"{tokens} tokens, prompt and reply together, of {an_instance(model)}",
-            supported=f"as many as it has positions, {reach}",
-            nearest="a shorter text or fewer tokens",
-        ) from None
+        return False
+    return True
+
+
+def known_positions(place: Path, *, supported: str = SUPPORTED) -> int | None:
+    """Number of tokens that a causal language model was made for, by its config; arguments as in :func:`find_files`."""
+    folder, file = find_files(place, supported=supported)
+    config = _loaded(transformers.AutoConfig, "config", place, folder, supported, **file)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _loaded(of: Any, what: str, place: Path, folder: Path, supported: str, **options: Any) -> Any:

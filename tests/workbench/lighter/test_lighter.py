@@ -280,6 +280,26 @@ def test_a_table_of_positions_is_not_read_beyond_its_end(capsys, causal, tmp_pat
     assert (code, out) == (2, "") and "of a GPT2LMHeadModel; supported: as many as it has positions, 8" in said
 
 
+def test_windows_are_not_longer_than_a_table_of_positions(capsys, causal, tmp_path, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(studies, "TIMING_SECONDS", 0.1)
+    config = transformers.OPTConfig(
+        vocab_size=256, hidden_size=16, word_embed_proj_dim=16, ffn_dim=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=24, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    save_byte_tokenizer(tmp_path / "opt")
+    line = f"compress {tmp_path}/opt --data {causal[1]}"
+    found = answer(capsys, f"{line} --recipe gptq --output {tmp_path}/small")
+    assert found["bytes_after"] < found["bytes_before"]
+    found = answer(capsys, f"{line} --recipes int8 --budget 1h --output {tmp_path}/study")
+    assert "windows of 24)" in found["described"] and set(found["rows"][0]["speedup"]) == {"decode", "prefill"}
+    code, out, said = run(capsys, f"{line} --recipe gptq --length 25 --output {tmp_path}/other")
+    assert (code, out) == (2, "") and "length=25 of a model of 24 positions" in " ".join(said.split())
+    assert answer(capsys, "evaluate", tmp_path / "small", causal[1])["score"] > 0
+
+
 def test_a_shortened_text_keeps_one_start_token_which_is_not_shown(capsys, causal, tmp_path, monkeypatch):
     from tokenizers.processors import TemplateProcessing
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -16,6 +16,7 @@ from regard.compression.folders import load_causal_model
 from regard.compression.layers import run_batch
 from regard.compression.tokens.applied import read_in_turn
 from regard.contract import Unsupported, at_least
+from regard.integrations.encoders import positions_of
 from regard.measurement.timing import Action
 from regard.models.generation import sample
 from regard.tasks.documents import Paths, names_of, read_documents
@@ -31,13 +32,14 @@ class CausalModel:
     run = staticmethod(run_batch)
 
     def __init__(self, path: Path, data: Paths | None, length: int | None) -> None:
-        length = LENGTH if length is None else length
-        at_least("length", length, 2)
-        self.length = length
-        from regard.integrations.transformers.folders import load_tokenizer
+        from regard.integrations.transformers.folders import known_positions, load_tokenizer
 
         self.path, self.tokenizer = path, load_tokenizer(path, supported=MODELS)
-        self.described = path.name
+        self.described, self.items = path.name, 0
+        if length is None:
+            length = min(LENGTH, known_positions(path, supported=MODELS) or LENGTH)
+        at_least("length", length, 2)
+        self.length = length
         if data == ():
             return
         if data is None:
@@ -50,7 +52,16 @@ class CausalModel:
         self.described = f"{path.name} on {names_of(data)} ({tokens:,} tokens, windows of {length})"
 
     def load(self) -> nn.Module:
+        from regard.integrations.transformers.folders import has_positions
+
         model: nn.Module = load_causal_model(self.path, supported=MODELS)
+        if self.items and not has_positions(model, self.length):
+            longest = positions_of(model)
+            raise Unsupported(
+                f"length={self.length} of a model of {longest} positions",
+                supported=f"{longest} or less",
+                nearest=f"--length {longest}",
+            )
         return model
 
     def calibration(self, count: int) -> list[Any]:
@@ -70,14 +81,18 @@ class CausalModel:
 
     def timed(self, model: nn.Module) -> dict[str, Action]:
         from regard.integrations.transformers import CACHE, GrowingCache
+        from regard.integrations.transformers.folders import has_positions
 
         ids = text_windows(self.held_out, self.length, 1)[0]
+        longest = positions_of(model)
+        table = longest is not None and not has_positions(model, longest + 1)  # then no place is beyond the window
+        place = {"position_ids": ids.new_tensor([[ids.shape[1] - 1]])} if table else {}
         with torch.inference_mode():
             cache = GrowingCache.of(getattr(model(ids, use_cache=True), CACHE))
 
         def decode() -> Any:
             with torch.inference_mode():
-                return model(ids[:, :1], **{CACHE: cache}, use_cache=True)
+                return model(ids[:, :1], **{CACHE: cache}, **place, use_cache=True)
 
         def prefill() -> Any:
             with torch.inference_mode():
