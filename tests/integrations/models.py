@@ -47,6 +47,13 @@ def bart():
     return transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=64, d_model=32, **sizes)).eval()
 
 
+def t5():
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
 def ids(batch=3, length=9):
     return torch.randint(3, 64, (batch, length))
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import GREEDY, KEPT, LEFT, SIZES, bart, bert, disturb, ids, llama, mistral, near
+from models import GREEDY, KEPT, LEFT, SIZES, bart, bert, disturb, ids, llama, mistral, near, t5
 from support import GRAPH
 
 import regard
@@ -47,6 +47,38 @@ def test_the_attention_function_and_a_growing_cache_give_the_same_tokens(make, o
     near(model(tokens).logits, logits)
 
 
+@pytest.mark.parametrize("kept", [torch.ones_like(LEFT), LEFT], ids=["whole", "padded"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_static_cache_gives_the_same_tokens(swapped, kept):
+    model, tokens = llama(), ids()
+    if swapped:
+        regard.swap(model, "softmax")
+    else:
+        model.set_attn_implementation("regard:softmax")
+    disturb(model)
+    settings = {"attention_mask": kept, "max_new_tokens": 4, **GREEDY}
+    expected = model.generate(tokens, **settings, use_cache=False)
+    assert torch.equal(model.generate(tokens, **settings, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("make", [llama, t5])
+def test_the_empty_slots_of_a_static_cache_are_no_tokens(make):
+    model, tokens = make(), ids()
+    model.set_attn_implementation("regard:sigmoid")
+    if model.config._attn_implementation != "regard:sigmoid":
+        pytest.skip("this version's T5 does not dispatch through the attention interface")
+    disturb(model)
+    begun = {} if make is llama else {"encoder_outputs": model.get_encoder()(tokens)}
+    name = "input_ids" if make is llama else "decoder_input_ids"
+    cache, found = transformers.StaticCache(model.config, max_cache_len=20), []
+    if make is t5:
+        cache = transformers.EncoderDecoderCache(cache, transformers.DynamicCache())
+    with torch.no_grad():
+        for piece in tokens.split([4, 3, 1, 1], 1):
+            found.append(model(**{name: piece, bridge.CACHE: cache}, **begun, use_cache=True).logits)
+        near(torch.cat(found, 1), model(**{name: tokens}, **begun, use_cache=False).logits)
+
+
 def test_decoding_goes_the_short_way_where_there_is_one(monkeypatch):
     model = llama(attn_implementation="regard:softmax").eval()
     lengths = []
@@ -72,8 +104,7 @@ def test_a_growing_cache_does_not_copy_what_it_holds():
 
 
 def test_a_relative_bias_and_cross_attention_are_honoured():
-    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    model = transformers.T5ForConditionalGeneration(config).eval()
+    model = t5()
     inputs = {"input_ids": ids(), "attention_mask": KEPT, "decoder_input_ids": ids(3, 5)}
     expected = model(**inputs).logits
     model.set_attn_implementation("regard:softmax")
@@ -84,12 +115,11 @@ def test_a_relative_bias_and_cross_attention_are_honoured():
 
 def test_a_mechanism_without_a_bias_is_refused_where_a_model_adds_one_before_anything_is_changed():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    t5 = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
     beit = [
         transformers.BeitConfig(**sizes, image_size=16, patch_size=8, **{kind: True})
         for kind in ("use_relative_position_bias", "use_shared_relative_position_bias")
     ]
-    models = [transformers.T5ForConditionalGeneration(t5), *map(transformers.BeitModel, beit)]
+    models = [t5(), *map(transformers.BeitModel, beit)]
     for model in models:
         with pytest.raises(Unsupported, match=r"linear, whose scores take no bias, in a \w+Attention"):
             regard.swap(model, "linear")

@@ -202,8 +202,11 @@ def _forward(
     mask = attention_mask
     if mask is not None:
         mask = mask[..., :m].expand(-1, -1, n, m)
+    if causal and not crossing and cache is None and m > n:
+        m = _slots(mask, n, m)
+        key, value, mask = key[:, :, :m], value[:, :, :m], None if mask is None else mask[..., :m]
     if position_bias is not None:
-        mask = _biased(position_bias, mask)
+        mask = _biased(position_bias[..., :m], mask)
     sees: dict[str, Any] = {"batch": batch, "n": n, "dtype": query.dtype, "prefer_causal": causal}
     sees["as_bias"] = "bias" in attend.card.honours
     causal_beside = causal and attention_mask is None  # a mask, if there is one, already includes causality
@@ -241,6 +244,23 @@ def _forward(
         cache.take(result.state, n, None if shift is None else shift.expand(batch))
     hand_back(module, result)
     return result.output.transpose(1, 2), None
+
+
+def _slots(mask: Tensor | None, n: int, m: int) -> int:
+    """The number of slots up to the newest token's: those after it, in a static cache, are empty.
+
+    Without a mask transformers means new tokens in the first slots, except for a single one, which sees all.
+    """
+    if mask is None:
+        return m if n == 1 else n
+    if torch.compiler.is_compiling():
+        return m
+    seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min).flatten(0, 1).any(0)
+    if bool(seen[:, -1].any()):
+        return m
+    slots = torch.arange(m, device=mask.device)
+    newest = (seen * slots).amax(-1) - slots[:n]  # of the first token, as each query tells it
+    return min(m, n + max(0, int(newest.max())))
 
 
 def _read_once(given: Tensor | None, bias: Tensor | None, mask: Tensor, sees: dict[str, Any]) -> Visible:
