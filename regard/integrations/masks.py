@@ -70,6 +70,20 @@ def read_mask(
     return Visible(causal, None, bias)
 
 
+def find_causal(visible: Visible, *, otherwise: bool) -> Visible:
+    """Treat a call as causal if its bias hides everything that comes later (bottom-right); `otherwise` answers during
+    compilation, when a bias cannot be inspected."""
+    if visible.causal or visible.bias is None:
+        return visible
+    if torch.compiler.is_compiling():
+        causal = otherwise
+    else:
+        bias = visible.bias
+        later = bias.new_ones(bias.shape[-2:], dtype=torch.bool).triu(1 + bias.shape[-1] - bias.shape[-2])
+        causal = bool((bias <= torch.finfo(bias.dtype).min)[..., later].all())
+    return Visible(True, None, visible.bias) if causal else visible
+
+
 def _of_keys(
     visible: Tensor, causal: bool, batch: int, n: int, m: int, own_queries: bool, prefer_causal: bool
 ) -> Visible | None:

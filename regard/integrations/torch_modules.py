@@ -13,7 +13,7 @@ from regard.contract import Context, Pattern, Role, Unsupported
 from regard.integrations.chosen import Chosen
 from regard.integrations.collecting import context_of, hand_back
 from regard.integrations.heads import HeadAttention
-from regard.integrations.masks import Visible, read_mask
+from regard.integrations.masks import Visible, find_causal, read_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -164,7 +164,8 @@ class MultiheadAttention(Swapped):
         if mask is not None:
             mask = mask.expand(*mask.shape[:2], n, m)
         as_bias = "bias" in self.attend.card.honours
-        return read_mask(mask, False, batch=batch, n=n, m=m, dtype=dtype, own_queries=own_queries, as_bias=as_bias)
+        visible = read_mask(mask, False, batch=batch, n=n, m=m, dtype=dtype, own_queries=own_queries, as_bias=as_bias)
+        return visible if self.pattern.cross or n == 1 else find_causal(visible, otherwise=is_causal)
 
 
 def _both(a: Tensor, b: Tensor) -> Tensor:

@@ -88,6 +88,13 @@ def test_an_encoder_swapped_to_softmax_stays_equal(mask, norm_first):
     torch.testing.assert_close(found[seen], expected[seen], atol=1e-12, rtol=1e-10)
 
 
+def test_scores_that_are_almost_only_causal_leave_a_window_that_looks_back():
+    _, model = both(nn.ModuleList([nn.MultiheadAttention(16, 4, batch_first=True)]).double(), "local:window=3")
+    x, hidden = random(2, 9, 16), torch.zeros(9, 9, dtype=torch.float64).masked_fill(CAUSAL, -torch.inf)
+    expected, _ = model[0](x, x, x, attn_mask=hidden)
+    torch.testing.assert_close(model[0](x, x, x, attn_mask=hidden + 1e-12)[0], expected)
+
+
 def test_the_fused_and_packed_paths_of_an_encoder_are_left():
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     model, swapped = both(nn.TransformerEncoder(layer, 2).eval(), "linear")

@@ -79,6 +79,36 @@ def test_the_empty_slots_of_a_static_cache_are_no_tokens(make):
         near(torch.cat(found, 1), model(**{name: tokens}, **begun, use_cache=False).logits)
 
 
+def test_packed_texts_are_read_as_each_alone():
+    model, tokens = llama(), ids(1, 20)
+    regard.swap(model, "local:window=4")
+    disturb(model)
+    seen = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool).tril() for n in (9, 11)))
+    positions = torch.cat([torch.arange(9), torch.arange(11)])[None]
+    with torch.no_grad():
+        alone = torch.cat([model(x, use_cache=False).logits for x in tokens.split([9, 11], 1)], 1)
+        for packed in ({"position_ids": positions}, {"attention_mask": seen[None, None]}):
+            near(model(tokens, use_cache=False, **packed).logits, alone)
+
+
+def test_a_causal_mask_of_pairs_means_the_same_with_and_without_a_cache():
+    model, tokens = llama(), ids(1, 9)
+    regard.swap(model, "selective_temperature:token_features=tokens")
+    disturb(model)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    seen[5:, 3] = False
+    with torch.no_grad():
+        near(*(model(tokens, attention_mask=seen[None, None], use_cache=kept).logits for kept in (False, True)))
+
+
+def test_a_window_in_a_model_with_a_wider_one_looks_back_only():
+    model, tokens = mistral(), ids(1, 9)
+    regard.swap(model, "local:window=3")
+    with torch.no_grad():
+        found = model(tokens, use_cache=False).logits
+        near(found[:, :4], model(tokens[:, :4], use_cache=False).logits)
+
+
 def test_decoding_goes_the_short_way_where_there_is_one(monkeypatch):
     model = llama(attn_implementation="regard:softmax").eval()
     lengths = []
@@ -464,3 +494,6 @@ def test_a_swapped_model_is_compiled_whole_and_in_parts_where_it_has_to_look_at_
     with torch.no_grad():
         near(whole(x).logits, model(x).logits)
         near(parts(x, attention_mask=KEPT).logits[KEPT == 1], model(x, attention_mask=KEPT).logits[KEPT == 1])
+        regard.swap(model, "local:window=3")
+        packed = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 3), "use_cache": False}
+        near(torch.compile(model, backend=GRAPH)(x, **packed).logits, model(x, **packed).logits)

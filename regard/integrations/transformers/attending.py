@@ -17,7 +17,7 @@ from regard.engines.attention import decode
 from regard.integrations.chosen import Chosen
 from regard.integrations.collecting import context_of, hand_back, is_collecting
 from regard.integrations.heads import HeadAttention, Rotation
-from regard.integrations.masks import Visible, read_mask
+from regard.integrations.masks import Visible, find_causal, read_mask
 from regard.integrations.transformers.caches import CACHE, StateLayer, state_layer
 from regard.integrations.transformers.rotary import ANGLES, Rotary, count_positions, without_turn
 
@@ -215,8 +215,8 @@ def _forward(
     else:
         sees |= {"causal": causal_beside, "m": m, "own_queries": n == m and not crossing}
         visible = read_mask(None, **sees) if mask is None else _read_once(attention_mask, position_bias, mask, sees)
-    if cache is not None and visible.bias is not None:
-        visible = _causal(visible, visible.bias)
+    if visible.bias is not None and (cache is not None or (causal and not crossing)):
+        visible = _order(visible, attend, cached=cache is not None)
     if visible.causal and not crossing:
         pattern = Pattern.CAUSAL_SELF
     else:
@@ -304,12 +304,13 @@ def _read_after(mask: Tensor, causal: bool, cache: StateLayer, *, dtype: torch.d
     return Visible(causal, None, bias.to(dtype))
 
 
-def _causal(visible: Visible, bias: Tensor) -> Visible:
-    """Treat a call as causal if its bias hides everything that comes later."""
-    later = bias.new_ones(bias.shape[-2:], dtype=torch.bool).triu(1 + bias.shape[-1] - bias.shape[-2])
-    if torch.compiler.is_compiling() or bool((bias <= torch.finfo(bias.dtype).min)[..., later].all()):
-        return Visible(True, None, bias)
-    return visible
+def _order(visible: Visible, attend: HeadAttention, *, cached: bool) -> Visible:
+    """:func:`find_causal` for a call of a causal module. Softmax needs no order beside a bias that hides pairs, and a
+    state has one in any case; for other mechanisms a compiler breaks the graph to look."""
+    if torch.compiler.is_dynamo_compiling() and not cached and not attend.chosen.plain:
+        reason = "a mechanism that is another one where it is causal has to know whether a mask is"
+        return torch.compiler.disable(find_causal, reason=reason)(visible, otherwise=True)
+    return find_causal(visible, otherwise=cached or not attend.chosen.plain)
 
 
 def _rotation(attend: HeadAttention, told: Told, visible: Visible, n: int) -> tuple[Rotation | None, Tensor | None]:
