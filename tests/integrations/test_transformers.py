@@ -160,6 +160,26 @@ def test_a_mechanism_without_a_bias_is_refused_where_a_model_adds_one_before_any
     assert plain(torch.randn(1, 3, 16, 16)).last_hidden_state.isfinite().all()
 
 
+def gemma():
+    config = transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=50.0)
+    return transformers.Gemma2ForCausalLM(config).eval()
+
+
+def gpt_oss():
+    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).eval()
+
+
+@pytest.mark.parametrize(("make", "told"), [(gemma, "caps scores at 50.0"), (gpt_oss, "has attention sinks")])
+def test_a_softcap_and_sinks_are_taken_over_or_the_swap_is_refused(make, told):
+    model, tokens = make(), ids()
+    expected = model(tokens).logits
+    with pytest.raises(Unsupported, match=told):
+        regard.swap(model, "local")
+    regard.swap(model, "softmax")
+    near(model(tokens).logits, expected)
+
+
 def test_what_learns_beside_the_projections_needs_a_swap():
     model = llama()
     model.set_attn_implementation("regard:gated_linear")

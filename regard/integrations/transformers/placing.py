@@ -53,6 +53,7 @@ def plan(
     """
     assert choice.pattern is not None
     attend = _head_attention(module, choice.chosen, choice.pattern)
+    _check_scores(module, attend)
     _check_bias(model, path, module, attend)
     attend.placement = _placement(model, path, module, attend, unrotated)
 
@@ -86,6 +87,23 @@ def _head_attention(module: Any, chosen: Chosen, pattern: Pattern) -> HeadAttent
         )
     some = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
     return attend.to(some).train(module.training)
+
+
+def _check_scores(module: Any, attend: HeadAttention) -> None:
+    """Refuse a mechanism that cannot honour the softcap of a module's scores, or its attention sinks."""
+    softcap, name = getattr(module, "attn_logit_softcapping", None), attend.chosen.name
+    if softcap is not None and not attend.chosen.plain and getattr(attend.config, "softcap", None) != softcap:
+        raise Unsupported(
+            f"{name} in {an_instance(module)}, which caps scores at {softcap}",
+            supported=f"softmax, which takes over the softcap, and mechanisms with the option softcap={softcap}",
+            nearest="softmax",
+        )
+    if getattr(module, "sinks", None) is not None and "sink" not in attend.card.axes:
+        raise Unsupported(
+            f"{name} in {an_instance(module)}, which has attention sinks",
+            supported="mechanisms with the input sink",
+            nearest="softmax",
+        )
 
 
 def _check_bias(model: nn.Module, path: str, module: Any, attend: HeadAttention) -> None:
