@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import GREEDY, KEPT, LEFT, bart, disturb, gpt2, ids, llama, mistral, near
+from models import GREEDY, KEPT, LEFT, bart, disturb, gpt2, ids, llama, mistral, near, t5
 
 import regard
 from regard import Unsupported
@@ -125,6 +125,15 @@ def test_an_encoder_decoder_generates_from_states_too():
     assert torch.equal(found.sequences, model.generate(tokens, **settings, use_cache=False))
     cache = getattr(found, bridge.CACHE)
     assert [type(layer) for layer in cache.self_attention_cache.layers] == [bridge.StateLayer]
+
+
+@pytest.mark.parametrize("mechanism", ["sigmoid", "selective_temperature", "differential", "mixture_of_heads"])
+def test_a_decoder_with_relative_positions_generates_with_its_own_cache(mechanism):
+    model = swapped(t5, mechanism)
+    settings = {"attention_mask": LEFT, "max_new_tokens": 5, **GREEDY}
+    tokens = ids()
+    expected = model.generate(tokens, **settings, use_cache=False)
+    assert torch.equal(model.generate(tokens, **settings), expected)
 
 
 @pytest.mark.parametrize("mechanism", [CORES, UNTURNED, "local:window=3"])

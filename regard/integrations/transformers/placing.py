@@ -54,8 +54,15 @@ def plan(
     assert choice.pattern is not None
     attend = _head_attention(module, choice.chosen, choice.pattern)
     _check_scores(module, attend)
-    _check_bias(model, path, module, attend)
-    attend.placement = _placement(model, path, module, attend, unrotated)
+    biased = _adds_bias(model, path, module)
+    if biased and "bias" not in attend.card.honours:
+        raise Unsupported(
+            f"{attend.chosen.name}, whose scores take no bias, in {an_instance(module)}, which adds one for relative "
+            "positions",
+            supported="mechanisms that take a bias (honours of regard show --json)",
+            nearest="softmax",
+        )
+    attend.placement = _placement(model, path, module, attend, unrotated, biased=biased)
 
     def change() -> tuple[str, nn.Module]:
         place(module, attend)
@@ -106,30 +113,26 @@ def _check_scores(module: Any, attend: HeadAttention) -> None:
         )
 
 
-def _check_bias(model: nn.Module, path: str, module: Any, attend: HeadAttention) -> None:
-    """Refuse a mechanism that takes no bias if this module, one around it or another of its class adds a relative
-    position bias to scores (in T5, only the first layer has the table)."""
-    if "bias" in attend.card.honours or not any(
+def _adds_bias(model: nn.Module, path: str, module: Any) -> bool:
+    """Whether this module, one around it or another of its class adds a relative position bias to scores (in T5, only
+    the first layer has the table)."""
+    return any(
         given is not None and given is not False
         for place, other in model.named_modules()
         if type(other) is type(module) or not place or path.startswith(f"{place}.")
         for name, given in {**vars(other), **other._modules, **other._parameters}.items()
         if RELATIVE.search(name)
-    ):
-        return
-    raise Unsupported(
-        f"{attend.chosen.name}, whose scores take no bias, in {an_instance(module)}, which adds one for relative "
-        "positions",
-        supported="mechanisms that take a bias (honours of regard show --json)",
-        nearest="softmax",
     )
 
 
-def _placement(model: nn.Module, path: str, module: Any, attend: HeadAttention, unrotated: bool | None) -> Placement:
+def _placement(
+    model: nn.Module, path: str, module: Any, attend: HeadAttention, unrotated: bool | None, *, biased: bool
+) -> Placement:
     """Decide who keeps the cache and who rotates; raises Unsupported where the mechanism would misread its inputs."""
     layer = getattr(module, "layer_idx", None) if attend.keeps_state and not attend.chosen.plain else None
-    if layer is not None and not keeps_every_key(module.config, layer):
-        layer = None  # the model has a window of its own, and its cache drops older tokens
+    if layer is not None and (biased or not keeps_every_key(module.config, layer)):
+        # the module counts the tokens of its own cache for its bias, or has a window, and its cache drops older tokens
+        layer = None
     rotates = any(ROTATES.search(name) for name in vars(sys.modules[type(module).__module__]))
     if attend.pattern.cross or not rotates or attend.misreads_rotated is None:
         return Placement.of(module, layer)
