@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import importlib
 import importlib.metadata
@@ -176,6 +177,14 @@ def find_mechanism(name: str) -> Mechanism | None:
     """Like :func:`get_mechanism`, but returns None for an unknown name."""
     found = _find(name)
     return None if found is None else found[0]
+
+
+def _reduce(card: Mechanism) -> str | tuple[Any, ...]:
+    """Pickle and copy a card of the catalogue by its name, so that it stays the same card; others as any object."""
+    return (get_mechanism, (card.name,)) if find_mechanism(card.name) is card else card.__reduce_ex__(2)
+
+
+copyreg.pickle(Mechanism, _reduce)
 
 
 def get_module(name: str) -> ModuleType:

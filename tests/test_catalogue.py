@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.metadata
+import pickle
 import sys
 
 import pytest
@@ -17,6 +20,18 @@ def test_the_backend_of_every_mechanism_is_told(name):
     assert regard.get_mechanism(name).engine in ("", *engine_names())
     assert regard.which_backend(name, device="meta").name == "torch"
     assert regard.which_backend(name, device="cpu").reason
+
+
+@pytest.mark.parametrize("name", regard.list_mechanisms())
+def test_a_pickled_or_copied_card_is_the_card(name):
+    card = regard.get_mechanism(name)
+    assert pickle.loads(pickle.dumps(card)) is card
+    assert copy.deepcopy(card) is card
+
+
+def test_a_card_outside_the_catalogue_is_copied_as_an_object():
+    card = dataclasses.replace(regard.get_mechanism("linear"), name="another")
+    assert pickle.loads(pickle.dumps(card)).name == "another"
 
 
 def test_engines_and_aliases_have_backends_too():
