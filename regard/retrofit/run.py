@@ -170,6 +170,7 @@ class _Run:
             first = self.host.batch(self.data, 0, self.settings.seed, self.settings, rows=1)
             if self.host.check(first, self.settings.mechanism) <= EQUAL:
                 self.say(self._nothing_new())
+            self.host.check_longest(self.data, self.settings)
             return plan(self.host, self.data, self.settings, time.monotonic() - self.started).record()
 
         return Plan(**self.folder.once("plan", make))

@@ -26,6 +26,7 @@ from regard.workbench.reports.retrofit_report import render_retrofit
 from regard.workbench.retrofits import recommend, rows
 
 transformers = pytest.importorskip("transformers")
+ENDS = {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,17 @@ def of(host, **options):
 
 def corpus():
     return Corpus(tokens(), tokens(200), None, "data", None)
+
+
+def test_a_window_shorter_than_the_lengths_is_refused_before_anything_is_trained(tmp_path):
+    sizes = {**SIZES, "local_attention": 80, "num_hidden_layers": 2, "global_attn_every_n_layers": 2}
+    del sizes["initializer_range"]
+    model = transformers.ModernBertModel(transformers.ModernBertConfig(**sizes, **ENDS)).eval()
+    with pytest.raises(Unsupported, match=r"texts of 64 tokens .* window of 40.*try lengths=\(40,\)"):
+        regard.retrofit(
+            model, "linear", data=tokens(), budget="60 steps", output=tmp_path / "out", **{**WORK, "lengths": (32, 64)}
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_tokens_are_asked_for_in_each_row_and_never_the_frame(host):

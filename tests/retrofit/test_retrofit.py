@@ -13,7 +13,7 @@ from small_llama import SIZES, WORK, llama, tokens
 
 import regard
 from regard import Unsupported
-from regard.integrations.transformers import AutoModelForCausalLM
+from regard.integrations.transformers import CACHE, AutoModelForCausalLM
 from regard.measurement.budget import Budget
 from regard.retrofit import hosts
 from regard.retrofit.best import Best
@@ -243,6 +243,25 @@ def sliding(_):
     return {"model": transformers.MistralForCausalLM(config)}
 
 
+def window_of(size):
+    import transformers
+
+    config = transformers.MistralConfig(**SIZES, num_hidden_layers=2, sliding_window=size)
+    return {"model": transformers.MistralForCausalLM(config)}
+
+
+def without_state(_):
+    import transformers
+
+    class Forgetful(transformers.LlamaForCausalLM):
+        def forward(self, *args, **options):
+            if options.get(CACHE) is not None:
+                raise Unsupported("a cache")
+            return super().forward(*args, **options)
+
+    return {"model": Forgetful(llama(2).config)}
+
+
 def something_else(_):
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -269,6 +288,15 @@ BAD = {
     "shared weights": (shared, "shared weights"),
     "quantized weights": (quantized, "quantized"),
     "a window that the mechanism lacks": (sliding, "mask of pairs"),
+    "a window shorter than the evaluation's blocks": (
+        lambda _: window_of(48),
+        "texts of 64 tokens .* window of 48.*36",
+    ),
+    "a window shorter than the lengths": (
+        lambda _: {**window_of(64), "lengths": (64,)},
+        r"texts of 76 tokens .* window of 64.*try lengths=\(52,\)",
+    ),
+    "a state that does not work": (without_state, "could not generate with it: a cache"),
     "another attention than it says": (something_else, "not softmax of its queries and keys"),
     "a folder with other files": (full, "holds other files"),
     "a missing folder": (lambda _: {"model": "nowhere/at/all"}, "does not exist"),

@@ -244,6 +244,14 @@ class Host(ABC):
         made, _ = self.copy_with(range(len(self.layers)), mechanism, 0)
         return apart(self.answers(made, batch), expected)
 
+    @abstractmethod
+    def check_longest(self, data: Any, settings: RetrofitSettings) -> None:
+        """Check that new layers can read what the evaluation reads, which may be longer than a row of the training.
+
+        Raises:
+            Unsupported: if they cannot, as beyond the window of the old ones.
+        """
+
     def _check_calls(self, batch: Batch) -> None:
         calls = dict.fromkeys(range(len(self.layers)), 0)
 

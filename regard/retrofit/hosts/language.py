@@ -16,7 +16,7 @@ from regard.integrations.swap import swap
 from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.hosts.base import SAME, Batch, apart
 from regard.retrofit.hosts.text import TextHost
-from regard.retrofit.inserting import check_settings, inserts_tokens, rebuilt
+from regard.retrofit.inserting import check_settings, inserts_tokens, reads_by_state, rebuilt
 from regard.retrofit.settings import RetrofitSettings
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class LanguageHost(TextHost):
     pattern: ClassVar[Pattern] = Pattern.CAUSAL_SELF
     evaluated: ClassVar[int] = 4  # by two models, in blocks that are twice as long
     usual_lengths: ClassVar[tuple[int, ...]] = (512, 2048)
+    decoded: ClassVar[int] = 12
 
     @property
     def distributes(self) -> bool:
@@ -55,6 +56,18 @@ class LanguageHost(TextHost):
 
     def held_out(self, data: Corpus, most: int, settings: RetrofitSettings) -> Batch:
         return Batch(even_blocks(data.held_out, most, settings.block))
+
+    def evaluation_length(self, ids: Int[Tensor, " n"], length: int) -> int:
+        """Twice the training block, if the model's positions and the text allow it, to show what happens beyond it."""
+        within = self.longest is None or 2 * length <= self.longest
+        return 2 * length if within and len(ids) >= 4 * length else length
+
+    def longest_read(self, data: Corpus, settings: RetrofitSettings) -> int:
+        blocks = [self.evaluation_length(ids, settings.block) for ids in data.sources.values()]
+        return max(super().longest_read(data, settings), *blocks)
+
+    def read_once(self, model: Any, ids: Int[Tensor, "b n"]) -> None:
+        model(ids, use_cache=reads_by_state(model), logits_to_keep=1)
 
     def answers(self, model: Any, batch: Batch) -> Float[Tensor, "m v"]:
         return model(batch.inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
@@ -109,7 +122,23 @@ class LanguageHost(TextHost):
                     f"{difference:.2g} of the largest",
                     supported="models of the kind of Llama",
                 )
-        return super().check_answers(batch, expected, mechanism)
+        made, _ = self.copy_with(range(len(self.layers)), mechanism, 0)
+        if made.config.use_cache:
+            self._check_generates(made, batch.inputs[:1], mechanism)
+        return apart(self.answers(made, batch), expected)
+
+    def _check_generates(self, made: Any, ids: Int[Tensor, "1 n"], mechanism: str) -> None:
+        from regard.integrations.transformers import CACHE
+
+        try:
+            state = getattr(made(ids[:, :-1], use_cache=True, logits_to_keep=1), CACHE)
+            made(ids[:, -1:], use_cache=True, **{CACHE: state})
+        except Unsupported as error:
+            raise Unsupported(
+                f"{mechanism} in {an_instance(self.model)}, which could not generate with it: {error.asked}",
+                supported="models that generate with the mechanism's state",
+                nearest="model.config.use_cache = False, for a retrofit that reads everything again at each token",
+            ) from error
 
 
 def log_likelihoods(logits: Float[Tensor, "b n v"], ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n-1"]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from regard.contract import Unsupported, an_instance
@@ -21,6 +23,7 @@ from regard.tasks.documents import Paths
 from regard.tasks.recognise import recognise
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
     from torch import Tensor
 
 READS = 22
@@ -31,9 +34,15 @@ BLOCK, BLOCKS = 512, 4
 
 @dataclass(frozen=True)
 class TextHost(Host):
-    """A model of transformers that reads tokens."""
+    """A model of transformers that reads tokens.
+
+    Attributes:
+        usual_lengths: default lengths of the measurements.
+        decoded: tokens that a timing decodes after a text of each length.
+    """
 
     usual_lengths: ClassVar[tuple[int, ...]]
+    decoded: ClassVar[int] = 0
 
     @property
     def longest(self) -> int | None:
@@ -58,6 +67,38 @@ class TextHost(Host):
         if not lengths:
             raise Unsupported("lengths=()", supported="one or more of 32 or more", nearest="lengths=(512,)")
         return replace(settings, length=length, lengths=lengths, batch_size=settings.batch_size or BLOCKS)
+
+    def longest_read(self, data: Corpus, settings: RetrofitSettings) -> int:
+        """Tokens of the longest text that the evaluation reads."""
+        longest = max([settings.block, *(n + self.decoded for n in self.within(settings.spans))])
+        return longest if self.longest is None else min(longest, self.longest)
+
+    @torch.no_grad()
+    def check_longest(self, data: Corpus, settings: RetrofitSettings) -> None:
+        length = self.longest_read(data, settings)
+        if length <= settings.block:
+            return
+        text = data.held_out.repeat(math.ceil(length / len(data.held_out)))[:length][None]
+        made, _ = self.copy_with(range(len(self.layers)), settings.mechanism, settings.seed)
+        try:
+            self.read_once(made, text)
+        except Unsupported as error:
+            window = getattr(self.model.config, "sliding_window", None)
+            if window is None:
+                raise
+            most = window - self.decoded
+            short = self.longest_read(data, replace(settings, lengths=(most,))) <= window
+            block = "" if short else f"length={window // 2}, "
+            raise Unsupported(
+                f"texts of {length} tokens in the evaluation of {an_instance(self.model)}, whose layers have a window of "
+                f"{window}: {error.asked}",
+                supported=f"{block and 'blocks of at most half as many tokens and '}lengths of at most {most}",
+                nearest=f"{block}lengths=({most},)" if most >= 32 else "",
+            ) from error
+
+    def read_once(self, model: Any, ids: Int[Tensor, "b n"]) -> None:
+        """Run all layers of a model."""
+        model.base_model(ids)
 
     def timed(self, settings: RetrofitSettings) -> float:
         return READS * sum(self.within(settings.spans)) / settings.block

@@ -77,6 +77,9 @@ class VisionHost(Host):
             )
         return replace(settings, length=None, lengths=(), batch_size=settings.batch_size or BATCH)
 
+    def check_longest(self, data: Pictures, settings: RetrofitSettings) -> None:
+        """Nothing to check: images have one size."""
+
     def timed(self, settings: RetrofitSettings) -> float:
         return TIMED
 

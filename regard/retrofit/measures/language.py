@@ -32,8 +32,6 @@ CUE, ANSWER = 4, 8
 """Tokens of a needle that are shown again, and tokens of it that must then be predicted."""
 DEPTHS = (0.1, 0.5, 0.9)
 STATE_LENGTHS = (2048, 8192, 32768)
-DECODED = 12
-"""Number of decoded tokens in a timing."""
 
 
 def parts(
@@ -44,7 +42,7 @@ def parts(
     lengths = host.within(settings.spans)
     found: dict[str, Callable[[], Any]] = {}
     for source, ids in corpus.sources.items():
-        length = evaluation_length(host, ids, settings.block)
+        length = host.evaluation_length(ids, settings.block)
         found[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, windows, length))
     for length in lengths:
         found[f"recall at {length}"] = partial(recall, models, corpus.held_out, length, settings.seed)
@@ -72,12 +70,6 @@ def results(
         "generates_with_cache": bool(getattr(student.config, "use_cache", False)),
         "left_out": [n for n in settings.spans if n not in lengths],
     }
-
-
-def evaluation_length(host: LanguageHost, ids: Int[Tensor, " n"], length: int) -> int:
-    """Twice the training block, if the model's positions and the text allow it, to show what happens beyond it."""
-    within = host.longest is None or 2 * length <= host.longest
-    return 2 * length if within and len(ids) >= 4 * length else length
 
 
 @torch.no_grad()
@@ -152,7 +144,7 @@ def decoding(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, A
         fuse_layers(model)
     try:
         going = {name: _GoingOn(model, prompt, grows=name == SOFTMAX) for name, model in models.items()}
-        for step in range(DECODED):
+        for step in range(LanguageHost.decoded):
             for each in list(going.values())[:: 1 if step % 2 else -1]:
                 each.step(step)
     finally:
