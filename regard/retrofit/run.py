@@ -118,7 +118,7 @@ def retrofit(
     place = Path(output)
     if isinstance(model, (str, os.PathLike)) and is_same_place(Path(model), place):
         raise Unsupported(f"{place} as both model and output", supported="an output folder of its own")
-    host = open_host(model, tokenizer)
+    host = open_host(model, tokenizer, say)
     chosen = host.begun(chosen)
     if chosen.mechanism != mechanism:
         say(told_of_start(mechanism, chosen.mechanism))

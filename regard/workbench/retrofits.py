@@ -62,7 +62,7 @@ def compare_retrofits(
     names = [variant.name for variant in variants]
     for name in names:
         check_mechanism(name)
-    host = open_host(model, tokenizer)
+    host = open_host(model, tokenizer, say)
     for name in names:
         check_mechanism(name, host.pattern)
     share = Budget("seconds", budget.amount / len(names)) if budget.unit == "seconds" else budget

@@ -74,6 +74,18 @@ def test_the_model_that_is_given_stays_as_it_is(done):
     assert not hasattr(model.config, "regard")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_read_as_float32(dtype):
+    model, said = llama(2).to(dtype), []
+    host = hosts.open_host(model, say=said.append)
+    assert {p.dtype for p in model.parameters()} == {dtype} and {p.dtype for p in host.model.parameters()} == {
+        torch.float32
+    }
+    assert len(said) == 1 and f"weights in {dtype}".replace("torch.", "") in said[0]
+    assert host.check(hosts.Batch(tokens(32)[None]), "softmax") < 1e-5
+    assert hosts.open_host(llama(2), say=said.append).model.dtype == torch.float32 and len(said) == 1
+
+
 def test_the_folder_loads_gives_the_same_and_generates(done):
     made, _, _ = done
     loaded = AutoModelForCausalLM.from_pretrained(made.folder)

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from regard.contract import Unsupported, an_instance
 from regard.integrations.encoders import is_masked_lm
@@ -17,8 +20,11 @@ from regard.retrofit.hosts.language import LanguageHost
 from regard.retrofit.hosts.text import check_whole, open_folder
 from regard.retrofit.hosts.vision import VisionHost, open_vision
 
+NARROW = (torch.bfloat16, torch.float16)
+"""Types of weights that are too coarse to train in."""
 
-def open_host(model: Any, tokenizer: Any = None) -> Host:
+
+def open_host(model: Any, tokenizer: Any = None, say: Callable[[str], None] = lambda sentence: None) -> Host:
     """Open the host of a model, or of a place that holds one, checking for likely problems.
 
     Args:
@@ -26,6 +32,7 @@ def open_host(model: Any, tokenizer: Any = None) -> Host:
             folder that transformers or timm saved; a GGUF file; ``timm:NAME`` for pretrained weights of timm; or a
             host.
         tokenizer: a tokenizer of transformers; the folder's when None.
+        say: called with a sentence if the weights are read as float32, as they are from folders.
 
     Raises:
         Unsupported: for other models, for quantized or shared weights, adapters, and models that were swapped before.
@@ -33,7 +40,7 @@ def open_host(model: Any, tokenizer: Any = None) -> Host:
     if isinstance(model, Host):
         return model
     if is_of_timm(model):
-        return open_vision(model)
+        return _in_float32(open_vision(model), say)
     if isinstance(model, (str, os.PathLike)):
         name = Path(model).name or str(model)
         opened, tokenizer = open_folder(Path(model), tokenizer)
@@ -52,7 +59,16 @@ def open_host(model: Any, tokenizer: Any = None) -> Host:
             supported=SUPPORTED,
         )
     own = copy.deepcopy(opened) if opened is model else opened
-    return kind(own.eval().requires_grad_(False), name, layers, tokenizer)
+    return _in_float32(kind(own.eval().requires_grad_(False), name, layers, tokenizer), say)
+
+
+def _in_float32(host: Host, say: Callable[[str], None]) -> Host:
+    """The host with weights in float32 if they are in half precision; its model is a copy, and is changed in place."""
+    narrow = {str(p.dtype).removeprefix("torch.") for p in host.model.parameters() if p.dtype in NARROW}
+    if narrow:
+        say(f"weights in {' and '.join(sorted(narrow))} are read as float32, in which the retrofit trains and is saved")
+        host.model.float()
+    return host
 
 
 def _kind_of(model: Any) -> type[LanguageHost] | type[EncoderHost]:
