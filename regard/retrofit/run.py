@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,7 @@ def retrofit(
         Unsupported: before any training, for a model, mechanism, text, budget or folder that is not suitable.
     """
     started = time.monotonic()
-    keep = keep_layers if isinstance(keep_layers, str) else tuple(keep_layers)
-    parsed = budget if isinstance(budget, Budget) else Budget.parse(budget)
-    unknown = set(settings) - set(RetrofitSettings.__dataclass_fields__)
-    if unknown:
-        raise Unsupported(
-            f"setting {min(unknown)!r} of a retrofit", supported=", ".join(RetrofitSettings.__dataclass_fields__)
-        )
-    chosen = RetrofitSettings(mechanism, keep, parsed, **settings)
+    chosen = _settings(mechanism, keep_layers, budget, settings)
     place = Path(output)
     if isinstance(model, (str, os.PathLike)) and is_same_place(Path(model), place):
         raise Unsupported(f"{place} as both model and output", supported="an output folder of its own")
@@ -130,6 +123,56 @@ def retrofit(
         except Unsupported:
             folder.discard_empty()
             raise
+
+
+def _settings(
+    mechanism: str, keep_layers: str | Sequence[int], budget: str | Budget, others: Mapping[str, Any]
+) -> RetrofitSettings:
+    keep = keep_layers if isinstance(keep_layers, str) else tuple(keep_layers)
+    parsed = budget if isinstance(budget, Budget) else Budget.parse(budget)
+    unknown = set(others) - set(RetrofitSettings.__dataclass_fields__)
+    if unknown:
+        raise Unsupported(
+            f"setting {min(unknown)!r} of a retrofit", supported=", ".join(RetrofitSettings.__dataclass_fields__)
+        )
+    return RetrofitSettings(mechanism, keep, parsed, **others)
+
+
+def check_retrofits(
+    host: Host,
+    mechanisms: Sequence[str],
+    *,
+    data: Paths | Tensor,
+    keep_layers: str | Sequence[int] = "auto:0.5",
+    budget: str | Budget = "60m",
+    validation: Paths | Tensor | None = None,
+    **settings: Any,
+) -> None:
+    """Check that a model can be retrofitted with each of several mechanisms, without training anything.
+
+    Args:
+        host: the model.
+        mechanisms: the mechanisms; all have the same settings, as in :func:`retrofit`.
+
+    Raises:
+        Unsupported: for a mechanism, text or setting that is not suitable.
+    """
+    chosen = [host.begun(_settings(name, keep_layers, budget, settings)) for name in mechanisms]
+    if chosen:
+        read = host.read(data, validation, chosen[0])
+        for each in chosen:
+            _look_at(host, read, each)
+
+
+def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> float:
+    """How far a model with new, untrained layers is from the original.
+
+    Raises:
+        Unsupported: if it cannot read what it has to read.
+    """
+    difference = host.check(host.batch(data, 0, settings.seed, settings, rows=1), settings.mechanism)
+    host.check_longest(data, settings)
+    return difference
 
 
 def _identity(host: Host, data: Any, settings: RetrofitSettings) -> dict[str, Any]:
@@ -167,10 +210,8 @@ class _Run:
     def _plan(self) -> Plan:
         def make() -> dict[str, Any]:
             self.watch(Progress("looking at the model", math.nan, 0, 0, 0.0))
-            first = self.host.batch(self.data, 0, self.settings.seed, self.settings, rows=1)
-            if self.host.check(first, self.settings.mechanism) <= EQUAL:
+            if _look_at(self.host, self.data, self.settings) <= EQUAL:
                 self.say(self._nothing_new())
-            self.host.check_longest(self.data, self.settings)
             return plan(self.host, self.data, self.settings, time.monotonic() - self.started).record()
 
         return Plan(**self.folder.once("plan", make))

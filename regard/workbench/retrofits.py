@@ -15,10 +15,11 @@ from regard.measurement import units
 from regard.measurement.budget import Budget
 from regard.models.variants import Variant
 from regard.retrofit import card, open_host, retrofit
+from regard.retrofit.folder import Folder
 from regard.retrofit.measures import ORIGINAL, RETROFIT, change, kind_of, measures_of
 from regard.retrofit.measures.language import mean_recall
 from regard.retrofit.measures.verdict import STATE_AT
-from regard.retrofit.run import Say
+from regard.retrofit.run import Say, check_retrofits
 from regard.retrofit.settings import check_mechanism
 from regard.retrofit.stage import Progress, Watch
 from regard.workbench.reports.pages import pages
@@ -63,10 +64,10 @@ def compare_retrofits(
     for name in names:
         check_mechanism(name)
     host = open_host(model, tokenizer, say)
-    for name in names:
-        check_mechanism(name, host.pattern)
     share = Budget("seconds", budget.amount / len(names)) if budget.unit == "seconds" else budget
     place, records = Path(output), dict[str, Any]()
+    left = [name for name in names if Folder.finished(place / folder_of(name)) is None]
+    check_retrofits(host, left, data=data, budget=share, **settings)
     for at, name in enumerate(names):
 
         def watched(progress: Progress, at: int = at, name: str = name) -> None:

@@ -100,14 +100,24 @@ def test_what_takes_longer_is_said_where_a_retrofit_is_recommended():
     assert even["take"] and even["text"].endswith("50% of the original's.")
 
 
-def test_a_mechanism_that_cannot_enter_is_refused_before_anything_is_trained(tmp_path):
-    with pytest.raises(Unsupported, match="mamba"):
+@pytest.mark.parametrize(
+    ("mechanisms", "said"),
+    [
+        ("gated_linear,mamba", "mamba"),
+        ("linear,long_short", "long_short"),
+        ("linear,landmark:block=7", "keep_layers='auto:0.5'"),
+        ("linear,mixture_of_heads:active_heads=9", "active_heads=9"),
+    ],
+)
+def test_a_mechanism_that_cannot_enter_is_refused_before_anything_is_trained(tmp_path, mechanisms, said):
+    with pytest.raises(Unsupported, match=said):
         compare_retrofits(
             llama(2),
-            read_variants("gated_linear,mamba"),
+            read_variants(mechanisms),
             data=tokens(),
             output=tmp_path / "out",
-            budget=Budget.parse("1 steps"),
+            budget=Budget.parse("60 steps"),
+            **WORK,
         )
     assert not (tmp_path / "out").exists()
 
