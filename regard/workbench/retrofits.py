@@ -18,7 +18,7 @@ from regard.retrofit import card, open_host, retrofit
 from regard.retrofit.folder import Folder
 from regard.retrofit.measures import ORIGINAL, RETROFIT, change, kind_of, measures_of
 from regard.retrofit.measures.language import mean_recall
-from regard.retrofit.measures.verdict import STATE_AT
+from regard.retrofit.measures.verdict import state_at
 from regard.retrofit.run import Say, check_retrofits
 from regard.retrofit.settings import check_mechanism
 from regard.retrofit.stage import Progress, Watch
@@ -122,6 +122,7 @@ def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
     first = next(iter(records.values()))
     if kind_of(first) != "language":
         return _rows(records)
+    at = state_at(first["results"])
 
     def row(name: str, record: Mapping[str, Any], model: str) -> dict[str, Any]:
         results = record["results"]
@@ -131,7 +132,7 @@ def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
         for length, its in results["recall"].items():
             share = None if its is None else mean_recall(its, model)
             found[f"needle in {units.tokens(int(length))}"] = None if share is None else f"{share:.0%}"
-        found[f"state at {units.tokens(STATE_AT)}"] = units.size(results["state"][str(STATE_AT)][model])
+        found[f"state at {units.tokens(at)}"] = units.size(results["state"][str(at)][model])
         for what, words in (("prefill", "prompt of"), ("decoding", "token after")):
             for length, its in results[what].items():
                 found[f"{words} {units.tokens(int(length))}"] = units.milliseconds(1000 * its[model]["median"])
@@ -157,16 +158,17 @@ def sections(records: Mapping[str, Any]) -> list[Section]:
     first = next(iter(records.values()))
     if kind_of(first) != "language":
         return [Section("Side by side", SAYS, [], rows(records))]
+    at = state_at(first["results"])
     source, before = list(first["results"]["perplexity"].items())[-1]
-    points = {"softmax": (first["results"]["state"][str(STATE_AT)][ORIGINAL] / 2**20, float(before[ORIGINAL]))}
+    points = {"softmax": (first["results"]["state"][str(at)][ORIGINAL] / 2**20, float(before[ORIGINAL]))}
     curves = {"softmax": [(b["last"], b[ORIGINAL]) for b in before["by_position"]]}
     for name, record in records.items():
         its = judged(record)
-        points[name] = (record["results"]["state"][str(STATE_AT)][RETROFIT] / 2**20, float(its[RETROFIT]))
+        points[name] = (record["results"]["state"][str(at)][RETROFIT] / 2**20, float(its[RETROFIT]))
         curves[name] = [(b["last"], b[RETROFIT]) for b in its["by_position"]]
     state = Points(
         "perplexity against state",
-        f"MiB of state at {units.tokens(STATE_AT)} tokens, by definition",
+        f"MiB of state at {units.tokens(at)} tokens, by definition",
         f"↑ perplexity on {source} (lower is better, so low is up)",
         points,
         note="softmax is the original.",

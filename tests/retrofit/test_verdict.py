@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from small_llama import SIZES, transformers
 
-from regard.retrofit.measures.verdict import recommend
+from regard.retrofit.hosts import open_host
+from regard.retrofit.measures.language import state_lengths
+from regard.retrofit.measures.verdict import recommend, state_at
 
 
 def results(change=0.01, error=0.001, token=(1.0, 1.0), prompt=(1.0, 1.0, 1.0), state=100, held=100, said=(0.0, 0.0)):
@@ -24,6 +27,17 @@ def results(change=0.01, error=0.001, token=(1.0, 1.0), prompt=(1.0, 1.0, 1.0), 
         "generates_with_cache": True,
         "left_out": [],
     }
+
+
+def test_states_are_compared_at_a_length_that_the_model_can_read():
+    found = results(state=50, held=50)
+    found["state"] = {length: found["state"]["1024"] for length in ("32", "512")}
+    assert "the state at 512 tokens is 50%" in recommend(found)["text"]
+    for positions, lengths in ((512, {512}), (3000, {2048, 3000}), (9000, {2048, 8192, 9000})):
+        config = transformers.LlamaConfig(**{**SIZES, "max_position_embeddings": positions}, num_hidden_layers=1)
+        host = open_host(transformers.LlamaForCausalLM(config))
+        assert set(state_lengths(host)) == lengths
+        assert state_at({"state": state_lengths(host)}) == min(positions, 8192)
 
 
 @pytest.mark.parametrize(

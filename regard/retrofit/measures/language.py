@@ -65,11 +65,17 @@ def results(
         "decoding": {str(length): found[f"decoding after {length}"] for length in lengths},
         "state": {
             str(length): {ORIGINAL: state_bytes(host, host.model, length), RETROFIT: state_bytes(host, student, length)}
-            for length in sorted({*lengths, *STATE_LENGTHS})
+            for length in sorted({*lengths, *state_lengths(host)})
         },
         "generates_with_cache": bool(getattr(student.config, "use_cache", False)),
         "left_out": [n for n in settings.spans if n not in lengths],
     }
+
+
+def state_lengths(host: LanguageHost) -> list[int]:
+    """The lengths for which the state is told: those that the model can read, and the longest of them."""
+    longest = STATE_LENGTHS[-1] if host.longest is None else min(host.longest, STATE_LENGTHS[-1])
+    return [*host.within(STATE_LENGTHS), longest]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from regard.retrofit.measures.shared import LESS, ORIGINAL, RETROFIT, SOFTMAX, c
 WORTH = 0.08
 """The largest rise of perplexity at which a retrofit is recommended."""
 STATE_AT = 8192
+"""The length at which states are compared, or the longest that the model can read if that is less."""
 FORGETS = 0.25
 """The least difference of needle shares that is reported."""
 LOWER = 0.01
@@ -29,12 +30,11 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
         ``take`` (bool), ``text``, ``notes``.
     """
     source, judged = list(results["perplexity"].items())[-1]
-    state = results["state"][str(STATE_AT)]
-    share = state[RETROFIT] / state[ORIGINAL]
+    share, at = _share_of_state(results), units.tokens(state_at(results))
     slower = _delay(results)
     gains = []
     if share < LESS and _goes_on_from_state(results):
-        gains.append(f"the state at {units.tokens(STATE_AT)} tokens is {share:.0%} of the original's")
+        gains.append(f"the state at {at} tokens is {share:.0%} of the original's")
     gains += filter(None, (_speed(results), _finds(results)))
     cost = f"perplexity is {change(judged)} on {source}"
     close = judged["change"] <= WORTH
@@ -51,7 +51,17 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
         text = f"Keep the original: {cost}, and neither state nor time is smaller at these lengths."
     else:
         text = f"Keep the original, or train the retrofit longer: {cost}" + (f", though {gains[0]}." if gains else ".")
-    return {"take": take, "text": text, "notes": _notes(results, share)}
+    return {"take": take, "text": text, "notes": _notes(results)}
+
+
+def state_at(results: Mapping[str, Any]) -> int:
+    """The length at which states are compared."""
+    return max(length for length in map(int, results["state"]) if length <= STATE_AT)
+
+
+def _share_of_state(results: Mapping[str, Any]) -> float:
+    state = results["state"][str(state_at(results))]
+    return state[RETROFIT] / state[ORIGINAL]
 
 
 def _speed(results: Mapping[str, Any]) -> str | None:
@@ -102,8 +112,8 @@ def _goes_on_from_state(results: Mapping[str, Any]) -> bool:
     return held < LESS * found[ORIGINAL]["held"] or (defined is not None and held < ROOM * defined[RETROFIT])
 
 
-def _notes(results: Mapping[str, Any], share: float) -> list[str]:
-    notes = []
+def _notes(results: Mapping[str, Any]) -> list[str]:
+    notes, share = [], _share_of_state(results)
     if share < LESS and not _goes_on_from_state(results):
         how = (
             "reads everything again at each token"
@@ -111,7 +121,7 @@ def _notes(results: Mapping[str, Any], share: float) -> list[str]:
             else "holds all keys and values"
         )
         notes.append(
-            f"the mechanism's own state would be {share:.0%} of the original's at {units.tokens(STATE_AT)} tokens, but inside "
+            f"the mechanism's own state would be {share:.0%} of the original's at {units.tokens(state_at(results))} tokens, but inside "
             f"transformers generate does not continue from it: it {how}."
         )
     for length, found in results["recall"].items():
