@@ -321,6 +321,7 @@ BAD = {
     "all layers kept": (lambda _: {"keep_layers": "auto:1.0"}, "leaves no layer"),
     "a layer of its own": (lambda _: {"mechanism": "mamba2:d_state=16"}, "a layer of its own.*gated_linear:gate=step"),
     "another setting": (lambda _: {"epochs": 3}, "setting 'epochs'"),
+    "long lengths": (lambda _: {"lengths": (512,)}, "512,.* of a model of 256 positions.*try lengths"),
     "long blocks": (lambda _: {"length": 512}, "512 tokens for a model of 256 positions"),
 }
 
@@ -338,6 +339,11 @@ def test_what_will_not_do_is_refused_before_anything_is_trained(tmp_path, what):
 
 def unexpected(progress):
     assert progress.doing == "looking at the model"
+
+
+def test_a_model_of_few_positions_is_measured_at_the_length_of_a_block(host):
+    assert host.settled(RetrofitSettings("linear")).spans == (256,)
+    assert host.settled(RetrofitSettings("linear", lengths=(64, 512))).spans == (64, 512)
 
 
 def test_a_time_is_planned_from_the_pace_that_is_measured(host, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -75,16 +75,7 @@ class EncoderHost(TextHost):
                 f"{an_instance(self.model)} without a tokenizer that has a mask token",
                 supported="a folder with its tokenizer, or tokenizer=...",
             )
-        found = super().settled(settings)
-        if not self.within(found.spans):
-            if settings.lengths is None:
-                return replace(found, lengths=(found.block,))
-            raise Unsupported(
-                f"lengths={settings.lengths} of a model of {self.longest} positions",
-                supported=f"one or more of at most {self.longest}",
-                nearest=f"lengths=({self.longest},)",
-            )
-        return found
+        return super().settled(settings)
 
     def read(self, data: Paths | Tensor, validation: Paths | Tensor | None, settings: RetrofitSettings) -> Corpus:
         if self._content(settings.block) < 2:

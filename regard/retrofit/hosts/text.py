@@ -66,6 +66,14 @@ class TextHost(Host):
         lengths = self.usual_lengths if settings.lengths is None else settings.lengths
         if not lengths:
             raise Unsupported("lengths=()", supported="one or more of 32 or more", nearest="lengths=(512,)")
+        if not self.within(lengths):
+            if settings.lengths is not None:
+                raise Unsupported(
+                    f"lengths={lengths} of a model of {self.longest} positions",
+                    supported=f"one or more of at most {self.longest}",
+                    nearest=f"lengths=({self.longest},)",
+                )
+            lengths = (length,)
         return replace(settings, length=length, lengths=lengths, batch_size=settings.batch_size or BLOCKS)
 
     def longest_read(self, data: Corpus, settings: RetrofitSettings) -> int:
