@@ -28,7 +28,7 @@ from regard.retrofit.sensitivity import choose, measure_sensitivity
 from regard.retrofit.settings import RetrofitSettings, told_of_start
 from regard.retrofit.stage import Progress, Stage, Watch
 from regard.retrofit.transfer import held_out_losses, transfer
-from regard.retrofit.tune import held_out_loss, tune
+from regard.retrofit.tune import check_train, held_out_loss, tune
 from regard.tasks.documents import Paths
 from regard.version import VERSION
 
@@ -170,6 +170,7 @@ def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> float:
     Raises:
         Unsupported: if it cannot read what it has to read.
     """
+    check_train(host, settings)
     difference = host.check(host.batch(data, 0, settings.seed, settings, rows=1), settings.mechanism)
     host.check_longest(data, settings)
     return difference

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.integrations.collecting import collect_losses
 from regard.models.evaluating import evaluation_mode
 from regard.retrofit.best import Best
@@ -64,14 +65,11 @@ def prepare(host: Host, student: Any, numbers: Sequence[int], settings: Retrofit
         return lambda: student.requires_grad_(True)
     peft = _peft()
     placed = [module for number in numbers if (module := host.placed(student, number)) is not None]
-    inside = {id(part) for module in placed for part in module.modules()}
-    head = student.get_output_embeddings() if hasattr(student, "get_output_embeddings") else None
-    targets = [
-        name
-        for name, part in student.named_modules()
-        if isinstance(part, nn.Linear) and part is not head and id(part) not in inside
-    ]
-    config = peft.LoraConfig(r=settings.lora, lora_alpha=2 * settings.lora, target_modules=targets)
+    targets = _targets(host, student, placed)
+    transposed = not all(isinstance(student.get_submodule(name), nn.Linear) for name in targets)
+    config = peft.LoraConfig(
+        r=settings.lora, lora_alpha=2 * settings.lora, target_modules=targets, fan_in_fan_out=transposed
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         adapted = peft.get_peft_model(student, config)
@@ -83,6 +81,33 @@ def prepare(host: Host, student: Any, numbers: Sequence[int], settings: Retrofit
         student.requires_grad_(True)
 
     return unload
+
+
+def check_train(host: Host, settings: RetrofitSettings) -> None:
+    """Raise Unsupported for low-rank updates without peft, or of a model without layers that can have them."""
+    if settings.lora is not None:
+        _peft()
+        _targets(host, host.model, [])
+
+
+def _targets(host: Host, student: Any, placed: Sequence[nn.Module]) -> list[str]:
+    """The names of the linear layers that get low-rank updates: all but the head and those in `placed`."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    kinds = nn.Linear if library is None else (nn.Linear, library.Conv1D)
+    inside = {id(part) for module in placed for part in module.modules()}
+    head = student.get_output_embeddings() if hasattr(student, "get_output_embeddings") else None
+    found = [
+        name
+        for name, part in student.named_modules()
+        if isinstance(part, kinds) and part is not head and id(part) not in inside
+    ]
+    if not found:
+        raise Unsupported(
+            f"low-rank updates of {an_instance(host.model)}, which has no linear layers of PyTorch or transformers",
+            supported="train='all' or 'new'",
+            nearest="train='new'",
+        )
+    return found
 
 
 def _peft() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -154,6 +155,34 @@ def test_training_the_new_layers_alone_leaves_the_others(tmp_path):
     for name, tensor in made.model.state_dict().items():
         changed |= set() if torch.equal(tensor, before[name]) else {name}
     assert changed and all(name.startswith("model.layers.1.self_attn.") for name in changed)
+
+
+def gpt2():
+    import transformers
+
+    sizes = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's warning about names in transformers
+def test_low_rank_updates_of_gpt2_measured_up_to_its_last_position(tmp_path):
+    pytest.importorskip("peft")
+    settings = {**WORK, "lengths": (64,), "train": "lora:2", "keep_layers": "0", "distil": 0.0}
+    model, data = gpt2(), torch.arange(3000) % 48
+    made = regard.retrofit(model, "linear", data=data, budget="30 steps", output=tmp_path / "out", **settings)
+    before, after = model.state_dict(), made.model.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert {f"transformer.h.{n}.mlp.c_fc.weight" for n in (0, 1)} <= changed
+    assert not changed & {"transformer.wpe.weight", "transformer.h.0.ln_1.weight"}
+    assert made.results["decoding"]["64"]["original"]["held"] == 2 * 2 * 64 * 32 * 4
+
+
+def test_low_rank_updates_without_peft_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    settings = {**WORK, "train": "lora:2", "budget": "60 steps"}
+    with pytest.raises(Unsupported, match="without peft"):
+        regard.retrofit(llama(2), "linear", data=tokens(), output=tmp_path / "out", watch=unexpected, **settings)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

@@ -45,11 +45,11 @@ def parts(
         length = host.evaluation_length(ids, settings.block)
         found[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, windows, length))
     for length in lengths:
-        found[f"recall at {length}"] = partial(recall, models, corpus.held_out, length, settings.seed)
+        found[f"recall at {length}"] = partial(recall, models, corpus.held_out, _with_room(host, length), settings.seed)
     timed = {**models, SOFTMAX: host.by_regard()}
     for length in lengths:
         found[f"prefill of {length}"] = partial(prefill, timed, corpus.held_out, length)
-        found[f"decoding after {length}"] = partial(decoding, timed, corpus.held_out, length)
+        found[f"decoding after {length}"] = partial(decoding, timed, corpus.held_out, _with_room(host, length))
     return found
 
 
@@ -210,6 +210,11 @@ def held_bytes(cache: Any) -> int:
 
 def _read(model: Any, prompt: Int[Tensor, "1 n"]) -> Float[Tensor, "1 1 v"]:
     return model(prompt, use_cache=reads_by_state(model), logits_to_keep=1).logits
+
+
+def _with_room(host: LanguageHost, length: int) -> int:
+    """`length`, or as many tokens as leave positions for those that are decoded after them, or asked for."""
+    return length if host.longest is None else min(length, host.longest - host.decoded)
 
 
 def _prompt(ids: Int[Tensor, " n"], length: int) -> Int[Tensor, "1 n"]:
