@@ -13,7 +13,9 @@ from regard.contract import Unsupported
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Output folder of a comparison or a retrofit.")] = Path("runs/compare"),
+    folder: Annotated[Path, typer.Argument(help="Output folder of regard compare or regard retrofit.")] = Path(
+        "runs/compare"
+    ),
     output: Annotated[
         Path | None, typer.Option(help="Where to write; report.html in the folder when not given.")
     ] = None,
@@ -31,10 +33,15 @@ def report(
     from regard.retrofit.folder import RECORD
     from regard.workbench.comparison.compare import render_report
     from regard.workbench.reports.retrofit_report import write_retrofit_report
+    from regard.workbench.retrofits import RECORD as RETROFITS
+    from regard.workbench.retrofits import write_report
 
     file = folder / "results.db"
     if not file.is_file() and (folder / RECORD).is_file():
         console.print(Text(f"Report: {write_retrofit_report(folder, output)}"))
+        return
+    if not file.is_file() and (folder / RETROFITS).is_file():
+        console.print(Text(f"Report: {write_report(folder, output)}"))
         return
     if not file.is_file():
         raise Unsupported(

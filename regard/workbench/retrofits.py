@@ -82,8 +82,7 @@ def compare_retrofits(
     told = {"model": first["from"]["name"], "retrofits": records, "recommendation": recommend(records)}
     text = json.dumps(told, indent=1, ensure_ascii=False)
     write_text_atomically(place / RECORD, text)
-    page = render(told)
-    write_text_atomically(place / "report.html", page)
+    write_report(place)
     return told
 
 
@@ -187,6 +186,18 @@ def sections(records: Mapping[str, Any]) -> list[Section]:
         rising=False,
     )
     return [Section("Side by side", SAYS, [state, position], rows(records))]
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Write the report page of a comparison of retrofits, ``report.html`` in its folder by default.
+
+    Returns:
+        The path of the page.
+    """
+    told = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    output = output or folder / "report.html"
+    write_text_atomically(output, render(told))
+    return output
 
 
 def render(told: Mapping[str, Any]) -> str:

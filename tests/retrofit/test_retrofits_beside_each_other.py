@@ -43,6 +43,13 @@ def test_each_has_a_folder_that_loads_and_all_have_one_page(two):
     assert page.count("<svg") >= 2 and "local:window=4" in page and "original" in page
 
 
+def test_the_page_is_written_again(two, capsys, tmp_path):
+    _, folder, _ = two
+    page = (folder / "report.html").read_text()
+    code, out, _ = run(capsys, f"report {folder} --output {tmp_path}/again.html")
+    assert code == 0 and "again.html" in "".join(out.split()) and (tmp_path / "again.html").read_text() == page
+
+
 def test_a_second_call_trains_nothing_and_tells_the_same(two, monkeypatch):
     told, _, call = two
     monkeypatch.setattr("regard.retrofit.transfer.transfer_losses", None)
