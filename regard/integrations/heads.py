@@ -34,6 +34,10 @@ from regard.layers.linear import make_linear
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+HARD_KEYS = "regard_hard_keys"
+"""Attribute of a transformers attention module that :mod:`regard.compression.pruning.hard` has changed: the number of
+keys that its queries read."""
+
 
 @dataclass(frozen=True)
 class Rotation:

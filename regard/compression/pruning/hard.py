@@ -13,14 +13,13 @@ from regard.compression.pruning.anatomy import Undo
 from regard.contract import Unsupported, an_instance
 from regard.core.precision import wide
 from regard.engines.attention import only_largest
+from regard.integrations.heads import HARD_KEYS
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
 NAME = "regard:hard"
-KEYS = "regard_hard_keys"
-"""Attribute of a module: the number of keys that its queries read."""
 
 
 def attends_by_interface(module: nn.Module) -> bool:
@@ -50,11 +49,11 @@ def harden_module(module: Any, keys: int) -> Undo:
     own = copy.copy(config)
     own._attn_implementation = NAME
     module.config = own
-    setattr(module, KEYS, keys)
+    setattr(module, HARD_KEYS, keys)
 
     def undo() -> None:
         module.config = config
-        delattr(module, KEYS)
+        delattr(module, HARD_KEYS)
 
     return undo
 
@@ -85,5 +84,5 @@ def hard_forward(
     else:
         scores = scores + attention_mask[..., :m]
     weights = F.dropout(scores.softmax(-1), dropout, module.training)
-    output = only_largest(weights, getattr(module, KEYS)) @ wide(value)
+    output = only_largest(weights, getattr(module, HARD_KEYS)) @ wide(value)
     return output.to(value.dtype).transpose(1, 2), None

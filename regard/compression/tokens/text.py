@@ -36,10 +36,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regard.compression.pruning.hard import KEYS
 from regard.compression.pruning.masks import replace_forward
 from regard.compression.tokens.reducers import Tokens
 from regard.contract import Unsupported, an_instance, at_least
+from regard.integrations.heads import HARD_KEYS
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -203,7 +203,7 @@ def _fits(layer: Any) -> bool:
     if not isinstance(attention, nn.Module) or set(attention._modules) != {"self", "output"}:
         return False  # a norm in front, as in ESM, would be passed over
     heads: Any = attention.self
-    plain = set(heads._modules) <= {"query", "key", "value", "dropout"} and not hasattr(heads, KEYS)
+    plain = set(heads._modules) <= {"query", "key", "value", "dropout"} and not hasattr(heads, HARD_KEYS)
     return plain and hasattr(heads, "config") and hasattr(heads, "scaling")
 
 

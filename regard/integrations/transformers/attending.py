@@ -305,12 +305,14 @@ def _read_after(mask: Tensor, causal: bool, cache: StateLayer, *, dtype: torch.d
 
 
 def _order(visible: Visible, attend: HeadAttention, *, cached: bool) -> Visible:
-    """:func:`find_causal` for a call of a causal module. Softmax needs no order beside a bias that hides pairs, and a
-    state has one in any case; for other mechanisms a compiler breaks the graph to look."""
-    if torch.compiler.is_dynamo_compiling() and not cached and not attend.chosen.plain:
+    """:func:`find_causal` for a call of a causal module. Softmax without a cache needs no order beside a bias that hides
+    pairs; a compiler breaks the graph to look, but for a state, which has an order in any case."""
+    if attend.chosen.plain and not cached:
+        return visible
+    if torch.compiler.is_dynamo_compiling() and not cached:
         reason = "a mechanism that is another one where it is causal has to know whether a mask is"
         return torch.compiler.disable(find_causal, reason=reason)(visible, otherwise=True)
-    return find_causal(visible, otherwise=cached or not attend.chosen.plain)
+    return find_causal(visible, otherwise=True)
 
 
 def _rotation(attend: HeadAttention, told: Told, visible: Visible, n: int) -> tuple[Rotation | None, Tensor | None]:

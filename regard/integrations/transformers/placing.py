@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern, Unsupported, an_instance
 from regard.integrations.chosen import Chosen, check_swappable
-from regard.integrations.heads import HeadAttention
+from regard.integrations.heads import HARD_KEYS, HeadAttention
 from regard.integrations.swap import Choice, reader_of
 from regard.integrations.torch_modules import Swapped
 from regard.integrations.transformers.attending import PLACE, SWAPPED, UNPLACED, Placement, heads_of, tell
@@ -177,14 +177,12 @@ def _dispatches(module: nn.Module) -> bool:
 def check_interface(model: PreTrainedModel) -> None:
     """Raise Unsupported for a model that does not attend through transformers' attention interface, or has layers whose
     attention was made hard, which no other implementation reaches."""
-    from regard.compression.pruning.hard import KEYS
-
     if not model._can_set_attn_implementation():
         raise Unsupported(
             f"{type(model).__name__}, which does not dispatch through transformers' attention interface",
             supported="models that do",
         )
-    hard = next((name for name, module in model.named_modules() if hasattr(module, KEYS)), None)
+    hard = next((name for name, module in model.named_modules() if hasattr(module, HARD_KEYS)), None)
     if hard is not None:
         raise Unsupported(
             f"other attention in {type(model).__name__} with hard attention in {hard}",

@@ -7,7 +7,7 @@ scale for all models, so ranks are reported as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +79,7 @@ def indices(
     )
 
 
-def over_seeds(each: Sequence[ScoresOf], without: Mapping[str, Set[str]]) -> ScoresOf:
+def over_seeds(each: Sequence[ScoresOf], without: Mapping[str, Collection[str]]) -> ScoresOf:
     """The mean over seeds of scores from :func:`indices` or :func:`ranks`, of those that have them.
 
     Args:

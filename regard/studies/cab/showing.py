@@ -135,7 +135,7 @@ def _leaderboard(
         for name in sorted(named, key=lambda name: own.get(name, {}).get(AVERAGE, -math.inf), reverse=True):
             average = own.get(name, {}).get(AVERAGE)
             values = [one[name][AVERAGE] for one in each if AVERAGE in one.get(name, {})]
-            row: Row = {
+            row: dict[str, Any] = {
                 "pattern": pattern.value,
                 "mechanism": name,
                 "index": average,
