@@ -459,6 +459,49 @@ def test_labels_give_the_loss_of_the_next_token():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_our_language_models_get_another_number_of_tokens(tied, tmp_path):
+    config = bridge.RegardConfig(64, dim=32, plan="linear", num_layers=1, num_heads=4, tie_embeddings=tied)
+    model, tokens = bridge.RegardForCausalLM(config).eval(), ids()
+    before = model(tokens).logits
+    assert model.resize_token_embeddings(70).num_embeddings == 70
+    found = model(tokens, labels=tokens)
+    assert found.loss.isfinite()
+    near(found.logits[..., :64], before)
+    assert found.logits.shape[-1] == 70
+    model.save_pretrained(tmp_path)
+    near(bridge.RegardForCausalLM.from_pretrained(tmp_path).eval()(tokens).logits, found.logits)
+
+
+@pytest.mark.parametrize("options", [{"embedding_dim": 8}, {"plan": "landmark"}], ids=str)
+def test_a_number_of_tokens_that_cannot_change_is_refused_before_anything_changes(options):
+    settings = {"dim": 32, "plan": "linear", "num_layers": 1, "num_heads": 4, **options}
+    model, tokens = bridge.RegardForCausalLM(bridge.RegardConfig(64, **settings)).eval(), ids()
+    with pytest.raises(Unsupported, match="another number of tokens"):
+        model.resize_token_embeddings(70)
+    assert model(tokens).logits.shape[-1] == model.config.vocab_size == 64
+
+
+def test_our_language_models_refuse_what_they_would_not_honour():
+    model, tokens = language_model("linear"), ids()
+    ranks = (LEFT.cumsum(-1) - 1).clamp(min=0)
+    expected = model(tokens, attention_mask=LEFT).logits
+    near(model(tokens, attention_mask=LEFT, position_ids=ranks, output_hidden_states=False).logits, expected)
+    begun = model(tokens[:, :5], use_cache=True)
+    model(tokens[:, 5:], position_ids=torch.arange(5, 9)[None], **{bridge.CACHE: getattr(begun, bridge.CACHE)})
+    with pytest.raises(Unsupported, match="do not count its tokens"):
+        model(tokens, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+    with pytest.raises(Unsupported, match="output_hidden_states for a language model of regard"):
+        model(tokens, output_hidden_states=True)
+
+
+def test_labels_of_several_calls_are_counted_together():
+    model, tokens = language_model("linear"), ids()
+    whole = model(tokens, labels=tokens).loss
+    parts = [model(row, labels=row, num_items_in_batch=24).loss for row in tokens.split(1)]
+    torch.testing.assert_close(sum(parts), whole)
+
+
 def test_importing_regard_does_not_import_transformers():
     code = (
         "import sys, regard, regard.models, regard.integrations; regard.swap; assert 'transformers' not in sys.modules"

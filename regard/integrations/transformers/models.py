@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -102,6 +103,32 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the token embedding."""
         self.model.embedding = value
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the output projection; None where it is the token embedding."""
+        return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the output projection."""
+        self.model.head = new_embeddings
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
+        """Change the number of tokens as in other models, where the token embedding is one table of tokens alone."""
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.model.embedding
+        embedding, head = self.model.embedding, self.model.head
+        plain = isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear | None)
+        if not plain or self.model.insertion.extra_tokens:
+            found = "inserted tokens" if plain else f"{an_instance(embedding)} and {an_instance(head)}"
+            raise Unsupported(
+                f"another number of tokens in a language model of regard with {found}",
+                supported="an embedding that is one table of tokens alone, and a dense output projection",
+            )
+        resized = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.model.config = replace(self.model.config, vocab_size=resized.num_embeddings)
+        return resized
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
@@ -116,7 +143,9 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         cache: RegardCache | None = None,
         past_key_values: RegardCache | None = None,
-        **options: Any,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits, a loss given `labels` (-100 is ignored), and the state, like other causal language models.
 
@@ -125,7 +154,20 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
                 far.
             cache, past_key_values: the state that an earlier call returned, by its name in newer and older versions of
                 transformers.
+            position_ids: (B or 1, N); they must count the tokens.
+            num_items_in_batch: number of labels by which the loss is divided; None for those of this call.
+            others: arguments of other models, which must be None or False.
+
+        Raises:
+            Unsupported: for an argument that would have an effect in another model and has none in this one.
         """
+        for name, given in others.items():
+            if given is not None and given is not False:
+                raise Unsupported(
+                    f"{name} for a language model of regard",
+                    supported="input_ids, attention_mask, labels, use_cache, logits_to_keep",
+                    nearest=f"{name}=None",
+                )
         cache = past_key_values if cache is None else cache
         if not isinstance(cache, RegardCache | None):
             raise Unsupported(
@@ -135,17 +177,20 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
             )
         state, before = (None, 0) if cache is None else (cache.state, cache.tokens)
         keeps = self.config.use_cache if use_cache is None else use_cache
-        mask = None
+        valid = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             valid = attention_mask[:, -input_ids.shape[1] :].bool()
-            mask = None if bool(valid.all()) else Mask(valid=valid)
+        mask = None if attention_mask is None or bool(valid.all()) else Mask(valid=valid)
+        if position_ids is not None:
+            _check_positions(position_ids, valid, state)
         want = frozenset({"state"}) if keeps and not self.training else frozenset()
         result = self.model.features(input_ids, context=Context(mask=mask, want=want), state=state)
         kept = result.output[:, -logits_to_keep:] if logits_to_keep else result.output
         logits = self.model.logits(kept)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            counted = {"num_items_in_batch": num_items_in_batch, "vocab_size": self.config.vocab_size}
+            loss = self.loss_function(logits=logits, labels=labels, **counted)
         found = {CACHE: None if result.state is None else RegardCache(result.state, before + input_ids.shape[1])}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **found)
         return output if return_dict in (None, True) else output.to_tuple()
@@ -168,3 +213,14 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
             CACHE: cache,
             "logits_to_keep": 1,
         }
+
+
+def _check_positions(positions: Tensor, valid: Tensor, state: ModelState | None) -> None:
+    """Refuse positions that do not count the tokens, such as those of packed texts."""
+    ranks = valid.cumsum(-1) - 1 + (0 if state is None else state.length[:, None])
+    if not bool(((positions == ranks) | ~valid).all()):
+        raise Unsupported(
+            "position_ids for a language model of regard that do not count its tokens",
+            supported="positions from 0 on, padding left out",
+            nearest="position_ids=None",
+        )
