@@ -385,7 +385,14 @@ def _plan_vision(model: nn.Module, path: str, module: Any, choice: Choice) -> Ch
             f"{type(module).__name__}, a subclass that may compute something else", supported="timm.layers.Attention"
         )
     assert choice.pattern is not None
-    grid = _grid_around(model, path)
+    parent, grid = _grid_around(model, path)
+    if grid is None and parent is not None and "roles" in choice.chosen.card.honours and not choice.pattern.causal:
+        raise Unsupported(
+            f"swapping to {choice.chosen.name}, which lays tokens out, in {an_instance(parent)}, which does not say how "
+            "its tokens are",
+            supported="models of one grid with the attribute num_prefix_tokens",
+            nearest="ViT and DeiT",
+        )
     return _replace(model, path, VisionAttention(module, choice.chosen, choice.pattern, grid=grid))
 
 
@@ -396,15 +403,17 @@ def _refuse_vision(model: nn.Module, path: str, module: nn.Module, choice: Choic
     )
 
 
-def _grid_around(model: nn.Module, path: str) -> tuple[int, ...] | None:
-    """Number of tokens before the grid of patches and the sides of the grid, if a model around the module has them."""
+def _grid_around(model: nn.Module, path: str) -> tuple[nn.Module | None, tuple[int, ...] | None]:
+    """The model around the module that divides images into a grid of patches; and the number of tokens before the grid
+    and its sides, if that model tells the number, as those do that keep the grid (PiT pools it)."""
     parts = path.split(".")
     for end in range(len(parts) - 1, -1, -1):
         parent = model.get_submodule(".".join(parts[:end]))
         sides = getattr(getattr(parent, "patch_embed", None), "grid_size", None)
         if sides is not None:
-            return (getattr(parent, "num_prefix_tokens", 0), *sides)
-    return None
+            before = getattr(parent, "num_prefix_tokens", None)
+            return parent, None if before is None else (before, *sides)
+    return None, None
 
 
 def _replace(model: nn.Module, path: str, new: Swapped) -> Change:

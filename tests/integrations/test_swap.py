@@ -356,6 +356,14 @@ class TestVision:
         with pytest.raises(Unsupported, match=f"12 tokens of a grid of 4 x 4 and {before} before it"):
             model.blocks[0].attn(random(2, 12, 32))
 
+    def test_tokens_are_laid_out_only_in_models_that_keep_their_grid(self):
+        model = pytest.importorskip("timm").create_model("pit_ti_224", img_size=32, num_classes=4).eval()
+        for name in ("agent", "longformer", "kernelized_rpe"):
+            with pytest.raises(Unsupported, match="in a PoolingVisionTransformer, which does not say how"):
+                regard.swap(model, name)
+        regard.swap(model, "bilevel_routing")
+        assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+
     @pytest.mark.parametrize(
         ("name", "told"),
         [
