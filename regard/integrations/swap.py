@@ -133,10 +133,10 @@ def swap(
 
     Args:
         mechanism: name of an attention mechanism of queries, keys and values, optionally with options
-            (``local:window=64``). With ``softmax`` the outputs stay equal, with every mask. With any other the model
-            needs training; parameters in addition to the projections (gates) are new. For hybrids, a mapping from path
-            patterns to a name, to a pair of name and options, or to None for modules to leave; the first pattern that
-            matches decides, and modules that match none are left::
+            (``local:window=64``). With ``softmax`` the outputs of tokens that are no padding stay equal, with every
+            mask. With any other the model needs training; parameters in addition to the projections (gates) are new.
+            For hybrids, a mapping from path patterns to a name, to a pair of name and options, or to None for modules
+            to leave; the first pattern that matches decides, and modules that match none are left::
 
                 swap(model, {"*.layers.0.*": None, "*": "local:window=64"})
 

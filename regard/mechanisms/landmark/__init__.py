@@ -35,7 +35,9 @@ one sees; `offload` needs it, so that few blocks are moved per chunk. With rotar
 `block` + 1 positions instead of their distant true positions: for scoring, the k newest blocks have slots 1 to k and
 older ones slot 0; the m-th chosen block in temporal order (from 0) has slot m, or m + 1 if it is one of the k newest;
 the incomplete block follows at slot k + 1. While no more than k blocks are cached, slots are true positions. So
-positions never exceed (k + 1)(`block` + 1) + `block` + chunk.
+positions never exceed (k + 1)(`block` + 1) + `block` + chunk. In the first layer of a model all landmarks have the same
+embedding and so the same key before rotation: older blocks, which share slot 0, tie there, and rounding, which depends on
+the batch, decides among them.
 In cross patterns each query and head chooses k blocks of the memory (of its newest `cache_blocks`), both in whole calls
 and from a state, by keys at their true positions. `max_over_tokens` is refused there: queries read one by one would see
 other blocks than queries read together.
