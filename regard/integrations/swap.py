@@ -38,6 +38,10 @@ CROSSING = re.compile("encoder_attn|cross|EncDec", re.IGNORECASE)
 
 PACKS = "regard_packs"
 """Attribute of a PyTorch encoder that packed padded batches before a swap."""
+CALLED_CAUSALLY = frozenset(
+    f"{name}_text_model" for name in ("clip", "clipseg", "groupvit", "metaclip_2", "owlv2", "owlvit", "xclip")
+)
+"""Kinds of transformers models that call their attention causally, while its modules say that they are not causal."""
 
 NAMED = 3
 """Number of modules that an error message names for each reason."""
@@ -352,13 +356,17 @@ def _bridge(model: nn.Module) -> Any:
     return bridge
 
 
+def _model_type(module: nn.Module) -> str:
+    return getattr(getattr(module, "config", None), "model_type", "")
+
+
 def _usual_pattern(model: nn.Module, path: str, module: nn.Module) -> Pattern:
     parent = model.get_submodule(path.rpartition(".")[0]) if "." in path else None
     if isinstance(parent, nn.TransformerDecoderLayer):
         return Pattern.NONCAUSAL_CROSS if path.endswith("multihead_attn") else Pattern.CAUSAL_SELF
     if "Cross" in type(module).__name__ or CROSSING.search(path.rpartition(".")[2]):
         return Pattern.NONCAUSAL_CROSS
-    if getattr(module, "is_causal", False):
+    if getattr(module, "is_causal", False) or _model_type(module) in CALLED_CAUSALLY:
         return Pattern.CAUSAL_SELF
     return Pattern.NONCAUSAL_SELF
 

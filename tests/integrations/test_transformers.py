@@ -180,6 +180,16 @@ def test_a_softcap_and_sinks_are_taken_over_or_the_swap_is_refused(make, told):
     near(model(tokens).logits, expected)
 
 
+def test_a_text_model_that_is_called_causally_is_planned_so():
+    sizes = {**SIZES, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)).eval()
+    with pytest.raises(Unsupported, match="nystrom in the pattern causal-self"):
+        regard.swap(model, "nystrom")
+    report = regard.swap(model, "agent")
+    assert not report.notes
+    assert model(ids()).last_hidden_state.isfinite().all()
+
+
 def test_what_learns_beside_the_projections_needs_a_swap():
     model = llama()
     model.set_attn_implementation("regard:gated_linear")

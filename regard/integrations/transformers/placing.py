@@ -245,20 +245,19 @@ def record_options(model: Any, changed: Iterable[str], options: Mapping[str, Any
 
 def _notes(model: Any) -> list[str]:
     """Notes for the user about positions and generation in a swapped model."""
-    placed = _placed(model)
+    placed, continued = _placed(model), _continued(model)
     own = [attend for attend in placed if attend.placement.rotary is not None and attend.chosen.card.knows_positions]
     notes = [
         f"The model's rotary positions are left out where {name} is, which has positions of its own."
         for name in sorted({attend.chosen.name for attend in own})
     ]
-    causal = [attend for attend in placed if attend.pattern is Pattern.CAUSAL_SELF]
     if whole := needing_whole_sequences(model):
         notes.append(f"use_cache is off: {', '.join(whole)} cannot go on from a cache of keys and values.")
         return notes
-    states = sorted({attend.chosen.name for attend in causal if attend.placement.layer is not None})
+    states = sorted({attend.chosen.name for attend in continued if attend.placement.layer is not None})
     if states:
         notes.append(f"Generation goes on from the state of {', '.join(states)}, which the cache holds.")
-    if any(attend.placement.layer is None for attend in causal):
+    if any(attend.placement.layer is None for attend in continued):
         notes.append("Generation goes on with the model's cache of keys and values, read whole at each step.")
     return notes
 
@@ -301,10 +300,15 @@ def _placed(model: nn.Module) -> list[Any]:
     return [module.regard for module in model.modules() if is_swapped(module)]
 
 
+def _continued(model: nn.Module) -> list[Any]:
+    """The mechanisms in causal modules that have a place in a cache; those of CLIP's text model have none."""
+    cached = [module for module in model.modules() if is_swapped(module) and hasattr(module, "layer_idx")]
+    return [module.regard for module in cached if module.regard.pattern is Pattern.CAUSAL_SELF]
+
+
 def needing_whole_sequences(model: nn.Module) -> list[str]:
     """Mechanisms placed in a model that can continue neither from a state nor from a cache of keys and values."""
-    causal = [attend for attend in _placed(model) if attend.pattern is Pattern.CAUSAL_SELF]
-    return sorted({a.chosen.name for a in causal if a.placement.layer is None and a.needs_whole_sequences})
+    return sorted({a.chosen.name for a in _continued(model) if a.placement.layer is None and a.needs_whole_sequences})
 
 
 def _inside_base(model: Any, path: str) -> str:
