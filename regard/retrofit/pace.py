@@ -41,6 +41,7 @@ class Plan:
         transfer, tune: steps of these stages.
         windows: blocks of each text in the evaluation.
         seconds: planned time of each stage; empty for a budget of tokens or steps.
+        changeable: the layers that can get new attention.
     """
 
     warm: int
@@ -49,6 +50,7 @@ class Plan:
     tune: int
     windows: int
     seconds: dict[str, float]
+    changeable: list[int]
 
     def record(self) -> dict[str, Any]:
         """The plan as plain data, for the folder."""
@@ -60,19 +62,24 @@ class Plan:
         return sum(self.seconds.get(name, 0.0) for name in names[names.index(stage) + 1 :])
 
 
-def plan(host: Host, data: Any, settings: RetrofitSettings, spent: float = 0.0) -> Plan:
+def plan(
+    host: Host, data: Any, settings: RetrofitSettings, spent: float = 0.0, changeable: list[int] | None = None
+) -> Plan:
     """Plan how to spend a budget.
 
     Args:
         spent: seconds that the command has taken so far.
+        changeable: the layers that can get new attention; all but those given as kept when None.
 
     Raises:
         Unsupported: for a budget that is too small for a stage, suggesting one that is large enough.
     """
     budget = settings.budget
+    if changeable is None:
+        changeable = settings.changeable(len(host.layers))
     if budget.unit != "seconds":
-        return _of_work(host, settings)
-    pace = measure_pace(host, data, settings)
+        return _of_work(host, settings, changeable)
+    pace = measure_pace(host, data, settings, changeable)
     left_out = {"warm", "transfer", "tune"} - set(settings.stages) | (set() if settings.chosen else {"sensitivity"})
     shares = {k: v for k, v in SHARES.items() if k not in left_out}
     whole = sum(shares.values())
@@ -80,7 +87,7 @@ def plan(host: Host, data: Any, settings: RetrofitSettings, spent: float = 0.0) 
     left = budget.amount - spent
     seconds = {name: max(left, 0.0) * share / whole for name, share in shares.items()}
     steps = {name: math.floor((1 - LOOKING[name]) * seconds[name] / pace[name]) for name in settings.stages}
-    layers, read = len(host.layers), host.evaluated * len(data.sources)
+    layers, read = len(changeable), host.evaluated * len(data.sources)
     tried = math.floor(seconds.get("sensitivity", 0.0) / (pace["block"] * (layers + 1)))
     windows = math.floor(0.5 * seconds["evaluation"] / (pace["block"] * read))
     needed: dict[str, float] = {name: LEAST * pace[name] / (1 - LOOKING[name]) for name in settings.stages}
@@ -103,6 +110,7 @@ def plan(host: Host, data: Any, settings: RetrofitSettings, spent: float = 0.0) 
         steps["tune"],
         min(windows, settings.evaluation_blocks or BLOCKS[1]),
         seconds,
+        changeable,
     )
 
 
@@ -122,7 +130,7 @@ def _step(host: Host, settings: RetrofitSettings) -> str:
     return f"blocks of {settings.block} tokens and {settings.rows} a step"
 
 
-def _of_work(host: Host, settings: RetrofitSettings) -> Plan:
+def _of_work(host: Host, settings: RetrofitSettings, changeable: list[int]) -> Plan:
     budget, tokens = settings.budget, host.work(settings)
     steps = math.floor(budget.amount / tokens) if budget.unit == "tokens" else round(budget.amount)
     shares = {name: WORK[name] for name in settings.stages}
@@ -139,29 +147,29 @@ def _of_work(host: Host, settings: RetrofitSettings) -> Plan:
         )
     windows = settings.evaluation_blocks or BLOCKS[1]
     tried = min(TRIED, windows) if settings.chosen else 0
-    return Plan(counts.get("warm", 0), tried, counts.get("transfer", 0), counts["tune"], windows, {})
+    return Plan(counts.get("warm", 0), tried, counts.get("transfer", 0), counts["tune"], windows, {}, changeable)
 
 
-def measure_pace(host: Host, data: Any, settings: RetrofitSettings) -> dict[str, float]:
+def measure_pace(host: Host, data: Any, settings: RetrofitSettings, changeable: list[int]) -> dict[str, float]:
     """Measure, on throwaway copies, the seconds of a step of each stage and of one forward pass over the original (on a
     block, or a batch of images)."""
     started = time.monotonic()
     row = host.batch(data, 0, settings.seed, settings, host.rows)
     times = 1 if host.rows is None else math.ceil(settings.rows / host.rows)
-    layers = len(host.layers)
-    kept = settings.kept(layers)
-    numbers = [n for n in range(layers) if n not in kept] if isinstance(kept, tuple) else list(range(kept, layers))
+    kept = settings.kept(len(host.layers))
+    others = len(host.layers) - len(changeable)
+    numbers = changeable[max(kept - others, 0) :] if isinstance(kept, int) else changeable
     found: dict[str, float] = {}
     with torch.no_grad():
         found["block"] = _seconds(lambda: host.answers(host.model, row))
-    student, _ = host.copy_with(range(layers), settings.mechanism, settings.seed)
-    modules = {} if settings.inserts else {n: student.get_submodule(host.layers[n].path) for n in range(layers)}
+    student, _ = host.copy_with(changeable, settings.mechanism, settings.seed)
+    modules = {} if settings.inserts else {n: student.get_submodule(host.layers[n].path) for n in changeable}
     if "warm" in settings.stages:
         found["warm"] = _seconds(lambda: transfer_losses(host, modules, row.inputs)) * times
     if "transfer" in settings.stages:
         some = {n: modules[n] for n in numbers}
         found["transfer"] = _seconds(lambda: transfer_losses(host, some, row.inputs)) * times
-    unload = prepare(host, student, list(range(layers)), settings)
+    unload = prepare(host, student, changeable, settings)
     found["tune"] = _seconds(lambda: tune_losses(host, student, row, settings.distil)) * times
     found["tune"] += _seconds(lambda: _update(student))
     del unload

@@ -164,16 +164,39 @@ def check_retrofits(
             _look_at(host, read, each)
 
 
-def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> float:
-    """How far a model with new, untrained layers is from the original.
+def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, list[int]]:
+    """How far a model with new, untrained layers is from the original, and the layers that can be new. Where layers are
+    chosen, those that cannot be new are left out.
 
     Raises:
-        Unsupported: if it cannot read what it has to read.
+        Unsupported: if a model with new layers cannot read what it has to read.
     """
     check_train(host, settings)
-    difference = host.check(host.batch(data, 0, settings.seed, settings, rows=1), settings.mechanism)
-    host.check_longest(data, settings)
-    return difference
+    first, numbers = host.batch(data, 0, settings.seed, settings, rows=1), settings.changeable(len(host.layers))
+
+    def tried(numbers: list[int]) -> float:
+        difference = host.check(first, settings.mechanism, numbers)
+        host.check_longest(data, settings, numbers)
+        return difference
+
+    def can(number: int) -> bool:
+        try:
+            tried([number])
+        except Unsupported:
+            return False
+        return True
+
+    try:
+        return tried(numbers), numbers
+    except Unsupported as error:
+        able = [] if settings.inserts else list(filter(can, numbers))
+        if not able or able == numbers:
+            raise
+        if not settings.chosen:
+            kept = tuple(layer.number for layer in host.layers if layer.number not in able)
+            nearest = " or ".join(filter(None, (error.nearest, f"keep_layers={kept}")))
+            raise Unsupported(error.asked, supported=error.supported, nearest=nearest) from error
+        return tried(able), able
 
 
 def _identity(host: Host, data: Any, settings: RetrofitSettings) -> dict[str, Any]:
@@ -211,11 +234,19 @@ class _Run:
     def _plan(self) -> Plan:
         def make() -> dict[str, Any]:
             self.watch(Progress("looking at the model", math.nan, 0, 0, 0.0))
-            if _look_at(self.host, self.data, self.settings) <= EQUAL:
+            difference, able = _look_at(self.host, self.data, self.settings)
+            if difference <= EQUAL:
                 self.say(self._nothing_new())
-            return plan(self.host, self.data, self.settings, time.monotonic() - self.started).record()
+            spent = time.monotonic() - self.started
+            found = plan(self.host, self.data, self.settings, spent, able).record()
+            if others := [n for n in self.settings.changeable(len(self.host.layers)) if n not in able]:
+                self.say(
+                    f"kept, since {self.settings.mechanism} cannot replace their attention: layers {card.numbers(others)}"
+                )
+            return found
 
-        return Plan(**self.folder.once("plan", make))
+        every = self.settings.changeable(len(self.host.layers))  # in folders of earlier versions
+        return Plan(**{"changeable": every, **self.folder.once("plan", make)})
 
     def _nothing_new(self) -> str:
         """A message for new layers that initially compute the same as the old ones."""
@@ -244,24 +275,23 @@ class _Run:
             known = self.folder.read("kept")
             if known is None:
                 sensitivity = self._sensitivity(plan)
-                known = list(choose(sensitivity, kept))
+                others = [number for number in layers if number not in sensitivity]
+                known = sorted([*others, *choose(sensitivity, max(kept - len(others), 0))])
                 self.folder.write("kept", known)
                 worst = max(sensitivity, key=lambda n: sensitivity[n])
                 self.say(f"sensitivity: layer {worst} loses the most ({sensitivity[worst]:.3g} {self.host.unit})")
             kept = tuple(known)
         return [number for number in layers if number not in kept]
 
-    def _warm(self) -> tuple[dict[int, nn.Module], list[str]]:
-        student, learned = self.host.copy_with(
-            range(len(self.host.layers)), self.settings.mechanism, self.settings.seed
-        )
-        return self._modules(student, range(len(self.host.layers))), learned
+    def _warm(self, plan: Plan) -> tuple[dict[int, nn.Module], list[str]]:
+        student, learned = self.host.copy_with(plan.changeable, self.settings.mechanism, self.settings.seed)
+        return self._modules(student, plan.changeable), learned
 
     def _modules(self, student: Any, numbers: Sequence[int]) -> dict[int, nn.Module]:
         return {number: student.get_submodule(self.host.layers[number].path) for number in numbers}
 
     def _sensitivity(self, plan: Plan) -> dict[int, float]:
-        modules, learned = self._warm()
+        modules, learned = self._warm(plan)
         self._transfer("warm", modules, learned, plan)
         held_out = self.host.held_out(self.data, plan.tried, self.settings)
         return measure_sensitivity(
@@ -327,7 +357,7 @@ class _Run:
 
     def _begin_warm(self, modules: dict[int, nn.Module], plan: Plan) -> None:
         """Start from the modules that the first steps of all layers trained."""
-        warm, names = self._warm()
+        warm, names = self._warm(plan)
         self._transfer("warm", warm, names, plan)
         for number, module in modules.items():
             module.load_state_dict(warm[number].state_dict())

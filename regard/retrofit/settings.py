@@ -149,6 +149,11 @@ class RetrofitSettings:
             )
         return found
 
+    def changeable(self, layers: int) -> list[int]:
+        """The layers of `layers` that are not given as layers to keep."""
+        kept = self.kept(layers)
+        return [number for number in range(layers) if isinstance(kept, int) or number not in kept]
+
     def identity(self) -> dict[str, Any]:
         """The settings that must not change when a retrofit is resumed."""
         return {

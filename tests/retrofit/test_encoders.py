@@ -96,14 +96,15 @@ def corpus():
 
 
 def test_a_window_shorter_than_the_lengths_is_refused_before_anything_is_trained(tmp_path):
-    sizes = {**SIZES, "local_attention": 80, "num_hidden_layers": 2, "global_attn_every_n_layers": 2}
+    sizes = {**SIZES, "local_attention": 80, "layer_types": ["full_attention", "sliding_attention"]}
     del sizes["initializer_range"]
-    model = transformers.ModernBertModel(transformers.ModernBertConfig(**sizes, **ENDS)).eval()
-    with pytest.raises(Unsupported, match=r"texts of 64 tokens .* window of 40.*try lengths=\(40,\)"):
-        regard.retrofit(
-            model, "linear", data=tokens(), budget="60 steps", output=tmp_path / "out", **{**WORK, "lengths": (32, 64)}
-        )
+    model = transformers.ModernBertModel(transformers.ModernBertConfig(**sizes, num_hidden_layers=2, **ENDS)).eval()
+    settings = {**WORK, "lengths": (32, 64), "keep_layers": "none", "data": tokens(), "budget": "60 steps"}
+    with pytest.raises(Unsupported, match=r"texts of 64 tokens .* window of 40.*try lengths=\(40,\) or keep_layers"):
+        regard.retrofit(model, "linear", output=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+    host = open_host(model)
+    host.check_longest(corpus(), host.begun(RetrofitSettings("linear", length=24, lengths=(64,))), [0])
 
 
 def test_the_same_tokens_are_asked_for_in_each_row_and_never_the_frame(host):

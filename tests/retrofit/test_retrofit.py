@@ -83,7 +83,7 @@ def test_weights_in_half_precision_are_read_as_float32(dtype):
         torch.float32
     }
     assert len(said) == 1 and f"weights in {dtype}".replace("torch.", "") in said[0]
-    assert host.check(hosts.Batch(tokens(32)[None]), "softmax") < 1e-5
+    assert host.check(hosts.Batch(tokens(32)[None]), "softmax", [0, 1]) < 1e-5
     assert hosts.open_host(llama(2), say=said.append).model.dtype == torch.float32 and len(said) == 1
 
 
@@ -175,6 +175,28 @@ def test_low_rank_updates_of_gpt2_measured_up_to_its_last_position(tmp_path):
     assert {f"transformer.h.{n}.mlp.c_fc.weight" for n in (0, 1)} <= changed
     assert not changed & {"transformer.wpe.weight", "transformer.h.0.ln_1.weight"}
     assert made.results["decoding"]["64"]["original"]["held"] == 2 * 2 * 64 * 32 * 4
+
+
+def mixed_windows(size=16):
+    import transformers
+
+    kinds = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": size}
+    return transformers.Olmo3ForCausalLM(transformers.Olmo3Config(**SIZES, **kinds)).eval()
+
+
+@pytest.mark.parametrize(("keep", "told"), [((0, 2), 0), ("auto:0.25", 1)])
+def test_layers_with_a_window_that_the_mechanism_lacks_are_kept(tmp_path, keep, told):
+    said, settings = [], {**WORK, "data": tokens(), "budget": "60 steps", "output": tmp_path / "out"}
+    made = regard.retrofit(mixed_windows(), "gated_linear", keep_layers=keep, say=said.append, **settings)
+    assert made.swapped == [1, 3]
+    assert sum("cannot replace their attention: layers 0, 2" in sentence for sentence in said) == told
+
+
+@pytest.mark.parametrize(("size", "said"), [(16, "mask of pairs.*softmax"), (48, r"window of 48.*lengths=\(36,\)")])
+def test_the_layers_to_keep_are_named_where_a_window_is_refused(tmp_path, size, said):
+    settings = {**WORK, "data": tokens(), "budget": "60 steps", "output": tmp_path / "out"}
+    with pytest.raises(Unsupported, match=said + r" or keep_layers=\(0, 2\)"):
+        regard.retrofit(mixed_windows(size), "gated_linear", keep_layers="none", **settings)
 
 
 def test_low_rank_updates_without_peft_are_refused_before_anything_is_trained(tmp_path, monkeypatch):

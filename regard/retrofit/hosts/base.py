@@ -210,11 +210,12 @@ class Host(ABC):
                 self.model.set_submodule(self.layers[number].path, module)
 
     @torch.no_grad()
-    def check(self, batch: Batch, mechanism: str) -> float:
-        """Relative distance of the answers from the original's if all layers are new and untrained.
+    def check(self, batch: Batch, mechanism: str, numbers: Sequence[int]) -> float:
+        """Relative distance of the answers from the original's if layers are new and untrained.
 
         Args:
             batch: a row of the training data, or a few.
+            numbers: numbers of the new layers.
 
         Raises:
             Unsupported: if the model's attention is not one that the mechanism can learn to replace.
@@ -222,7 +223,7 @@ class Host(ABC):
         with evaluation_mode(self.model):
             self._check_calls(batch)
             expected = self.answers(self.model, batch)
-            made, _ = self.copy_with(range(len(self.layers)), "softmax", 0)
+            made, _ = self.copy_with(numbers, "softmax", 0)
             difference = apart(self.answers(made, batch), expected)
             if not difference <= SAME:
                 raise Unsupported(
@@ -230,9 +231,9 @@ class Host(ABC):
                     f"answers differ by {difference:.2g} of the largest)",
                     supported="models that regard.swap(model, 'softmax') leaves as they are",
                 )
-            return self.check_answers(batch, expected, mechanism)
+            return self.check_answers(batch, expected, mechanism, numbers)
 
-    def check_answers(self, batch: Batch, expected: Tensor, mechanism: str) -> float:
+    def check_answers(self, batch: Batch, expected: Tensor, mechanism: str, numbers: Sequence[int]) -> float:
         """See :meth:`check`.
 
         Args:
@@ -241,11 +242,11 @@ class Host(ABC):
         Raises:
             Unsupported: if the mechanism cannot be used, as with masks that it does not support.
         """
-        made, _ = self.copy_with(range(len(self.layers)), mechanism, 0)
+        made, _ = self.copy_with(numbers, mechanism, 0)
         return apart(self.answers(made, batch), expected)
 
     @abstractmethod
-    def check_longest(self, data: Any, settings: RetrofitSettings) -> None:
+    def check_longest(self, data: Any, settings: RetrofitSettings, numbers: Sequence[int]) -> None:
         """Check that new layers can read what the evaluation reads, which may be longer than a row of the training.
 
         Raises:

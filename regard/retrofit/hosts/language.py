@@ -105,7 +105,7 @@ class LanguageHost(TextHost):
             made, new = rebuilt(self, numbers, mechanism)
         return made.eval(), new
 
-    def check_answers(self, batch: Batch, expected: Tensor, mechanism: str) -> float:
+    def check_answers(self, batch: Batch, expected: Tensor, mechanism: str, numbers: Sequence[int]) -> float:
         other = batch.inputs.clone()
         other[:, -1] = (other[:, -1] + 1) % self.model.get_input_embeddings().num_embeddings
         if apart(self.answers(self.model, replace(batch, inputs=other)), expected) > AHEAD:
@@ -122,10 +122,11 @@ class LanguageHost(TextHost):
                     f"{difference:.2g} of the largest",
                     supported="models of the kind of Llama",
                 )
-        made, _ = self.copy_with(range(len(self.layers)), mechanism, 0)
+        made, _ = self.copy_with(numbers, mechanism, 0)
+        difference = apart(self.answers(made, batch), expected)
         if made.config.use_cache:
             self._check_generates(made, batch.inputs[:1], mechanism)
-        return apart(self.answers(made, batch), expected)
+        return difference
 
     def _check_generates(self, made: Any, ids: Int[Tensor, "1 n"], mechanism: str) -> None:
         from regard.integrations.transformers import CACHE

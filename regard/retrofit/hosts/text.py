@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -82,12 +83,12 @@ class TextHost(Host):
         return longest if self.longest is None else min(longest, self.longest)
 
     @torch.no_grad()
-    def check_longest(self, data: Corpus, settings: RetrofitSettings) -> None:
+    def check_longest(self, data: Corpus, settings: RetrofitSettings, numbers: Sequence[int]) -> None:
         length = self.longest_read(data, settings)
         if length <= settings.block:
             return
         text = data.held_out.repeat(math.ceil(length / len(data.held_out)))[:length][None]
-        made, _ = self.copy_with(range(len(self.layers)), settings.mechanism, settings.seed)
+        made, _ = self.copy_with(numbers, settings.mechanism, settings.seed)
         try:
             self.read_once(made, text)
         except Unsupported as error:

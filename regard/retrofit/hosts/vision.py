@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -77,7 +77,7 @@ class VisionHost(Host):
             )
         return replace(settings, length=None, lengths=(), batch_size=settings.batch_size or BATCH)
 
-    def check_longest(self, data: Pictures, settings: RetrofitSettings) -> None:
+    def check_longest(self, data: Pictures, settings: RetrofitSettings, numbers: Sequence[int]) -> None:
         """Nothing to check: images have one size."""
 
     def timed(self, settings: RetrofitSettings) -> float:
