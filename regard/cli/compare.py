@@ -8,26 +8,42 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from regard.cli.arguments import read_backbones, read_lengths, read_mechanisms, read_numbers, read_stack, read_tasks
+from regard.cli.arguments import (
+    only_beside,
+    read_backbones,
+    read_lengths,
+    read_mechanisms,
+    read_numbers,
+    read_stack,
+    read_tasks,
+)
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import (
     ADDRESS,
+    BATCH_SIZE,
     DATA,
     DEVICE,
+    DISTIL,
     ENGINE,
+    EVALUATION_BLOCKS,
     FRAMES,
     JSON,
+    KEEP_LAYERS,
     LARGEST_SEED,
     LENGTH,
     MODEL,
     PLUGINS,
     PRECISION,
+    RATE,
     SKIP_UNREADABLE,
     STACK,
     TOKENIZER,
+    TRAIN,
+    TRANSFER_RATE,
     VALIDATION,
 )
 from regard.cli.progress import progress
+from regard.cli.retrofits import OF_RETROFITS, compare_from
 from regard.cli.sweeps import sweep_of
 from regard.contract import Unsupported
 from regard.measurement import units
@@ -41,9 +57,17 @@ def compare(
         typer.Option(
             "--from",
             help="A pretrained causal language model (a folder of transformers, or a GGUF file): retrofits of it with the "
-            "mechanisms are compared, instead of models from scratch.",
+            "mechanisms are compared, instead of models from scratch. Together with it alone: --keep-layers, --batch-size, "
+            "--train, --distil, --transfer-rate, --rate and --evaluation-blocks.",
         ),
     ] = None,
+    keep_layers: KEEP_LAYERS = "auto:0.5",
+    batch_size: BATCH_SIZE = None,
+    train: TRAIN = "all",
+    distil: DISTIL = 1.0,
+    transfer_rate: TRANSFER_RATE = 0.02,
+    rate: RATE = 0.0002,
+    evaluation_blocks: EVALUATION_BLOCKS = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -160,12 +184,12 @@ def compare(
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --engine ray --address auto
         regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own
         regard compare my_corpus.txt --from smollm2/ --mechanisms lolcats,gated_linear,local:window=256 --budget 4h
+        regard compare my_corpus.txt --from smollm2/ --mechanisms masformer,local --keep-layers 0,1,2,3 --distil 0 --length 2048
     """
     if source is not None:
-        from regard.cli.retrofits import compare_from
-
         compare_from(context, source)
         return
+    only_beside(context, "--from", OF_RETROFITS)
     from regard.measurement.budget import Budget
     from regard.workbench.comparison.compare import compare as run
     from regard.workbench.comparison.compare import train_share

@@ -89,3 +89,26 @@ ADDRESS = Annotated[
         help="Address of the Ray cluster: auto for the one on this machine, local for a new one, or HOST:PORT."
     ),
 ]
+
+KEEP_LAYERS = Annotated[
+    str,
+    typer.Option(help="Layers that keep their attention: auto:SHARE or auto:NUMBER by sensitivity, 0,5,29 or none."),
+]
+BATCH_SIZE = Annotated[int | None, typer.Option(help="Blocks (4 when not given) or images (32) in a training step.")]
+TRAIN = Annotated[str, typer.Option(help="Weights trained in the last stage: all, new (swapped layers) or lora:RANK.")]
+DISTIL = Annotated[
+    float,
+    typer.Option(
+        help="Weight of the loss against the original's outputs, 0 to 1; the rest is that of next tokens, masked tokens or classes."
+    ),
+]
+TRANSFER_RATE = Annotated[
+    float, typer.Option(help="Learning rate of the attention transfer, as a share of each weight's size.")
+]
+RATE = Annotated[float, typer.Option(help="Learning rate of the last stage, likewise.")]
+EVALUATION_BLOCKS = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum number of blocks (or batches of images) from each source in the evaluation; as the budget allows when not given."
+    ),
+]

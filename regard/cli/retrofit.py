@@ -14,7 +14,18 @@ from rich.text import Text
 
 from regard.cli.arguments import read_lengths
 from regard.cli.console import console, emit, load_plugins, plain
-from regard.cli.options import JSON, LARGEST_SEED, PLUGINS
+from regard.cli.options import (
+    BATCH_SIZE,
+    DISTIL,
+    EVALUATION_BLOCKS,
+    JSON,
+    KEEP_LAYERS,
+    LARGEST_SEED,
+    PLUGINS,
+    RATE,
+    TRAIN,
+    TRANSFER_RATE,
+)
 from regard.cli.progress import progress
 from regard.measurement import units
 
@@ -32,12 +43,7 @@ def retrofit(
         typer.Option(help="Your text, a file or folder (repeatable), or a folder of images; a tenth is held out."),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the result; the same command resumes from it.")],
-    keep_layers: Annotated[
-        str,
-        typer.Option(
-            help="Layers that keep their attention: auto:SHARE or auto:NUMBER by sensitivity, 0,5,29 or none."
-        ),
-    ] = "auto:0.5",
+    keep_layers: KEEP_LAYERS = "auto:0.5",
     budget: Annotated[
         str, typer.Option(help="Time for everything (60m, 8h), or amount of training: '2M tokens', '500 steps'.")
     ] = "60m",
@@ -47,34 +53,18 @@ def retrofit(
     length: Annotated[
         int | None, typer.Option(help="Tokens in a training block; 512, or as many as positions reach, when not given.")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Blocks (4 when not given) or images (32) in a training step.")
-    ] = None,
-    train: Annotated[
-        str, typer.Option(help="Weights trained in the last stage: all, new (swapped layers) or lora:RANK.")
-    ] = "all",
-    distil: Annotated[
-        float,
-        typer.Option(
-            help="Weight of the loss against the original's outputs, 0 to 1; the rest is that of next tokens, masked tokens or classes."
-        ),
-    ] = 1.0,
-    transfer_rate: Annotated[
-        float, typer.Option(help="Learning rate of the attention transfer, as a share of each weight's size.")
-    ] = 0.02,
-    rate: Annotated[float, typer.Option(help="Learning rate of the last stage, likewise.")] = 0.0002,
+    batch_size: BATCH_SIZE = None,
+    train: TRAIN = "all",
+    distil: DISTIL = 1.0,
+    transfer_rate: TRANSFER_RATE = 0.02,
+    rate: RATE = 0.0002,
     lengths: Annotated[
         str | None,
         typer.Option(
             help="Lengths at which time, state and recall are measured, such as 512,8k; when not given, 512,2048, or 128,512 for encoders."
         ),
     ] = None,
-    evaluation_blocks: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum number of blocks (or batches of images) from each source in the evaluation; as the budget allows when not given."
-        ),
-    ] = None,
+    evaluation_blocks: EVALUATION_BLOCKS = None,
     seed: Annotated[
         int,
         typer.Option(min=0, max=LARGEST_SEED, help="Seed of the order of blocks and of randomly initialised weights."),

@@ -13,7 +13,20 @@ from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.retrofit import showing
 from regard.contract import Unsupported
 
-TAKEN = ("data", "source", "mechanisms", "budget", "output", "validation", "length", "lengths", "seed_offset", "plugin")
+OF_RETROFITS = (
+    "keep_layers",
+    "batch_size",
+    "train",
+    "distil",
+    "transfer_rate",
+    "rate",
+    "evaluation_blocks",
+)
+"""Options of `regard compare` that apply to retrofits alone."""
+TAKEN = (
+    *("data", "source", "mechanisms", "budget", "output", "validation", "length", "lengths", "seed_offset", "plugin"),
+    *OF_RETROFITS,
+)
 """Options of `regard compare` that apply to a model that is already trained."""
 
 
@@ -47,6 +60,7 @@ def compare_from(context: typer.Context, source: Path) -> None:
         )
     load_plugins(asked["plugin"])
     more: dict[str, Any] = {"length": asked["length"]} if asked["length"] is not None else {}
+    more |= {name: asked[name] for name in OF_RETROFITS if name in given}
     if "lengths" in given:
         more["lengths"] = read_lengths(asked["lengths"])
     output, quiet = asked["output"], asked["as_json"]

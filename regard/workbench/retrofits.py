@@ -27,9 +27,6 @@ from regard.workbench.reports.section_pages import parts_of_page
 from regard.workbench.reports.sections import Curves, Points, Section
 
 RECORD = "retrofits.json"
-SAYS = (
-    "Each was trained back with the same budget on the same data, and keeps the layers that its own sensitivity chose."
-)
 
 
 def compare_retrofits(
@@ -152,11 +149,18 @@ def _rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def says(record: Mapping[str, Any]) -> str:
+    """What the retrofits have in common, from the record of one of them."""
+    keep = record["settings"]["keep_layers"]
+    kept = "the layers that its own sensitivity chose" if keep.startswith("auto") else f"these layers: {keep}"
+    return f"Each was trained back with the same budget on the same data, and keeps {kept}."
+
+
 def sections(records: Mapping[str, Any]) -> list[Section]:
     """The sections of the report."""
     first = next(iter(records.values()))
     if kind_of(first) != "language":
-        return [Section("Side by side", SAYS, [], rows(records))]
+        return [Section("Side by side", says(first), [], rows(records))]
     at = state_at(first["results"])
     source, before = list(first["results"]["perplexity"].items())[-1]
     points = {"softmax": (first["results"]["state"][str(at)][ORIGINAL] / 2**20, float(before[ORIGINAL]))}
@@ -185,7 +189,7 @@ def sections(records: Mapping[str, Any]) -> list[Section]:
         log_y=True,
         rising=False,
     )
-    return [Section("Side by side", SAYS, [state, position], rows(records))]
+    return [Section("Side by side", says(first), [state, position], rows(records))]
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:

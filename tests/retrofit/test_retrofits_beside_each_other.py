@@ -7,6 +7,7 @@ from command_line import run
 from small_llama import WORK, llama, tokens
 
 from regard import Unsupported
+from regard.cli.retrofits import OF_RETROFITS
 from regard.measurement.budget import Budget
 from regard.models.variants import read_variants
 from regard.retrofit.measures import verdict
@@ -41,6 +42,7 @@ def test_each_has_a_folder_that_loads_and_all_have_one_page(two):
     assert json.loads((folder / RECORD).read_text())["recommendation"] == told["recommendation"]
     page = (folder / "report.html").read_text()
     assert page.count("<svg") >= 2 and "local:window=4" in page and "original" in page
+    assert "keeps these layers: 0." in page
 
 
 def test_the_page_is_written_again(two, capsys, tmp_path):
@@ -129,10 +131,30 @@ def test_a_mechanism_that_cannot_enter_is_refused_before_anything_is_trained(tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_takes_the_options_of_a_retrofit(capsys, monkeypatch):
+    def taken(*_, **settings):
+        raise Unsupported(json.dumps({name: settings.get(name) for name in (*OF_RETROFITS, "length")}))
+
+    monkeypatch.setattr("regard.workbench.retrofits.compare_retrofits", taken)
+    line = "compare text.txt --from folder --mechanisms masformer --keep-layers 0,1 --distil 0 --train new --rate 0.1"
+    code, _, message = run(capsys, f"{line} --transfer-rate 0.2 --batch-size 3 --evaluation-blocks 5")
+    assert code == 2 and json.loads(message[message.index("{") :].replace("\n", " ")) == {
+        "keep_layers": "0,1",
+        "distil": 0.0,
+        "train": "new",
+        "rate": 0.1,
+        "transfer_rate": 0.2,
+        "batch_size": 3,
+        "evaluation_blocks": 5,
+        "length": None,
+    }
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("compare --from folder --mechanisms local", "without a text"),
+        ("compare text.txt --keep-layers none", "--keep-layers without --from"),
         ("compare text.txt --from folder", "without --mechanisms"),
         ("compare text.txt --from folder --mechanisms local --dim 8", "--dim together with --from"),
         ("compare text.txt --from folder --mechanisms local", "does not exist"),
