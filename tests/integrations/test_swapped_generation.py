@@ -191,6 +191,17 @@ def test_a_mask_is_read_once_for_all_layers(monkeypatch):
             near(torch.cat([x[kept.bool()] for x, kept in zip(found, mask, strict=True)]), torch.cat(rows))
 
 
+def test_the_slots_of_a_mask_are_counted_once_for_all_layers(monkeypatch):
+    model, counted = llama(attn_implementation="regard:softmax"), []
+    own = attending._filled
+    monkeypatch.setattr(attending, "_filled", lambda *given: counted.append(1) or own(*given))
+    _, cache = after(model, ids(), new_cache(model), attention_mask=LEFT)
+    for tokens in (1, 2):
+        seen = torch.cat([LEFT, torch.ones(3, tokens, dtype=torch.long)], 1)
+        after(model, ids(length=tokens), copy.deepcopy(cache), attention_mask=seen)
+        assert len(counted) == tokens
+
+
 def test_pieces_with_padding_anywhere_are_the_whole():
     model = swapped(llama, CORES)
     tokens, positions = ids(), (KEPT.cumsum(-1) - 1).clamp(min=0)

@@ -203,7 +203,7 @@ def _forward(
     if mask is not None:
         mask = mask[..., :m].expand(-1, -1, n, m)
     if causal and not crossing and cache is None and m > n:
-        m = _slots(mask, n, m)
+        m = _slots(attention_mask, n, m)
         key, value, mask = key[:, :, :m], value[:, :, :m], None if mask is None else mask[..., :m]
     if position_bias is not None:
         mask = _biased(position_bias[..., :m], mask)
@@ -246,21 +246,33 @@ def _forward(
     return result.output.transpose(1, 2), None
 
 
-def _slots(mask: Tensor | None, n: int, m: int) -> int:
-    """The number of slots up to the newest token's: those after it, in a static cache, are empty.
+def _slots(given: Tensor | None, n: int, m: int) -> int:
+    """The number of slots up to the newest token's (those after it, in a static cache, are empty), found once for all
+    consecutive layers that get the same mask.
 
     Without a mask transformers means new tokens in the first slots, except for a single one, which sees all.
     """
-    if mask is None:
+    if given is None:
         return m if n == 1 else n
     if torch.compiler.is_compiling():
         return m
+    if given.is_inference():
+        return _filled(given, n, m)
+    asked = given._version, n, m
+    known = getattr(_CALL, "slots", None)
+    if known is None or known[0]() is not given or known[1] != asked:
+        known = _CALL.slots = weakref.ref(given), asked, _filled(given, n, m)
+    return known[2]
+
+
+def _filled(given: Tensor, n: int, m: int) -> int:
+    mask = given[..., :m].expand(-1, -1, n, m)
     seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min).flatten(0, 1).any(0)
     if bool(seen[:, -1].any()):
         return m
     slots = torch.arange(m, device=mask.device)
-    newest = (seen * slots).amax(-1) - slots[:n]  # of the first token, as each query tells it
-    return min(m, n + max(0, int(newest.max())))
+    first = (seen * slots).amax(-1) - slots[:n]  # the slot of the first new token, as each one tells it
+    return min(m, n + max(0, int(first.max())))
 
 
 def _read_once(given: Tensor | None, bias: Tensor | None, mask: Tensor, sees: dict[str, Any]) -> Visible:
