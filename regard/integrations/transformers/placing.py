@@ -302,7 +302,7 @@ def _placed(model: nn.Module) -> list[Any]:
 
 def _continued(model: nn.Module) -> list[Any]:
     """The mechanisms in causal modules that have a place in a cache; those of CLIP's text model have none."""
-    cached = [module for module in model.modules() if is_swapped(module) and hasattr(module, "layer_idx")]
+    cached: list[Any] = [module for module in model.modules() if is_swapped(module) and hasattr(module, "layer_idx")]
     return [module.regard for module in cached if module.regard.pattern is Pattern.CAUSAL_SELF]
 
 
