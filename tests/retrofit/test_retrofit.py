@@ -246,6 +246,17 @@ def test_a_start_that_is_nearly_exact_is_kept_where_a_transfer_makes_it_no_bette
         assert best.steps() == [0, 20]
 
 
+def test_softmax_is_tried_in_kept_layers_too_since_the_original_is_timed_with_it(host, monkeypatch):
+    tried, copy_with = [], type(host).copy_with
+    monkeypatch.setattr(
+        type(host),
+        "copy_with",
+        lambda self, numbers, *of: (tried.append((*numbers,)), copy_with(self, numbers, *of))[1],
+    )
+    host.check(hosts.Batch(tokens(32)[None]), "linear", [1])
+    assert tried == [(0, 1, 2), (1,)]
+
+
 def test_new_layers_begin_at_the_scale_of_the_old_ones(host):
     ids = tokens(64).view(2, 32)
     new = modules(host, [0, 1, 2], "linear:normalize=False")
