@@ -124,7 +124,7 @@ class MatchingTask(LabelledTask):
             return self.baseline
         scored = in_common([held_out[i] for i in self._scored])
         right = np.where(scored >= threshold, above, 1 - above) == self._held_out_labels[self._scored]
-        return Baseline("words in common", np.stack([right, np.ones_like(right)], -1).astype(np.float64))
+        return Baseline.of_answers("words in common", right)
 
     def describe(self) -> str:
         assert self.baseline is not None

@@ -181,9 +181,7 @@ class PathfinderTask(GeneratedTask):
         weights = _fitted(_terms(_seen(inputs, self.size)), labels)
         inputs, labels = self._held_out
         right = (_terms(_seen(inputs, self.size)) @ weights > 0) == labels
-        return Baseline(
-            "directions and distance of the dots", np.stack([right, np.ones_like(right)], -1).astype(np.float64)
-        )
+        return Baseline.of_answers("directions and distance of the dots", right)
 
 
 def connected(pictures: UInt8[np.ndarray, "b s s"]) -> Bool[np.ndarray, " b"]:

@@ -107,8 +107,12 @@ class Baseline:
     @classmethod
     def majority_class(cls, training: Int[np.ndarray, " n"], held_out: Int[np.ndarray, " m"]) -> Baseline:
         """The rule that always answers the commonest training class, scored by accuracy on the held-out classes."""
-        right = held_out == np.bincount(training).argmax()
-        return cls("majority class", np.stack([right, np.ones_like(right)], -1).astype(np.float64))
+        return cls.of_answers("majority class", held_out == np.bincount(training).argmax())
+
+    @classmethod
+    def of_answers(cls, name: str, right: Bool[np.ndarray, " n"]) -> Baseline:
+        """A rule scored by accuracy, from whether it is right for each held-out item."""
+        return cls(name, np.stack([right, np.ones_like(right)], -1).astype(np.float64))
 
 
 class Task(Protocol):

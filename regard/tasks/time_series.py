@@ -197,9 +197,7 @@ class TimeSeriesTask(Task):
         labels = self._held_out_labels[self._scored]
         self.chance = float(np.bincount(labels).max() / len(labels))
         right = self._nearest_centroid() == labels
-        self.baseline: Baseline | None = Baseline(
-            "nearest mean series", np.stack([right, np.ones_like(right)], 1).astype(np.float64)
-        )
+        self.baseline: Baseline | None = Baseline.of_answers("nearest mean series", right)
 
     def _nearest_centroid(self) -> Int[np.ndarray, " k"]:
         """The class of the nearest class mean of the training series, for each scored series."""
