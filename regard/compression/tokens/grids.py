@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard.compression.tokens.calls import PerThread
 from regard.contract import Context, Mask, Result, Unsupported, an_instance, at_least
 from regard.core.precision import wide
 
@@ -135,21 +135,13 @@ def _check(ratio: float, cell: tuple[int, int], grid: tuple[int, int]) -> None:
             raise Unsupported(f"{name}={sides!r}", supported="rows and columns, 1 or more", nearest=f"{name}=(2, 2)")
 
 
-class GridMerging:
+class GridMerging(PerThread):
     """Merging that is active in a model; created by :func:`merge_on_grid`, with its arguments."""
 
     def __init__(self, grid: tuple[int, int], levels: int, proportional: bool, options: dict[str, Any]) -> None:
         self.grid, self.levels, self.proportional, self.options = grid, levels, proportional, options
-        self._run = threading.local()
+        super().__init__()
         self._undo: list[Callable[[], None]] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy of the model takes along: all but what the last calls left."""
-        return {name: value for name, value in self.__dict__.items() if name != "_run"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._run = threading.local()
 
     @property
     def merges(self) -> list[GridMerge | None]:

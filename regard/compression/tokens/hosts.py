@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from regard.compression.tokens.calls import PerThread
 from regard.compression.tokens.reducers import METHODS, Evidence, Tokens
 from regard.compression.tokens.schedules import Removal, removals
 from regard.contract import Context, Mask, Result, Unsupported, an_instance, one_of
@@ -29,7 +29,7 @@ DROPPING = ("attention", "random", "stride")
 METRICS = ("keys", "queries", "tokens")
 
 
-class Reduction:
+class Reduction(PerThread):
     """A method that is active in a model; created by :func:`reduce_tokens`.
 
     Args:
@@ -53,16 +53,8 @@ class Reduction:
     ) -> None:
         self.method, self.removed, self.proportional = method, removed, proportional
         self.metric, self.generator, self.pooled = metric, generator, pooled
-        self._run = threading.local()
+        super().__init__()
         self._changed: list[tuple[Any, type]] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy of the model takes along: all but what the last calls left."""
-        return {name: value for name, value in self.__dict__.items() if name != "_run"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._run = threading.local()
 
     @property
     def tokens(self) -> Tokens:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ CACHES = tuple(dict.fromkeys((CACHE, "past_key_values", "past_key_value", "layer
 MEMORY = ("encoder_hidden_states", "key_value_states")
 """Arguments of attention modules that hold the tokens of another sequence."""
 _CALL = threading.local()
+Made = TypeVar("Made")
 _DEFAULTS: dict[tuple[str, tuple[tuple[str, Any], ...]], HeadAttention] = {}
 
 
@@ -256,13 +258,7 @@ def _slots(given: Tensor | None, n: int, m: int) -> int:
         return m if n == 1 else n
     if torch.compiler.is_compiling():
         return m
-    if given.is_inference():
-        return _filled(given, n, m)
-    asked = given._version, n, m
-    known = getattr(_CALL, "slots", None)
-    if known is None or known[0]() is not given or known[1] != asked:
-        known = _CALL.slots = weakref.ref(given), asked, _filled(given, n, m)
-    return known[2]
+    return _once("slots", given, (n, m), lambda: _filled(given, n, m))
 
 
 def _filled(given: Tensor, n: int, m: int) -> int:
@@ -277,16 +273,26 @@ def _filled(given: Tensor, n: int, m: int) -> int:
 
 def _read_once(given: Tensor | None, bias: Tensor | None, mask: Tensor, sees: dict[str, Any]) -> Visible:
     """:func:`read_mask`, which inspects every pair, once for all consecutive layers that get the same mask."""
-    if given is None or bias is not None or torch.compiler.is_compiling() or given.is_inference():
+    if given is None or bias is not None or torch.compiler.is_compiling():
         return read_mask(mask, **sees)
-    asked = given._version, sees
-    known = getattr(_CALL, "read", None)
+    # a bias would be kept as long as the thread lives
+    return _once("read", given, sees, lambda: read_mask(mask, **sees), keeps=lambda visible: visible.bias is None)
+
+
+def _once(
+    name: str, given: Tensor, asked: Any, make: Callable[[], Made], keeps: Callable[[Made], bool] = lambda made: True
+) -> Made:
+    """What is made of a mask, once for all consecutive calls that get the same one and ask the same."""
+    if given.is_inference():
+        return make()
+    asked = given._version, asked
+    known = getattr(_CALL, name, None)
     if known is not None and known[0]() is given and known[1] == asked:
         return known[2]
-    visible = read_mask(mask, **sees)
-    if visible.bias is None:  # a bias would be kept as long as the thread lives
-        _CALL.read = weakref.ref(given), asked, visible
-    return visible
+    made = make()
+    if keeps(made):
+        setattr(_CALL, name, (weakref.ref(given), asked, made))
+    return made
 
 
 def _read_after(mask: Tensor, causal: bool, cache: StateLayer, *, dtype: torch.dtype, **sees: Any) -> Visible:
