@@ -7,7 +7,6 @@ books in other words, so that what the model remembers of a passage does not hel
 from __future__ import annotations
 
 import functools
-import math
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +22,7 @@ from regard.reproductions.framework.protocol import Setting
 from regard.retrofit import RetrofitSettings, open_host, retrofit
 from regard.retrofit.corpus import even_blocks
 from regard.retrofit.hosts import LanguageHost
-from regard.retrofit.measures.language import ORIGINAL, RETROFIT, mean_recall, perplexity, recall
+from regard.retrofit.measures.language import ORIGINAL, RETROFIT, mean_recall, recall, token_losses
 from regard.tasks.packaged import read_verse_pairs
 
 if TYPE_CHECKING:
@@ -59,37 +58,24 @@ def retrofitted(setting: Setting, seed: int) -> Measurements:
     """
     host = open_model(setting["model"])
     training, other = texts(setting["model"])
-    settings = RetrofitSettings(
-        setting["mechanism"],
-        setting["keep"],
-        Budget("steps", setting["steps"]),
-        length=setting["length"],
-        batch_size=setting["batch_size"],
-        distil=setting["distil"],
-        lengths=(32,),
-        evaluation_blocks=1,
-        seed=seed,
-    )
-    begun = host.begun(settings)
-    kept = begun.kept(len(host.layers))
-    assert isinstance(kept, tuple), "a setting that names the layers to keep"
-    untrained, _ = host.copy_with(sorted({*range(len(host.layers))} - {*kept}), begun.mechanism, seed)
+    options: dict[str, Any] = {
+        "keep_layers": setting["keep"],
+        "budget": Budget("steps", setting["steps"]),
+        "length": setting["length"],
+        "batch_size": setting["batch_size"],
+        "distil": setting["distil"],
+        "lengths": (32,),
+        "evaluation_blocks": 1,
+        "seed": seed,
+    }
+    begun = host.begun(RetrofitSettings(setting["mechanism"], **options))
+    untrained, _ = host.copy_with(begun.changeable(len(host.layers)), begun.mechanism, seed)
     blocks = even_blocks(other, setting["blocks"], setting["length"])
     found = {"start": loss_of(untrained, blocks)}
     del untrained
     with TemporaryDirectory() as folder:
-        made = retrofit(
-            host.model,
-            setting["mechanism"],
-            data=training,
-            output=Path(folder) / "retrofit",
-            keep_layers=settings.keep_layers,
-            budget=settings.budget,
-            **{
-                name: getattr(settings, name)
-                for name in ("length", "batch_size", "distil", "lengths", "evaluation_blocks", "seed")
-            },
-        )
+        output = Path(folder) / "retrofit"
+        made = retrofit(host, setting["mechanism"], data=training, output=output, **options)
     found |= {"loss": loss_of(made.model, blocks), "original": loss_of(host.model, blocks)}
     for length, count in setting["needles"].items():
         models = {RETROFIT: made.model, ORIGINAL: host.model}
@@ -104,7 +90,7 @@ def retrofitted(setting: Setting, seed: int) -> Measurements:
 
 def loss_of(model: Any, blocks: Int[Tensor, "w n"]) -> float:
     """The mean loss of a model on blocks, in nats a token."""
-    return math.log(perplexity({ORIGINAL: model, RETROFIT: model}, blocks)[RETROFIT])
+    return float(token_losses(model, blocks).mean())
 
 
 @functools.cache

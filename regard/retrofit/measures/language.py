@@ -84,12 +84,7 @@ def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
 
     The standard error of the change is that of the mean difference over blocks.
     """
-    losses = {
-        name: torch.cat(
-            [-log_likelihoods(model(row, use_cache=reads_by_state(model)).logits, row) for row in blocks.split(1)]
-        ).double()
-        for name, model in models.items()
-    }
+    losses = {name: token_losses(model, blocks) for name, model in models.items()}
     mean = {name: float(loss.mean()) for name, loss in losses.items()}
     gaps = (losses[RETROFIT] - losses[ORIGINAL]).mean(1)
     borders = [0, *(b for b in (2**e for e in range(4, 24)) if b < blocks.shape[1] - 1), blocks.shape[1] - 1]
@@ -103,6 +98,14 @@ def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
             for a, b in itertools.pairwise(borders)
         ],
     }
+
+
+@torch.no_grad()
+def token_losses(model: Any, blocks: Int[Tensor, "w n"]) -> Float[Tensor, "w n-1"]:
+    """A model's loss of each token of each block but the first, in nats."""
+    return torch.cat(
+        [-log_likelihoods(model(row, use_cache=reads_by_state(model)).logits, row) for row in blocks.split(1)]
+    ).double()
 
 
 @torch.no_grad()
@@ -293,4 +296,5 @@ __all__ = [
     "results",
     "rows",
     "state_bytes",
+    "token_losses",
 ]
