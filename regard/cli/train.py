@@ -57,6 +57,7 @@ OF_THE_RUN = (
     "best_of",
     "teacher",
     "distil",
+    "teacher_cache",
     "monitor",
     "plugin",
 )
@@ -148,6 +149,13 @@ def train(
         typer.Option(
             help="How the model learns from the teacher: response (its outputs), token (its classes, through a token of its own), or transkd (stages of SegFormer and MiT), optionally "
             "with options, such as transkd:variant=gl or response:temperature=2; response when not given."
+        ),
+    ] = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps the teacher's answers, so that it reads each image once, in this run and those of other "
+            "students; for images without augmentation."
         ),
     ] = None,
     parallel: Annotated[
@@ -275,9 +283,11 @@ def train(
     if teacher is not None:
         from regard.workbench.trained.teacher import Teacher
 
-        master = Teacher.read(teacher, distil or "response", asked, device)
+        master = Teacher.read(teacher, distil or "response", asked, device, teacher_cache)
     elif distil is not None:
         raise Unsupported(f"--distil {distil} without a teacher", supported="--teacher FOLDER, of regard train")
+    elif teacher_cache is not None:
+        raise Unsupported("--teacher-cache without a teacher", supported="--teacher FOLDER, of regard train")
     watcher = None
     if monitor is not None:
         from regard.workbench.trained.attention_monitor import AttentionMonitor

@@ -56,7 +56,7 @@ def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambd
     body: dict[str, nn.Linear] = {}
     kept: dict[str, str] = {}
     others: dict[str, str] = {}
-    outputs = _language_head(model)
+    outputs = language_head(model)
     head, tied = None, dict[str, nn.Embedding]()
     inside: list[str] = []
     for name, module in model.named_modules():
@@ -114,7 +114,7 @@ def factor_of(table: nn.Embedding) -> float | None:
     return float(factor) if torch.allclose(table(ids), table.weight[ids] * float(factor)) else None
 
 
-def _language_head(model: nn.Module) -> Any:
+def language_head(model: nn.Module) -> Any:
     """The output projection of a language model; None for other models."""
     outputs: Any = getattr(model, "get_output_embeddings", None)
     if outputs is not None:

@@ -47,6 +47,8 @@ class Distil:
         steps: training steps, a batch each; 1 or more.
         learning_rate: the initial rate, above 0.
         budget: a time limit, for when the steps take longer: ``90s``, ``5m``.
+        cache: a folder for the teacher's answers, so that each batch is shown to the teacher once, in this run and later
+            ones; see :mod:`regard.compression.distillation.cached`.
     """
 
     layers: int | None = None
@@ -56,6 +58,7 @@ class Distil:
     steps: int = 200
     learning_rate: float = 1e-4
     budget: str | None = None
+    cache: str | None = None
     stage: ClassVar = "distil"
     needs: ClassVar = ("training",)
 
@@ -66,8 +69,10 @@ class Distil:
         check_rate(self.learning_rate)
         if self.layers is not None:
             at_least("layers", self.layers, 1)
-        if self.teacher is not None and (not isinstance(self.teacher, str) or not self.teacher):
-            raise Unsupported(f"teacher={self.teacher!r} of distil", supported="a folder", nearest="teacher=big/")
+        for name, example in (("teacher", "big/"), ("cache", "answers/")):
+            place = getattr(self, name)
+            if place is not None and (not isinstance(place, str) or not place):
+                raise Unsupported(f"{name}={place!r} of distil", supported="a folder", nearest=f"{name}={example}")
         self.seconds  # noqa: B018  refuses what is no time
 
     @property

@@ -205,6 +205,7 @@ class ImagesTask(Task):
             share = check_fraction("mix", (0.5 if augment == "standard" else 0.0) if mix is None else mix, 0, 1)
             mirrored = images.classes != DIGITS if flip is None else flip
             self.augmentation = Augmentation(augment, (height, width), self.num_classes, flip=mirrored, mix=share)
+        self.repeats = self.augmentation is None
         self.patch = choose_patch((height, width), length, patch)
         self.grid: tuple[int, ...] = (height // self.patch, width // self.patch)
         self.length = self.grid[0] * self.grid[1]

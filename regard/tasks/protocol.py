@@ -160,6 +160,8 @@ class Task(Protocol):
         solved: score from which the task counts as solved; None when it is open-ended.
         chance: score of a model that ignores its input.
         baseline: a simple rule that a model should beat, and its score on each held-out item.
+        repeats: whether training items come again unchanged in every epoch, so that what a teacher says about them can be
+            kept.
         shared: number of training items that are also held out, and that are therefore not trained on.
         runner: the :class:`regard.training.runner.Runner` that trains and scores the task's models; None for gradient
             steps on its batches.
@@ -189,6 +191,7 @@ class Task(Protocol):
     solved: float | None = None
     chance: float | None = None
     baseline: Baseline | None = None
+    repeats: bool = False
     shared: int = 0
     runner: Any = None
     registered: str | None = None

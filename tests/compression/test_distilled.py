@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.compression.distillation import (
+    AnswerCache,
     GLMixer,
     ResponseConfig,
     SelectiveFusion,
@@ -37,6 +38,7 @@ from regard.compression.distillation import (
     relation_loss,
     response_loss,
 )
+from regard.compression.distillation.cached import FILE
 from regard.compression.distillation.teaching import LOSS
 from regard.compression.distillation.transkd import VARIANTS
 from regard.models import build_model
@@ -284,6 +286,49 @@ def test_a_taught_student_is_alone_in_evaluation_and_its_teacher_stays_as_it_was
     assert alone.state_dict().keys() == own.keys()
 
 
+@pytest.mark.parametrize("written", ["transkd:variant=base,width=8", "response", "token"])
+def test_a_teacher_with_a_cache_is_asked_once_for_each_item_and_says_the_same(written: str, tmp_path: Path) -> None:
+    if written == "token":
+        task: Task = create_task("images", size=8, patch=4)
+        make = lambda dim, **more: build_model(  # noqa: E731
+            ImageModelConfig.for_task(task, "vit_nano", {"dim": dim, "num_layers": 1, **more})
+        )
+        student, teacher = make(12, distillation_token=True), make(24)
+    else:
+        task, student, teacher = scenes(16), segmenter((4, 6, 8), scenes(16)), segmenter((6, 8, 10), scenes(16))
+    student, teacher, asked = student.double().eval(), teacher.double(), list[int]()
+    teacher.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
+    items = task.training_batch(0, 0, 6).inputs.double()
+
+    def loss(rows: list[int], cache: AnswerCache | None) -> Tensor:
+        torch.manual_seed(0)  # for the parts next to the student
+        taught = Taught(student, teacher, read_method(written), task, cache=cache)
+        taught.training = True
+        return taught(items[rows]).losses[LOSS][0]
+
+    cache = AnswerCache(tmp_path / "answers", teacher)
+    expected = [loss(rows, None) for rows in ([0, 1, 2], [2, 3, 1], [0, 4, 3])]
+    asked.clear()
+    found = [loss(rows, cache) for rows in ([0, 1, 2], [2, 3, 1], [0, 4, 3])]
+    assert asked == [3, 1, 1] and (cache.written, cache.read) == (5, 4)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other, 1e-12)
+    close(loss([4, 0, 3], AnswerCache(tmp_path / "answers", teacher)), expected[2], 1e-12)
+    assert asked == [3, 1, 1], "a later run reads what an earlier one has written"
+    with torch.no_grad():
+        next(teacher.parameters()).mul_(1.5)
+    loss([0, 1, 2], AnswerCache(tmp_path / "answers", teacher))
+    assert asked == [3, 1, 1, 3], "another teacher has answers of its own"
+
+
+def test_a_cache_that_is_no_folder_or_another_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused("is a file", AnswerCache, tmp_path / "file", nn.Linear(2, 2))
+    (tmp_path / "answers.db").write_text("something else" * 100)
+    refused("not a database", AnswerCache, tmp_path, nn.Linear(2, 2))
+    assert (tmp_path / "answers.db").read_text() == "something else" * 100
+
+
 def test_a_distillation_token_learns_the_teachers_classes_and_the_class_token_the_data() -> None:
     task = create_task("images", size=8, patch=4)
     config = ImageModelConfig.for_task(task, "vit_nano", {"dim": 12, "num_layers": 1, "distillation_token": True})
@@ -499,8 +544,27 @@ def test_a_student_is_trained_from_a_folder_and_is_like_any_other(
         (f"{TRAIN} --teacher {tmp_path} --output {tmp_path / 'no'}", "written by"),
         (f"{TRAIN.replace('near-cue', 'shapes')} --teacher {teacher} --output {tmp_path / 'no'}", "classes background"),
         (f"{TRAIN.replace('size=16', 'size=32')} --teacher {teacher} --output {tmp_path / 'no'}", "height 16"),
+        (f"{line} --teacher-cache {tmp_path / 'c'} --output {tmp_path / 'no'}", "new at every step"),
+        (f"{TRAIN} --model {SMALL} --teacher-cache {tmp_path / 'c'} --output {tmp_path / 'no'}", "--teacher FOLDER"),
         (f"train --task listops --teacher {teacher} --output {tmp_path / 'no'}", "the task listops"),
     ):
         code, _, messages = run(capsys, asked)
         assert code == 2 and words in messages, (asked, messages)
-    assert not (tmp_path / "no").exists()
+    assert not (tmp_path / "no").exists() and not (tmp_path / "c").exists()
+
+
+def test_students_of_the_same_images_share_the_answers_of_their_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "train --task images:size=8,patch=4,evaluation_items=20 --batch-tokens 64 --learning-rate 0.01"
+    small = f"{line} --budget 20steps --dim 8 --layers 1 --heads 1 --frame bare"
+    answer(
+        capsys, f"{line} --budget 20steps --dim 16 --layers 1 --heads 1 --frame bare --output {tmp_path / 'teacher'}"
+    )
+    taught = f"{small} --teacher {tmp_path / 'teacher'}"
+    plain = answer(capsys, f"{taught} --output {tmp_path / 'plain'}")
+    cached = answer(capsys, f"{taught} --teacher-cache {tmp_path / 'answers'} --output {tmp_path / 'cached'}")
+    written = (tmp_path / "answers" / FILE).stat().st_mtime_ns
+    assert cached["score"] == plain["score"]
+    answer(capsys, f"{taught} --teacher-cache {tmp_path / 'answers'} --output {tmp_path / 'again'}")
+    assert (tmp_path / "answers" / FILE).stat().st_mtime_ns == written, "no answer is new"

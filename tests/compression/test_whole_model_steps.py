@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 from support import close, refused
 from torch import Tensor, nn
 
 import regard
 from regard.compression import load_compressed
+from regard.compression.distillation.cached import FILE
 from regard.compression.tokens.applied import read_in_turn, tokens_record
 from regard.contract import Context
 from regard.layers.quantized import QuantizedLinear
@@ -84,6 +87,27 @@ def test_distillation_wins_back_a_part_of_what_the_step_before_it_lost(recipe):
     assert ("wanda" in recipe) == bool(zeros)
     again.undo()
     assert all(torch.equal(answers(model, x), y) for x, y in zip(data, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["response", "features"])
+@pytest.mark.parametrize(
+    ("make", "kept"), [(lambda: language_model(4), "head"), (lambda: llama(4), "head"), (bert, "answers")]
+)
+def test_a_cache_of_the_teachers_answers_changes_no_weight_and_is_read_by_later_runs(make, kept, kind, tmp_path):
+    model, data = make(), windows(2)
+    recipe = f"magnitude + distil:steps=5,learning_rate=0.003,kind={kind}"
+    small = regard.compress(model, recipe, data)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small.undo()
+    for said in ("7 answers of the teacher read", "9 answers of the teacher read"):
+        found = regard.compress(model, f"{recipe},cache={tmp_path}", data)
+        assert any(f"{said} from {tmp_path}" in note for note in found.report.notes), found.report.notes
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+        found.undo()
+    with sqlite3.connect(tmp_path / FILE) as table:
+        rows = [load(blob) for (blob,) in table.execute("SELECT tensors FROM answers")]
+    table.close()
+    assert len(rows) == 2 and all((kept in row) and (len(row) > 1) == (kind == "features") for row in rows)
 
 
 def test_zeros_stay_through_distillation_and_rounding():

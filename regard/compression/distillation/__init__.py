@@ -7,6 +7,7 @@ weights between layers is in :mod:`regard.training.distillation`.
 
 from __future__ import annotations
 
+from regard.compression.distillation.cached import AnswerCache
 from regard.compression.distillation.losses import (
     attention_transfer_loss,
     channel_loss,
@@ -32,6 +33,7 @@ from regard.compression.distillation.transkd import (
 
 __all__ = [
     "METHODS",
+    "AnswerCache",
     "GLMixer",
     "Method",
     "ResponseConfig",

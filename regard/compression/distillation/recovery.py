@@ -14,14 +14,15 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from regard.compression.descent import by_path, descend, mean_loss
+from regard.compression.distillation.cached import AnswerCache
 from regard.compression.distillation.losses import feature_loss, response_loss
-from regard.compression.layers import Run
+from regard.compression.layers import Run, language_head
 from regard.compression.pruning.anatomy import Undo
 from regard.contract import Unsupported, an_instance
 from regard.core.precision import wide
@@ -79,8 +80,13 @@ def win_back(
             "distil of a model that has nothing in floating point", supported="distil before it is rounded"
         )
 
+    cache = None if step.cache is None else AnswerCache(step.cache, teacher)
+
     def loss_of(number: int) -> Tensor:
-        return teaching_loss(model, teacher, step, batches[number % len(batches)], run)
+        batch = batches[number % len(batches)]
+        if cache is None:
+            return teaching_loss(model, teacher, step, batch, run)
+        return _distance(model, _cached_lesson(cache, teacher, step.kind, batch, run), step, batch, run)
 
     def mask() -> None:
         for weight, stays in masks:
@@ -117,10 +123,19 @@ def win_back(
         f"distilled from {name} in {done} steps on {len(batches)} batches, {units.duration(seconds)}, {numbers:,} numbers "
         f"trained: {step.kind} loss {units.number(before)} before, {units.number(after)} after"
     )
+    if cache is not None:
+        said += f"; {cache.read:,} answers of the teacher read from {cache.path.parent}, {cache.written:,} added to it"
     if after <= before:
         return undo, said
     undo()
     return (lambda: None), f"{said}, so the weights stay as they were before this step"
+
+
+class Lesson(NamedTuple):
+    """What a teacher says about a batch: its answers, and the outputs of its layers, none for ``response``."""
+
+    answers: Tensor
+    hidden: list[Tensor]
 
 
 def teaching_loss(model: nn.Module, teacher: nn.Module, step: Distil, batch: Any, run: Run) -> Tensor:
@@ -129,15 +144,52 @@ def teaching_loss(model: nn.Module, teacher: nn.Module, step: Distil, batch: Any
     Raises:
         Unsupported: for answers and hidden states that cannot be compared.
     """
-    with torch.no_grad(), evaluation_mode(teacher), _hidden(teacher, step.kind) as told:
-        expected = run(teacher, batch)
+    return _distance(model, _lesson(teacher, step.kind, batch, run), step, batch, run)
+
+
+def _distance(model: nn.Module, lesson: Lesson, step: Distil, batch: Any, run: Run) -> Tensor:
     with _hidden(model, step.kind) as own:
         found = run(model, batch)
-    loss = _answers_loss(found, expected, batch, step.temperature)
+    loss = _answers_loss(found, lesson.answers, batch, step.temperature)
     for i, state in enumerate(own):
-        goal = told[(i + 1) * len(told) // len(own) - 1]
+        goal = lesson.hidden[(i + 1) * len(lesson.hidden) // len(own) - 1]
         loss = loss + feature_loss(wide(state), wide(goal)) / (wide(goal).square().mean() * len(own))
     return loss
+
+
+def _lesson(teacher: nn.Module, kind: str, batch: Any, run: Run) -> Lesson:
+    with torch.no_grad(), evaluation_mode(teacher), _hidden(teacher, kind) as hidden:
+        answers, _ = _answers(run(teacher, batch), batch)
+    return Lesson(answers, hidden)
+
+
+def _cached_lesson(cache: AnswerCache, teacher: nn.Module, kind: str, batch: Any, run: Run) -> Lesson:
+    """A lesson from a cache, where the logits of a large vocabulary are kept as the inputs of the head if it makes them."""
+    head = language_head(teacher)
+
+    def compute(_: list[int]) -> list[dict[str, Tensor]]:
+        given: list[Tensor] = []
+        hook = None if head is None else head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        try:
+            lesson = _lesson(teacher, kind, batch, run)
+        finally:
+            if hook is not None:
+                hook.remove()
+        found = {f"hidden.{i}": state for i, state in enumerate(lesson.hidden)}
+        if len(given) == 1 and torch.equal(wide(_applied(head, given[0])), lesson.answers):
+            return [found | {"head": given[0]}]
+        return [found | {"answers": lesson.answers}]
+
+    some = next(teacher.parameters())
+    (told,) = cache.answers([(kind, batch)], compute, some.device)
+    answers = told["answers"] if "answers" in told else wide(_applied(head, told["head"]))
+    return Lesson(answers, [told[f"hidden.{i}"] for i in range(sum(name.startswith("hidden.") for name in told))])
+
+
+@torch.no_grad()
+def _applied(head: nn.Module, inputs: Tensor) -> Tensor:
+    found: Tensor = head(inputs)
+    return found
 
 
 def _own_parameters(model: nn.Module, keep: Callable[[str, nn.Module], bool]) -> tuple[dict[str, nn.Parameter], Undo]:
@@ -204,8 +256,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return max(rows, key=lambda row: sum(parameter.numel() for layer in row for parameter in layer.parameters()))
 
 
-def _answers_loss(found: Any, expected: Any, batch: Any, temperature: float) -> Tensor:
-    (own, classes), (told, _) = _answers(found, batch), _answers(expected, batch)
+def _answers_loss(found: Any, told: Tensor, batch: Any, temperature: float) -> Tensor:
+    own, classes = _answers(found, batch)
     if own.shape != told.shape:
         raise Unsupported(
             f"distil of outputs {tuple(own.shape)} from {tuple(told.shape)}", supported="outputs of the same shape"

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.compression.distillation.cached import AnswerCache
 from regard.compression.distillation.losses import positive, response_loss
-from regard.compression.distillation.transkd import TransKD, TransKDConfig, encoder_of, recorded
+from regard.compression.distillation.transkd import Stages, TransKD, TransKDConfig, encoder_of, recorded
 from regard.contract import Context, Result, Unsupported, an_instance, at_least, check_options, closest, read_options
 from regard.models.evaluating import evaluation_mode
 from regard.tasks import Task
@@ -95,13 +96,22 @@ class Taught(nn.Module):
             of this module: it is not saved, counted or trained.
         method: how the student learns from the teacher.
         task: the task whose classes or next tokens both models predict.
+        cache: keeps what the teacher says about each item; None to ask the teacher every time.
 
     Raises:
         Unsupported: for tasks other than image classification, image segmentation and text continuation, and for models
             and tasks that the method does not fit.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, method: Method, task: Task) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        method: Method,
+        task: Task,
+        *,
+        cache: AnswerCache | None = None,
+    ) -> None:
         super().__init__()
         of_images = task.features is not None and len(task.grid or ()) == 2
         if not ((task.objective in ("classification", "segmentation") and of_images) or task.objective == "next-token"):
@@ -117,6 +127,7 @@ class Taught(nn.Module):
                 nearest="response",
             )
         self.student, self.method, self.classes = student, method, task.num_classes
+        self.cache = cache
         self._teacher = (teacher,)  # in a tuple, so that it is not registered as a submodule
         some = next(student.parameters())
         self.beside: TransKD | None = None
@@ -150,28 +161,49 @@ class Taught(nn.Module):
             result.output, result.state, {**result.losses, LOSS: (loss, torch.ones_like(loss))}, result.extras
         )
 
-    def _told(self, inputs: Tensor, context: Context | None) -> Result:
-        with torch.no_grad(), evaluation_mode(self.teacher):
-            return self.teacher(inputs, context=context)
+    def _told(self, inputs: Tensor, context: Context | None) -> dict[str, Tensor]:
+        """What the teacher says about each item: its logits, or its stages for TransKD."""
+
+        def ask(inputs: Tensor) -> dict[str, Tensor]:
+            with torch.no_grad(), evaluation_mode(self.teacher):
+                if self.beside is None:
+                    return {"output": self.teacher(inputs, context=context).output}
+                with recorded(encoder_of(self.teacher)) as stages:
+                    self.teacher(inputs, context=context)
+            return {f"{name}.{i}": x for name, found in vars(stages).items() for i, x in enumerate(found)}
+
+        if self.cache is None:
+            return ask(inputs)
+        if context is not None and context.mask is not None:
+            raise Unsupported("cached answers of a teacher about padded items", supported="items of one length")
+
+        def compute(rows: list[int]) -> list[dict[str, Tensor]]:
+            found = ask(inputs[rows])
+            return [{name: x[i] for name, x in found.items()} for i in range(len(rows))]
+
+        grid = None if context is None else context.grid
+        rows = self.cache.answers([(self.beside is None, grid, row) for row in inputs], compute, inputs.device)
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _stages(self, inputs: Tensor, context: Context | None) -> tuple[Result, Tensor]:
         assert self.beside is not None
-        with recorded(encoder_of(self.teacher)) as told:
-            self._told(inputs, context)
+        found = self._told(inputs, context)
+        stages = range(len(encoder_of(self.teacher).stages))
+        told = Stages(**{name: [found[f"{name}.{i}"] for i in stages] for name in vars(Stages())})
         with recorded(encoder_of(self.student)) as own:
             result = self.student(inputs, context=context)
         return result, self.beside.loss(own, told)
 
     def _token(self, inputs: Tensor, context: Context | None) -> tuple[Result, Tensor]:
         assert isinstance(self.method, TokenConfig)
-        classes = self._told(inputs, context).output.argmax(-1)
+        classes = self._told(inputs, context)["output"].argmax(-1)
         student: Any = self.student
         result, logits = _backbone(student).forward_distilled(student.images(inputs, student.grid_of(context)))
         return result, self.method.weight * F.cross_entropy(logits, classes)
 
     def _responses(self, inputs: Tensor, context: Context | None) -> tuple[Result, Tensor]:
         assert isinstance(self.method, ResponseConfig)
-        told = self._told(inputs, context).output
+        told = self._told(inputs, context)["output"]
         result = self.student(inputs, context=context)
         own = result.output
         if self.classes is not None:  # a patch has the classes of several pixels

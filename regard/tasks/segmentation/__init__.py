@@ -169,6 +169,7 @@ class SegmentationTask(MaskTask):
             background=number,
         )
         self.augmentation = self.augmentation_of(augment, flip)
+        self.repeats = self._masked is not None and self.augmentation is None
         self._counts = np.bincount(labels[labels != IGNORED], minlength=len(names))
         self._seen = np.array([(labels == i).any((1, 2)).sum() for i in range(len(names))])
         self._ignored = float((labels == IGNORED).mean())

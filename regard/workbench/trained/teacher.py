@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from regard.compression.distillation import Method, Taught, read_method
+from regard.compression.distillation import AnswerCache, Method, Taught, read_method
 from regard.compression.distillation.teaching import TASKS
 from regard.contract import Unsupported
+from regard.core.files import check_folder
 from regard.models.weights import weights_digest
 from regard.tasks import Task
 from regard.tasks.images import ImageReader
@@ -31,6 +32,8 @@ class Teacher:
         written: the method as the user wrote it.
         task: the task of teacher and student.
         device: the device for training.
+        cache: folder for the teacher's answers, see :class:`regard.compression.distillation.AnswerCache`; None to
+            compute them at every step.
     """
 
     trained: TrainedModel
@@ -38,16 +41,23 @@ class Teacher:
     written: str
     task: Task
     device: str = "cpu"
+    cache: Path | None = None
 
     @classmethod
-    def read(cls, folder: Path | str, written: str, task: Task, device: str = "cpu") -> Teacher:
+    def read(
+        cls, folder: Path | str, written: str, task: Task, device: str = "cpu", cache: Path | None = None
+    ) -> Teacher:
         """Read a teacher from a folder and a method, as the user wrote them.
 
         Raises:
-            Unsupported: for an unknown method, a folder without a finished run, a task with its own training, and a
-                teacher that reads other images or has other classes than the task.
+            Unsupported: for an unknown method, a folder without a finished run, a task with its own training, a
+                teacher that reads other images or has other classes than the task, and a cache for a task whose training
+                items do not repeat.
         """
         method, own = read_method(written), getattr(task, "reader", None)
+        if cache is not None:
+            _check_repeating(task)
+            check_folder(cache)
         if task.objective == "next-token" and hasattr(task, "tokenizer"):
             return cls(_of_text(folder, task), method, written, task, device)
         if getattr(task, "runner", None) is not None or not isinstance(own, ImageReader):
@@ -56,7 +66,7 @@ class Teacher:
                 supported=TASKS,
             )
         trained = _of_images(folder, own)
-        return cls(trained, method, written, task, device)
+        return cls(trained, method, written, task, device, cache)
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -68,7 +78,8 @@ class Teacher:
         teacher = self.model  # load before setting the seed, since loading draws random numbers too
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Taught(student, teacher, self.method, self.task)
+            cache = None if self.cache is None else AnswerCache(self.cache, teacher)
+            return Taught(student, teacher, self.method, self.task, cache=cache)
 
     @property
     def settings(self) -> dict[str, str]:
@@ -90,6 +101,16 @@ def check_inputs(folder: Path | str, task: Task) -> None:
         _of_text(folder, task)
     elif isinstance(own, ImageReader):
         _of_images(folder, own)
+
+
+def _check_repeating(task: Task) -> None:
+    """Raise Unsupported unless training items come again as they were."""
+    if not task.repeats:
+        raise Unsupported(
+            f"a cache of the teacher's answers on the task {task.name}, whose training items are new at every step",
+            supported="images and segmentation of files, with augment=none",
+            nearest="the same without --teacher-cache",
+        )
 
 
 def _of_images(folder: Path | str, own: ImageReader) -> TrainedModel:
