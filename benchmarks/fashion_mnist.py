@@ -7,7 +7,8 @@
     python benchmarks/fashion_mnist.py --best 5 --seeds 3          # more seeds for the five that are best so far
     python benchmarks/fashion_mnist.py --timings                   # only speed and memory, all models in one process
 
-The images are those of Debian's dataset-fashion-mnist (`--data FOLDER` elsewhere), resized to 32 pixels, with the
+The images are those of Debian's dataset-fashion-mnist (`--data FOLDER` elsewhere), resized to 32 pixels (to 64 for models
+whose names end so: BiFormer and VMamba begin with a quarter of the sides), with the
 augmentation ``light`` and one learning rate for all; the last weights are scored on the 10,000 test images (`--items` for
 fewer). A cell is a model and a seed: it is trained as by `regard train` into a folder of `--work`, where a killed run
 continues, and its score is written to docs/data/fashion_mnist.json, from which `python docs/generate.py` makes the page.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -62,6 +64,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "mixer_nano",
         )
     },
+    "biformer_nano_64": ("biformer_nano", {}),
+    "vmamba_nano_64": ("vmamba_nano", {}),
     "agent_vit_nano": ("vit_nano", {"plan": [AGENTS] * 6}),
     "moh_vit_nano": ("vit_nano", {"plan": [HEADS] * 6, "num_heads": 6}),
     "ninformer_nano": ("ninformer_net", {"width": 128, "hidden": 256, "branch_dropout": 0.1}),
@@ -69,10 +73,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "activator_geglu_nano": ("activator_geglu", {"width": 128, "hidden": 256}),
 }
 """Each model's name here, its backbone and the backbone's options."""
+SIDES = {"biformer_nano_64": 64, "vmamba_nano_64": 64}
+"""Sides of the images in pixels; 32 for other models."""
 
 
-def task_of(data: str, items: int) -> Task:
-    return create_task("images", data=data, size=32, augment="light", evaluation_items=items)
+@functools.cache
+def task_of(side: int, data: str, items: int) -> Task:
+    return create_task("images", data=data, size=side, augment="light", evaluation_items=items)
 
 
 def settings_of(name: str, task: Task, seed: int, minutes: float, precision: str) -> CompareSettings:
@@ -131,18 +138,19 @@ def train_cell(task: Task, wanted: dict[str, Any], work: Path) -> dict[str, Any]
     }
 
 
-def measure_speeds(task: Task, names: list[str], seconds: float, precision: str) -> dict[str, Any]:
-    """Images/s and peak bytes of float32 training and inference at the training batch size, all models in turn."""
-    batch = task.training_batch(0, 0, BATCH)
-    models = {name: build_model(ImageModelConfig.for_task(task, *MODELS[name])) for name in names}
+def measure_speeds(tasks: dict[str, Task], seconds: float, precision: str) -> dict[str, Any]:
+    """Images/s and peak bytes of float32 training and inference at the training batch size, all models in turn; `tasks`
+    has each model's."""
+    models = {name: build_model(ImageModelConfig.for_task(task, *MODELS[name])) for name, task in tasks.items()}
     steps = TrainConfig(steps=1, batch_size=BATCH, learning_rate=RATE, precision=precision, measure_memory=False)
-    training = interleaved({n: partial(train, model, task, steps) for n, model in models.items()}, seconds=seconds)
+    training = interleaved({n: partial(train, model, tasks[n], steps) for n, model in models.items()}, seconds=seconds)
     found = {}
     for name, model in models.items():
-        history = train(model, task, dataclasses.replace(steps, steps=2, measure_memory=True))
+        history = train(model, tasks[name], dataclasses.replace(steps, steps=2, measure_memory=True))
         found[name] = {"training_bytes": history.peak_memory, "training": BATCH / training[name].median}
     with torch.inference_mode():
-        calls = {n: partial(m.eval(), batch.inputs, context=Context(grid=task.grid)) for n, m in models.items()}
+        batches = {name: task.training_batch(0, 0, BATCH).inputs for name, task in tasks.items()}
+        calls = {n: partial(m.eval(), batches[n], context=Context(grid=tasks[n].grid)) for n, m in models.items()}
         inference = interleaved(calls, seconds=seconds)
         for name, call in calls.items():
             found[name] |= {"inference": BATCH / inference[name].median, "inference_bytes": peak_memory(call).bytes}
@@ -185,11 +193,12 @@ def main() -> None:
             raise Unsupported(f"model {name!r}", supported=", ".join(MODELS), nearest=closest(name, MODELS))
     if not math.isfinite(arguments.minutes) or arguments.minutes <= 0:
         raise Unsupported(f"{arguments.minutes} minutes", supported="more than none")
-    task, table = task_of(arguments.data, arguments.items), read()
+    table = read()
     if arguments.best is not None:
         names = [name for name in best(table, arguments.best, arguments.minutes) if name in names]
+    tasks = {name: task_of(SIDES.get(name, 32), arguments.data, arguments.items) for name in names}
     if arguments.timings:
-        table["speeds"] |= measure_speeds(task, names, arguments.seconds, arguments.precision)
+        table["speeds"] |= measure_speeds(tasks, arguments.seconds, arguments.precision)
         write(table)
         return
     for seed in range(arguments.seeds):
@@ -197,7 +206,7 @@ def main() -> None:
             wanted = {"model": name, "seed": seed}
             wanted |= {x: getattr(arguments, x) for x in ("minutes", "items", "precision")}
             if done(table, wanted) is None:
-                cell = train_cell(task, wanted, arguments.work)
+                cell = train_cell(tasks[name], wanted, arguments.work)
                 table = read()  # another process may have added cells
                 table["cells"].append(cell)
                 write(table)

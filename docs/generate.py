@@ -794,8 +794,8 @@ def fashion_page(data: Mapping[str, Any] | None, resolution: Mapping[str, Any] |
 
 def _backbones(data: Mapping[str, Any] | None) -> list[str]:
     parts = [
-        "A small size of every backbone, trained from scratch for the same time on 32 x 32 pixels with the augmentation "
-        "`light`, one learning rate for all, and the last weights (`benchmarks/fashion_mnist.py`). Sizes are those of this "
+        "A small size of every backbone, trained from scratch for the same time on images resized to 32 x 32 pixels (64 x 64 "
+        "where the name ends so: BiFormer and VMamba begin with a quarter of the sides), with the augmentation `light`, one learning rate for all, and the last weights (`benchmarks/fashion_mnist.py`). Sizes are those of this "
         "project for small images and are not matched, and nothing is tuned to any of them: the order says what came of so "
         "much time on that machine. With two seeds or more the error is the standard error over seeds, with one that of the "
         "share of test images. Speeds are of batches of 64, medians of all models in turn in one process.",
