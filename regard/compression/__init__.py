@@ -9,16 +9,8 @@ from __future__ import annotations
 from regard.compression.compress import Compressed, CompressionReport, compress
 from regard.compression.folders import load_compressed, save_compressed
 from regard.compression.layer_work import LayerReport
-from regard.compression.quantization import (
-    Grid,
-    Quantized,
-    RunningRange,
-    asymmetric_grid,
-    keeps_precision,
-    quantize,
-    simulate,
-    symmetric_grid,
-)
+from regard.compression.quantization import Quantized, keeps_precision, quantize
+from regard.compression.ranges import Grid, RunningRange, asymmetric_grid, simulate, symmetric_grid
 from regard.compression.recipes import Recipe, read_recipe
 from regard.compression.text import text_windows
 

@@ -11,8 +11,9 @@ from support import read_in_pieces
 from torch import nn
 
 from regard.compression import Grid, RunningRange, asymmetric_grid, keeps_precision, quantize, simulate, symmetric_grid
-from regard.contract import Unsupported
-from regard.models import LanguageModel, LanguageModelConfig
+from regard.compression.ranges import least_error_range
+from regard.contract import Context, Mask, Unsupported
+from regard.models import EncoderDecoder, EncoderDecoderConfig, LanguageModel, LanguageModelConfig
 
 BITS = [2, 4, 8, 11]
 
@@ -63,6 +64,30 @@ def test_what_a_grid_was_made_of_is_no_further_than_half_a_step(bits):
     assert ends(symmetric_grid(w, bits))[1] == pytest.approx(float(w.abs().max()))
 
 
+def test_integers_are_their_own_eight_bits():
+    x = torch.arange(-128, 128, dtype=torch.float64)
+    assert torch.equal(simulate(x, asymmetric_grid(-128, 127)), x)
+    assert torch.equal(simulate(x[1:], symmetric_grid(x[1:])), x[1:])
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 2.4])
+def test_a_range_of_least_error_is_as_good_as_the_best_of_many(p):
+    def error(grid):
+        return float((simulate(x, grid) - x).abs().pow(p).mean())
+
+    for far in ((), (25.0,), (-40.0,), (60.0, -15.0)):
+        x = torch.cat([normals(400), torch.tensor(far, dtype=torch.float64)])
+        x = x.abs() if not far else x
+        lows, highs = (
+            end * torch.linspace(0, 1, 81, dtype=torch.float64) for end in (min(float(x.min()), 0.0), x.max())
+        )
+        best = min(error(asymmetric_grid(float(a), float(b), 4)) for a in lows.unique() for b in highs)
+        assert error(asymmetric_grid(*least_error_range(x, 4, p), 4)) <= 1.1 * best
+        sizes = x.abs().max() * torch.linspace(0.01, 1, 200, dtype=torch.float64)
+        best = min(error(symmetric_grid(size[None], 4)) for size in sizes)
+        assert error(symmetric_grid(x, 4, p=p)) <= 1.05 * best
+
+
 def test_gradients_go_straight_through_the_rounding_and_not_through_the_clip():
     grid = asymmetric_grid(-1.0, 2.0)
     x = torch.tensor([-1.5, -0.9, 0.0, 0.3, 1.9, 2.5], dtype=torch.float64, requires_grad=True)
@@ -76,29 +101,33 @@ def test_half_precision_is_rounded_in_float32():
     assert torch.equal(simulate(x, grid), simulate(x.float(), grid).bfloat16())
 
 
-def test_ranges_are_running_means_of_the_batches_ends_or_of_their_percentiles():
+def test_ranges_are_running_means_of_the_batches_ends_or_percentiles_or_ranges_of_least_error():
     batches = [normals(40, 5) for _ in range(4)]
-    for percentile in (None, 90.0):
-        found = RunningRange(momentum=0.75, percentile=percentile)
+    for options in ({}, {"percentile": 90.0}, {"p": 2.4, "bits": 3}):
+        found = RunningRange(momentum=0.75, **options)
         for batch in batches:
             found.update(batch)
             found.update(batch[:0])
-        own = [0, 100] if percentile is None else [10, 90]
+        own = [10, 90] if "percentile" in options else [0, 100]
         pairs = [np.percentile(batch.numpy(), own) for batch in batches]
+        if "p" in options:
+            pairs = [np.array(least_error_range(batch, 3, 2.4)) for batch in batches]
         expected = pairs[0]
         for pair in pairs[1:]:
             expected = 0.75 * expected + 0.25 * pair
         assert (found.low, found.high) == pytest.approx(tuple(expected))
 
 
-def test_a_quantized_layer_is_the_product_of_rounded_numbers():
+@pytest.mark.parametrize("p", [None, 2.4])
+def test_a_quantized_layer_is_the_product_of_rounded_numbers(p):
     layer = nn.Sequential(nn.Linear(6, 4)).double()
     batches = [normals(5, 6) for _ in range(3)]
-    found = quantize(layer, batches, momentum=0.5, weight_bits=5, activation_bits=7)
-    w = simulate(layer[0].weight, symmetric_grid(layer[0].weight, 5))
+    options = {"weight_bits": 5, "activation_bits": 7, "weight_p": p, "activation_p": p}
+    found = quantize(layer, batches, momentum=0.5, **options)
+    w = simulate(layer[0].weight, symmetric_grid(layer[0].weight, 5, p=p))
     seen = {"0.input": batches, "0": [nn.functional.linear(x, w, layer[0].bias) for x in batches]}
     for place, numbers in seen.items():
-        running = RunningRange(momentum=0.5)
+        running = RunningRange(momentum=0.5, p=p, bits=7)
         for x in numbers:
             running.update(x.detach())
         grid, expected = found.activations[place], asymmetric_grid(running.low, running.high, 7)
@@ -147,6 +176,75 @@ def test_a_model_is_rounded_in_every_linear_layer_norm_and_table_but_its_head():
     assert seen.keys() == found.activations.keys() | {"embedding"}
 
 
+PAPER = ["softmax", ("clipped_softmax", {"gamma": -0.05}), ("gated_softmax", {"predictor": "all_features"})]
+
+
+def by_hand(found, ids):
+    """The logits when every point rounds, and the numbers that reach the points no module returns."""
+    seen, one = {}, found.model
+
+    def at(name, x):
+        seen[name] = x
+        return simulate(x, found.activations[name])
+
+    n = ids.shape[1]
+    x = at("blocks.0.input", one.embedding(ids) + one.positions.table[:n])
+    for i, block in enumerate(one.blocks):
+        mixer, h = block.mixer, block.mixer_norm(x)
+        q, k, v = (y(h).unflatten(-1, (2, 8)).transpose(1, 2) for y in (mixer.query, mixer.key, mixer.value))
+        scores = at(f"blocks.{i}.mixer.scores", q @ k.mT / math.sqrt(8))
+        weights = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+        if i == 1:
+            weights = (1.05 * weights - 0.05).clip(0, 1)
+        context = at(f"blocks.{i}.mixer.weights", weights) @ v
+        if i == 2:
+            context = context * mixer.projection.maps[0](h).mT[..., None].sigmoid()
+        x = at(f"blocks.{i}.mixed", x + mixer.output(context.transpose(1, 2).flatten(2)))
+        x = at(f"blocks.{i}.fed", x + block.feed_forward(block.feed_forward_norm(x)))
+    return one.head(one.norm(x)), seen
+
+
+@torch.no_grad()
+def test_all_points_of_the_paper_are_the_layers_and_the_sums_scores_and_weights_between_them():
+    whole, ids = model(PAPER, positions="learned", max_length=20, num_layers=3), torch.randint(13, (3, 20))
+    layers = quantize(whole, [ids]).activations
+    for bits in (8, 40):
+        found = quantize(whole, [ids], activation_bits=bits, points="all")
+        logits, seen = by_hand(found, ids)
+        torch.testing.assert_close(found.model(ids).output, logits, rtol=0, atol=1e-10)
+        assert found.activations.keys() == layers.keys() | seen.keys() and not layers.keys() & seen.keys()
+    for name, x in seen.items():  # 40 bits change no number by much
+        low, high = ends(found.activations[name])
+        assert (low, high) == pytest.approx((min(float(x.min()), 0), max(float(x.max()), 0)), abs=1e-6), name
+    assert (
+        len(
+            simulate(
+                seen["blocks.0.mixed"], quantize(whole, [ids], points="all").activations["blocks.0.mixed"]
+            ).unique()
+        )
+        <= 256
+    )
+
+
+@torch.no_grad()
+def test_on_grids_fine_enough_a_model_is_itself_in_every_pattern():
+    fine = {"weight_bits": 40, "activation_bits": 40, "points": "all"}
+    plan = [("softmax", {"window": (4, 0), "softcap": 2.0, "learn_sink": True}), *PAPER[1:]]
+    context = Context(mask=Mask(valid=torch.rand(3, 12) > 0.3))
+    for options in ({}, {"positions": "alibi"}, {"num_kv_heads": 1, "positions": "relative"}):
+        one, ids = model(plan, num_layers=3, **options), torch.randint(13, (3, 12))
+        found = quantize(one, [ids], run=lambda m, x: m(x, context=context), **fine)
+        torch.testing.assert_close(
+            found.model(ids, context=context).output, one(ids, context=context).output, rtol=0, atol=1e-5
+        )
+    sizes = {"memory_vocab_size": 13, "dim": 16, "num_heads": 2, "num_layers": 2}
+    plans = {"encoder_plan": PAPER[0], "decoder_plan": PAPER[1:], "cross_plan": PAPER[1:]}
+    both = EncoderDecoder(EncoderDecoderConfig(13, **sizes, **plans)).double()
+    given = torch.randint(13, (2, 9)), torch.randint(13, (2, 7))
+    found = quantize(both, [given], run=lambda m, batch: m(*batch), **fine)
+    torch.testing.assert_close(found.model(*given).output, both(*given).output, rtol=0, atol=1e-5)
+
+
 def test_one_outlier_takes_its_bits_from_all_other_activations_unless_a_percentile_leaves_it_out():
     layer = nn.Sequential(nn.Linear(8, 8)).double()
     x = normals(500, 8)
@@ -169,14 +267,19 @@ def test_tied_tables_are_rounded_where_they_are_looked_up_and_not_as_the_head():
     assert torch.equal(found.model.embedding(ids), simulate(tied.embedding.weight, found.weights["embedding"])[ids])
 
 
-def test_a_quantized_model_decodes_as_it_reads():
-    found = quantize(model(["softmax", "clipped_softmax"]), [torch.randint(13, (4, 12))])
+@pytest.mark.parametrize("points", ["linear", "all"])
+def test_a_quantized_model_decodes_as_it_reads(points):
+    found = quantize(model(PAPER, num_layers=3), [torch.randint(13, (4, 12))], points=points)
     ids = torch.randint(13, (2, 12))
     whole = found.model(ids).output
     torch.testing.assert_close(read_in_pieces(found.model, ids, [5, 1, 1, 5])[0], whole, rtol=0, atol=1e-10)
 
 
 IDS = torch.zeros(1, 5, dtype=torch.long)
+
+
+def first_norm(one, ids):
+    return one.blocks[0].mixer_norm(one.embedding(ids))
 
 
 @pytest.mark.parametrize(
@@ -187,6 +290,15 @@ IDS = torch.zeros(1, 5, dtype=torch.long)
         (lambda: quantize(model(), [IDS], activation_bits=1), "bits >= 2"),
         (lambda: quantize(model(), [IDS], momentum=1.0), "momentum < 1"),
         (lambda: quantize(model(), [IDS], percentile=50.0), "50 < percentile"),
+        (lambda: quantize(model(), [IDS], percentile=99.0, activation_p=2.0), "percentile=99.0 with p=2.0"),
+        (lambda: quantize(model(), [IDS], activation_p=0.0), "finite p > 0"),
+        (lambda: quantize(model(), [IDS], weight_p=math.inf), "finite p > 0"),
+        (lambda: quantize(model(), [IDS], points="scores"), "linear, all"),
+        (lambda: quantize(model(["softmax", "linear"]), [IDS], points="all"), r"blocks\.1\.mixer \(linear\)"),
+        (lambda: quantize(model(stack={"reversible": True}), [IDS], points="all"), "reversible=True"),
+        (lambda: quantize(nn.Sequential(nn.Linear(2, 2)), [IDS], points="all"), "without regard's blocks"),
+        (lambda: quantize(model(), [IDS], points="all", run=first_norm), r"blocks\.0\.input.*did not pass"),
+        (lambda: quantize(model(), [IDS], points="all").model(IDS, context=Context(want={"lse"})), "log-sum-exp"),
         (lambda: quantize(nn.TransformerEncoderLayer(8, 2, 16), [torch.randn(1, 3, 8)]), "regard.swap"),
         (lambda: quantize(nn.ReLU(), [IDS]), "torch.nn.Linear"),
         (lambda: asymmetric_grid(0.0, math.inf), "finite"),

@@ -1,0 +1,196 @@
+"""Uniform grids with one scale for a whole tensor, and estimators of the range that a grid covers.
+
+With b bits and a range from low <= 0 to high >= 0
+
+    weights:      scale = max |w| / (2^(b-1) - 1),   integers -2^(b-1) ... 2^(b-1) - 1
+    activations:  scale = (max(high, 1e-8) - low) / (2^b - 1),   integers 0 ... 2^b - 1,   zero = round(-low / scale)
+    q(x) = scale (clip(round(x / scale) + zero) - zero)
+
+so that 0 is on every grid. The range holds all numbers (min-max), all between two percentiles, or is the one with the
+least mean |q(x) - x|^p (L_p; p = 2 is the mean squared error), found by golden-section search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regard.contract import Unsupported, at_least
+from regard.core.precision import wide
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+EPS = 1e-8
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+STEPS = 16
+"""Steps of a golden-section search: the last interval is 0.05 % of the first."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers ``scale * (i - zero)`` for the integers i from `low` to `high`."""
+
+    scale: float
+    zero: int
+    low: int
+    high: int
+
+
+def symmetric_grid(x: Float[Tensor, "..."], bits: int = 8, *, p: float | None = None) -> Grid:
+    """The grid of weights: symmetric about 0, reaching the largest absolute value, or with the least L_p error."""
+    at_least("bits", bits, 2)
+    check_power(p)
+    half = 2 ** (bits - 1)
+
+    def reaching(size: float) -> Grid:
+        return Grid(max(size, EPS) / (half - 1), 0, -half, half - 1)
+
+    largest = float(x.detach().abs().max()) if x.numel() else 0.0
+    if p is not None:
+        largest = golden_section(lambda size: _error(x, reaching(size), p), largest, largest)
+    return reaching(largest)
+
+
+def asymmetric_grid(low: float, high: float, bits: int = 8) -> Grid:
+    """The grid of activations from `low` to `high`, always extended to include 0."""
+    at_least("bits", bits, 2)
+    most = 2**bits - 1
+    low = min(low, 0.0)
+    scale = (max(high, EPS) - low) / most
+    if not math.isfinite(scale):
+        raise Unsupported(f"a grid from {low} to {high}", supported="finite activations")
+    return Grid(scale, min(max(round(-low / scale), 0), most), 0, most)
+
+
+class _Round(torch.autograd.Function):
+    """Round to the nearest integer, passing gradients straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def simulate(x: Float[Tensor, "..."], grid: Grid) -> Float[Tensor, "..."]:
+    """The nearest number of the grid, in the dtype of `x`, computed in at least float32.
+
+    Gradients are those of the clip: 1 on the grid's range, 0 beyond (straight through the rounding).
+    """
+    precise = wide(x)
+    index = (_Round.apply(precise / grid.scale) + grid.zero).clamp(grid.low, grid.high)
+    return (grid.scale * (index - grid.zero)).to(x.dtype)
+
+
+def check_power(p: float | None) -> None:
+    """Raise Unsupported unless `p` is None or a finite number above 0."""
+    if p is not None and not 0 < p < math.inf:
+        raise Unsupported(f"p={p}", supported="a finite p > 0, or None for min-max", nearest="p=2.0")
+
+
+def golden_section(loss: Callable[[float], float], end: float, known: float) -> float:
+    """The number with the least loss among `end`, `known` and those that a golden-section search from 0 to `end` tries.
+
+    It is the minimum, to 0.05 % of `end`, where the loss has only one.
+    """
+    if end == 0:
+        return end
+    first, last = 0.0, end
+    low, high = last + GOLDEN * (first - last), first + GOLDEN * (last - first)
+    tried = {x: loss(x) for x in (end, known, low, high)}
+    for _ in range(STEPS):
+        if tried[low] < tried[high]:
+            last, high = high, low
+            low = last + GOLDEN * (first - last)
+            tried[low] = loss(low)
+        else:
+            first, low = low, high
+            high = first + GOLDEN * (last - first)
+            tried[high] = loss(high)
+    return min(tried, key=lambda x: tried[x])
+
+
+def least_error_range(x: Float[Tensor, "..."], bits: int, p: float) -> tuple[float, float]:
+    """The range from low <= 0 to high >= 0 whose :func:`asymmetric_grid` has the least mean |q(x) - x|^p.
+
+    The ends are searched for in turn, twice each; the error is at most that of the range of all numbers.
+    """
+    least, largest = (float(end) for end in x.detach().aminmax())
+    low, high = least, largest = min(least, 0.0), max(largest, 0.0)
+
+    def error(low: float, high: float) -> float:
+        return _error(x, asymmetric_grid(low, high, bits), p)
+
+    for _ in range(2):
+        high = golden_section(partial(error, low), largest, high)
+        low = golden_section(partial(error, high=high), least, low)
+    return low, high
+
+
+def _error(x: Tensor, grid: Grid, p: float) -> float:
+    precise = wide(x.detach())
+    return float((simulate(precise, grid) - precise).abs().pow(p).mean())
+
+
+@dataclass
+class RunningRange:
+    """Running means of the ends of each batch's range, starting with those of the first batch.
+
+    A batch's range is from its least number to its largest unless `percentile` or `p` is given.
+
+    Attributes:
+        momentum: weight of the past at each batch, in [0, 1).
+        percentile: the upper end is this percentile of a batch's numbers, above 50; the lower end is the percentile 100
+            less it.
+        p: the ends are those with the least L_p error on a grid of `bits`, see :func:`least_error_range`.
+        bits: only used with `p`.
+    """
+
+    momentum: float = 0.9
+    percentile: float | None = None
+    p: float | None = None
+    bits: int = 8
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise Unsupported(f"momentum={self.momentum}", supported="0 <= momentum < 1", nearest="momentum=0.9")
+        if self.percentile is not None and not 50 < self.percentile <= 100:
+            raise Unsupported(
+                f"percentile={self.percentile}", supported="50 < percentile <= 100", nearest="percentile=99.999"
+            )
+        check_power(self.p)
+        if self.p is not None and self.percentile is not None:
+            raise Unsupported(
+                f"percentile={self.percentile} with p={self.p}", supported="one of them", nearest="percentile=None"
+            )
+
+    def update(self, x: Float[Tensor, "..."]) -> None:
+        """Update the range with a batch."""
+        if not x.numel():
+            return
+        if self.percentile is not None:
+            numbers = x.detach().double().cpu().numpy()
+            low, high = (float(end) for end in np.percentile(numbers, [100 - self.percentile, self.percentile]))
+        elif self.p is not None:
+            low, high = least_error_range(x, self.bits, self.p)
+        else:
+            low, high = (float(end) for end in x.detach().aminmax())
+        if self.low is None or self.high is None:
+            self.low, self.high = low, high
+        else:
+            self.low = self.momentum * self.low + (1 - self.momentum) * low
+            self.high = self.momentum * self.high + (1 - self.momentum) * high
