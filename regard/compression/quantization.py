@@ -76,8 +76,8 @@ def quantize(
     feed-forward parts, and the sum of embeddings and the residual sums as norms read them. With ``points="all"`` so are
     the sums on the residual stream itself, scores before the mask, and attention weights, and then all that the paper
     quantizes is. Softmax, convolutions and parameters of other modules stay in floating point. A table that is also the
-    head is rounded only where it is looked up; an embedding of a class of its own has its own rounded table in the
-    copy.
+    head is rounded only where it is looked up (the projection of a factorised one in both places); an embedding of a
+    class of its own has its own rounded table in the copy.
 
     Args:
         model: any module with linear layers; the simulation runs in hooks on them, so compile the returned copy.
