@@ -86,7 +86,7 @@ def quantize(
         weight_bits, activation_bits: b, >= 2.
         momentum, percentile: for the activations' ranges; see :class:`RunningRange`.
         weight_p, activation_p: p > 0 of ranges with the least L_p error, 2 for the mean squared error; None for ranges
-            of all numbers. Each batch takes about 70 roundings of each activation.
+            of all numbers. Each batch takes about 90 roundings of each activation.
         points: ``linear``, or ``all`` for regard's models of `softmax`, `clipped_softmax` and `gated_softmax`, whose
             attention then computes all scores as a tensor, without kernels.
         keep: called with the name and the module; returns whether a module stays as it is, with everything in it.

@@ -82,7 +82,7 @@ def test_a_range_of_least_error_is_as_good_as_the_best_of_many(p):
             end * torch.linspace(0, 1, 61, dtype=torch.float64) for end in (min(float(x.min()), 0.0), x.max())
         )
         best = min(error(asymmetric_grid(float(a), float(b), 3)) for a in lows.unique() for b in highs)
-        assert error(asymmetric_grid(*least_error_range(x, 3, p), 3)) <= 1.1 * best
+        assert error(asymmetric_grid(*least_error_range(x, 3, p), 3)) <= 1.05 * best
         sizes = x.abs().max() * torch.linspace(0.01, 1, 200, dtype=torch.float64)
         best = min(error(symmetric_grid(size[None], 4)) for size in sizes)
         assert error(symmetric_grid(x, 4, p=p)) <= 1.05 * best
