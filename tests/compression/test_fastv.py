@@ -24,7 +24,7 @@ def prompt(batch=2, length=24):
 @torch.no_grad()
 def by_hand(one, ids, chosen, layer):
     """The last token's logits when layers from `layer` on read only the chosen tokens, and the previous layer's attention."""
-    inner = one.model
+    inner, seen = one.model, None
     x, places = inner.embed_tokens(ids), torch.arange(ids.shape[1]).expand(len(ids), -1)
     for number, block in enumerate(inner.layers):
         if number == layer:
@@ -83,6 +83,47 @@ def test_tokens_after_the_prompt_stand_behind_all_of_it():
     assert (step - expected).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_hidden_tokens_leave_the_kept_ones_as_dropped_tokens_do(layer, implementation):
+    one, ids = model(), prompt()
+    one.set_attn_implementation(implementation)
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    for masks in ({}, {"attention_mask": padding}):
+        if masks and implementation == "eager":
+            one = one.float()  # in float64, eager attention is NaN where a row sees nothing
+        found = {}
+        for mask_only in (False, True):
+            chance = None if layer else torch.Generator().manual_seed(7)
+            with fewer_tokens(one, keep=0.4, layer=layer, mask_only=mask_only, generator=chance) as fast:
+                read = one(ids, use_cache=True, **masks)
+                more = {name: torch.cat([x, x[:, -1:]], 1) for name, x in masks.items()}
+                step = one(ids[:, -1:], use_cache=True, **{CACHE: getattr(read, CACHE)}, **more)
+            found[mask_only] = fast.places, read.logits, step.logits
+        (places, rows, step), (same, every, after) = found[False], found[True]
+        assert places.equal(same) and rows.shape[1] == 11 and every.shape[1] == 24
+        close = 1e-10 if implementation == "sdpa" else 1e-5
+        assert (rows - every.gather(1, places[..., None].expand_as(rows))).abs().max() < close
+        assert (step - after).abs().max() < close
+        assert (one(ids, **masks).logits - every)[:, -1].abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_where_no_layer_sees_all_tokens_the_choice_is_random():
+    one, ids = model(), prompt()
+    chance, counts = torch.Generator().manual_seed(3), torch.zeros(24)
+    for i in range(60):
+        with fewer_tokens(one, keep=0.5, layer=0, place=slice(2, 22), mask_only=i % 2 == 1, generator=chance) as fast:
+            found = one(ids).logits[:, -1]
+        expected, _ = by_hand(one, ids, fast.places, 0)
+        assert (found - expected).abs().max() < 1e-5
+        counts += torch.bincount(fast.places.flatten(), minlength=24)
+    assert (counts[:2] == 120).all() and (counts[22:] == 120).all()
+    assert ((counts[2:22] - 60).abs() < 25).all()  # 4.5 standard deviations
+
+
 def test_padding_in_front_is_looked_at_by_nobody():
     one, ids = model().float(), prompt(1)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), ids], 1)
@@ -102,7 +143,9 @@ def test_other_models_and_numbers_are_refused():
 
     refused("share of 0", entered, model(), keep=0)
     refused("layer=4", entered, model(), keep=0.5, layer=4)
-    refused("layer=0", entered, model(), keep=0.5, layer=0)
+    refused("layer >= 0", entered, model(), keep=0.5, layer=-1)
+    refused("model of one layer", entered, model(layers=1), keep=0.5, layer=0)
+    refused("generator with layer=2", entered, model(), keep=0.5, generator=torch.Generator())
     refused("a Linear", entered, torch.nn.Linear(2, 2), keep=0.5)
     scores = torch.zeros(1, 5)
     assert FewerTokens(0.5, 1, slice(None)).choose(scores).tolist() == [[0, 1, 4]]

@@ -8,7 +8,9 @@
 
 After `layer` layers the tokens in `place` are ranked by their attention from the last token of the prompt, averaged
 over the heads of the previous layer; a share of them is kept, and all other tokens too, with their original positions.
-The caches of later layers hold the kept tokens. The paper drops tokens of images; in a text any span can be given, such
+The caches of later layers hold the kept tokens. With ``layer=0`` random tokens are kept, the paper's baseline. With
+``mask_only=True`` later layers hide tokens instead of dropping them, which saves nothing: a kept token's numbers are the
+same, and the model returns a row for every token, for studies of accuracy. The paper drops tokens of images; in a text any span can be given, such
 as a document before a question.
 
 Models: causal language models of transformers with layers like Llama's (also the language model inside a
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 
 from regard.compression.prompts import check_share
 from regard.contract import Unsupported, an_instance, at_least
+from regard.core.draws import uniform
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -43,7 +46,7 @@ class FewerTokens:
 
     Attributes:
         keep: share of the tokens in `place` to keep.
-        layer: number of layers that see all tokens, 1 or more.
+        layer: number of layers that see all tokens; 0 for a random choice.
         place: range of the tokens that may be dropped.
         places: (B, M) tokens of the last prompt that were kept; None before the first prompt.
     """
@@ -52,14 +55,20 @@ class FewerTokens:
     layer: int
     place: slice
     places: Int[Tensor, "b m"] | None = None
-    _scores: Float[Tensor, "b n"] | None = field(default=None, repr=False)
+    _reads_prompt: bool = field(default=False, repr=False)
     _length: int = field(default=0, repr=False)
+
+    def begin(self, scores: Float[Tensor, "b n"] | None) -> None:
+        """Choose the tokens of a prompt; None for tokens after the prompt."""
+        self._reads_prompt = scores is not None
+        if scores is not None:
+            self.places, self._length = self.choose(scores), scores.shape[1]
 
     def choose(self, scores: Float[Tensor, "b n"]) -> Int[Tensor, "b m"]:
         """The tokens to keep, in order; of tokens with equal scores the first.
 
         Args:
-            scores: attention from the last token to each token, including itself at the end.
+            scores: attention from the last token to each token, including itself at the end, or random numbers.
         """
         n = scores.shape[1]
         may_go = torch.zeros(n, dtype=torch.bool, device=scores.device)
@@ -77,30 +86,64 @@ class FewerTokens:
         mask = mask.expand(len(self.places), -1, -1, -1)
         return mask.gather(3, kept.expand(-1, mask.shape[1], mask.shape[2], -1))
 
+    def hide(self, mask: Tensor) -> Tensor:
+        """Hide dropped tokens in a mask (B, 1, M, N), from the kept tokens of the prompt or from tokens after it.
+
+        Rows of dropped tokens stay as they are: a row that sees nothing would be NaN, also as a hidden value.
+        """
+        assert self.places is not None
+        kept = torch.ones(len(self.places), mask.shape[3], dtype=torch.bool, device=mask.device)
+        kept[:, : self._length] = False
+        kept.scatter_(1, self.places, True)
+        hidden = ~kept[:, None, None]
+        if self._reads_prompt:
+            hidden = hidden & kept[:, None, : self._length, None]
+        return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
 
 @contextmanager
-def fewer_tokens(model: nn.Module, *, keep: float, place: slice = slice(None), layer: int = 2) -> Iterator[FewerTokens]:
+def fewer_tokens(
+    model: nn.Module,
+    *,
+    keep: float,
+    place: slice = slice(None),
+    layer: int = 2,
+    mask_only: bool = False,
+    generator: torch.Generator | None = None,
+) -> Iterator[FewerTokens]:
     """Let a model's later layers read fewer tokens of its prompts, within the context.
 
     Args:
         model: see the module. It returns one row of logits per kept token, the last token's at the end.
         keep: share of the tokens in `place` to keep, above 0 and at most 1.
         place: tokens of a prompt that may be dropped; by default all but the last.
-        layer: number of layers that see all tokens, 1 or more and fewer than the model has.
+        layer: number of layers that see all tokens, fewer than the model has. With 0 the kept tokens are random; the
+            first layer then hides the others rather than dropping them, since transformers count a cache's tokens there.
+        mask_only: whether later layers hide tokens and keep their rows; for ``eager`` and ``sdpa`` attention.
+        generator: generator of the random choice, with ``layer=0`` only.
 
     Raises:
         Unsupported: for other models, and values out of range.
     """
     check_share(keep)
-    at_least("layer", layer, 1)
+    at_least("layer", layer, 0)
     layers = _layers(model)
+    if len(layers) < 2:
+        raise Unsupported("fewer tokens in a model of one layer", supported="two layers or more")
     if layer >= len(layers):
-        raise Unsupported(f"layer={layer} of {len(layers)}", supported=f"1 to {len(layers) - 1}", nearest="layer=1")
+        raise Unsupported(f"layer={layer} of {len(layers)}", supported=f"0 to {len(layers) - 1}", nearest="layer=1")
+    if generator is not None and layer:
+        raise Unsupported(f"generator with layer={layer}", supported="layer=0, a random choice", nearest="layer=0")
     fast = FewerTokens(keep, layer, place)
-    handles = [layers[layer - 1].self_attn.register_forward_pre_hook(_looking(fast), with_kwargs=True)]
+    if layer == 0:
+        handles = [layers[0].register_forward_pre_hook(_drawing(fast, generator), with_kwargs=True)]
+    else:
+        handles = [layers[layer - 1].self_attn.register_forward_pre_hook(_looking(fast), with_kwargs=True)]
+    dropping = len(layers) if mask_only else max(layer, 1)
+    handles += [one.register_forward_pre_hook(_hiding(fast), with_kwargs=True) for one in layers[layer:dropping]]
     handles += [
         one.register_forward_pre_hook(_leaving(fast, first=i == 0), with_kwargs=True)
-        for i, one in enumerate(layers[layer:])
+        for i, one in enumerate(layers[dropping:])
     ]
     try:
         yield fast
@@ -128,9 +171,8 @@ def _looking(fast: FewerTokens) -> Any:
     @torch.no_grad()
     def look(attention: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = named["hidden_states"] if "hidden_states" in named else given[0]
-        fast._scores = None
         if x.shape[1] < 2:
-            return
+            return fast.begin(None)
         cos, sin = named["position_embeddings"]
         q = attention.q_proj(x[:, -1:]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         k = attention.k_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
@@ -142,12 +184,49 @@ def _looking(fast: FewerTokens) -> Any:
         scores = attention.scaling * q.unflatten(1, (k.shape[1], -1))[:, :, :, 0] @ k.mT  # (B, G, H / G, N)
         mask = named.get("attention_mask")
         if mask is not None:
-            row = mask[:, :1, -1:, : k.shape[2]]
-            seen = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-            scores = scores.masked_fill(~seen, -torch.inf)
-        fast._scores = scores.float().softmax(-1).flatten(1, 2).mean(1)
+            scores = scores.masked_fill(~_seen(mask, k.shape[2]), -torch.inf)
+        fast.begin(scores.float().softmax(-1).flatten(1, 2).mean(1))
 
     return look
+
+
+def _drawing(fast: FewerTokens, generator: torch.Generator | None) -> Any:
+    """Draw random scores for a prompt, before the first layer."""
+
+    def draw(layer: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x, mask = named["hidden_states"] if "hidden_states" in named else given[0], named.get("attention_mask")
+        if x.shape[1] < 2:
+            return fast.begin(None)
+        scores = 1 + uniform(x.shape[:2], generator, device=x.device)
+        fast.begin(scores if mask is None else scores.masked_fill(~_seen(mask, x.shape[1])[:, 0, 0], 0))
+
+    return draw
+
+
+def _seen(mask: Tensor, n: int) -> Tensor:
+    """Which of `n` tokens of a prompt its last token sees, (B, 1, 1, N)."""
+    row = mask[:, :1, -1:, :n]
+    return row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+
+
+def _hiding(fast: FewerTokens) -> Any:
+    """Hide dropped tokens in a layer."""
+
+    def hide(
+        layer: Any, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if fast.places is None:
+            return None
+        mask, attention = named.get("attention_mask"), layer.self_attn.config._attn_implementation
+        if attention not in ("eager", "sdpa"):
+            raise Unsupported(f"hidden tokens with attention {attention!r}", supported="eager, sdpa", nearest="sdpa")
+        if mask is None:  # then no token is padding, and positions count from 0
+            x = named["hidden_states"] if "hidden_states" in named else given[0]
+            n, keys = x.shape[1], int(named["position_ids"].max()) + 1
+            mask = torch.ones(1, 1, n, keys, dtype=torch.bool, device=x.device).tril(keys - n)
+        return given, {**named, "attention_mask": fast.hide(mask)}
+
+    return hide
 
 
 def _leaving(fast: FewerTokens, *, first: bool) -> Any:
@@ -157,12 +236,10 @@ def _leaving(fast: FewerTokens, *, first: bool) -> Any:
         layer: Any, given: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         mask = named.get("attention_mask")
-        if fast._scores is None:  # a token after the prompt
+        if not fast._reads_prompt:  # a token after the prompt
             if mask is None or fast.places is None:
                 return None
             return given, {**named, "attention_mask": fast.columns(mask)}
-        if first:
-            fast.places, fast._length = fast.choose(fast._scores), fast._scores.shape[1]
         chosen = fast.places
         assert chosen is not None
         named = dict(named)
