@@ -881,7 +881,7 @@ def parity_page(sources: Mapping[str, Any], measured: Mapping[str, Any] | None, 
     ]
     errors = measured["fixtures"] if measured else {}
     studies = (name.replace("-", "_") for name in list_studies())
-    owners = (*names, *list_positions(), *studies, "vision")
+    owners = (*names, *list_positions(), *studies, "vision", "compression")
     recordings: dict[str, list[dict[str, Any]]] = {}
     for entry in sources["fixtures"]:
         stem = entry["file"].removesuffix(".npz")
