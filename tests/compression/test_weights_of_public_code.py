@@ -35,13 +35,11 @@ def moments(x: Tensor) -> Tensor:
 # GPTQ
 
 
-@pytest.mark.parametrize("block", [128, 5])
-def test_gptq_rounds_rows_as_the_authors_code(block):
+def test_gptq_rounds_rows_as_the_authors_code():
     found = load("compression_gptq_rows")
     weight, second, format = found["weight"], moments(found["x"]), Format(4, 64, symmetric=False)
-    options = {"calibrate": "minmax", "block": block}
-    plain = gptq(weight, second, format, damping=0.01, order="columns", **options)
-    order = gptq(weight, second, format, damping=0.05, order="activations", **options)
+    plain = gptq(weight, second, format, calibrate="minmax", damping=0.01, order="columns")
+    order = gptq(weight, second, format, calibrate="minmax", damping=0.05, order="activations")
     close(plain.weight(torch.float64), found["plain"])
     close(order.weight(torch.float64), found["order"])
 
@@ -193,7 +191,7 @@ def test_columns_of_large_inputs_are_kept_apart_as_in_bitsandbytes():
     close(step[:, 0] * 127, found["input_sizes"].float(), 0.0)
     products = (found["input_codes"].double() @ made.codes.double().T) * step.double() * made.scale.double().T
     close(made(x).double(), products + x[:, kept].double() @ found["weight"][:, kept].double().T, 1e-6)
-    close(made(x), found["out"].float(), 2e-3)
+    close(made(x), found["out"].float(), 1e-3)
 
 
 # AWQ
