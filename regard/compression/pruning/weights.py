@@ -13,7 +13,9 @@ Zeros make nothing faster or smaller here: dense products multiply them like oth
 are for machines with sparse kernels, and to see what a model can do without.
 
 Deviations: SparseGPT's scores for the free pattern are compared within blocks of 128 columns over all rows, as in the
-authors' code; columns of H without any data get the mean of its diagonal, where the code sets their weights to 0.
+authors' code; columns of H without any data get the mean of its diagonal, where the code sets their weights to 0. Shares
+are rounded to the nearest number of weights; the code of SparseGPT's free pattern and of magnitudes removes one more than
+the share, that of Wanda rounds down.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ grids.
 Deviations: in the order of activations, groups stay whole: groups with the largest inputs come first, and likewise the
 columns within each group; so grids fit the weights at that point, and a layer reads its groups in storage order. d is
 `damping` times the mean of H's diagonal. A column whose input is always 0 is rounded to nearest, where the public code
-sets it to 0.
+sets it to 0. The public code makes the grids of a group inside a block from weights that earlier columns of the block have
+not yet changed; with blocks as wide as groups both are the same.
 """
 
 from __future__ import annotations
