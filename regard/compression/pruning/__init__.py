@@ -6,6 +6,8 @@
     with masked(host, [Cut(heads=(0, 3)), Cut(attention=True), ...]):    # one cut per layer
         ...                                                              # the model computes as if it were smaller
     undo = host.compact(cuts)                                            # really smaller, with the same outputs
+
+Both also take the numbers of dimensions of the residual stream, which go from all layers.
 """
 
 from __future__ import annotations

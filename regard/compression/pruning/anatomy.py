@@ -2,7 +2,8 @@
 
 A *unit* of attention is a key head with the query heads that read it: a single head, or a group of heads in models with
 grouped queries, of which no single head can be removed. A *branch* is what a layer adds to the residual stream: its
-attention, or its feed-forward network. Embeddings, the last norm and the heads of models are never removed.
+attention, or its feed-forward network. Embeddings, the last norm and the heads of models are never removed; they become
+narrower where dimensions of the stream are removed, which all layers share.
 """
 
 from __future__ import annotations
@@ -70,6 +71,34 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The residual stream, which all layers read and add to.
+
+    Attributes:
+        width: number of its dimensions.
+        start: the module whose output is its first value; None if that is one of `norms`.
+        norms: the norms over it.
+        scales: the parameters, with the axis of its dimensions, that factors of what is added to it and of what is read
+            from it can be multiplied into: of its start, of the last projections of branches, and of norms. Where the
+            head's weight is the embedding's table, the last norm is left out.
+    """
+
+    width: int
+    start: nn.Module | None
+    norms: Sequence[nn.Module]
+    scales: Sequence[tuple[nn.Parameter, int]]
+
+    def without(self, gone: Sequence[int]) -> Int[Tensor, " k"]:
+        """Numbers of the dimensions that stay; raises Unsupported for dimensions that do not exist, or if none stays."""
+        if gone and not 0 <= min(gone) <= max(gone) < self.width:
+            raise Unsupported(f"dimensions {tuple(gone)} of a stream", supported=f"0 to {self.width - 1}")
+        kept = [number for number in range(self.width) if number not in set(gone)]
+        if not kept:
+            raise Unsupported("taking all dimensions out of a stream", supported="a dimension or more that stays")
+        return torch.tensor(kept)
+
+
+@dataclass(frozen=True)
 class Cut:
     """What is removed from a layer.
 
@@ -118,8 +147,12 @@ class Host(Protocol):
         """Let each query of a layer use only its `keys` largest attention weights, which are not renormalised."""
         ...
 
-    def compact(self, cuts: Sequence[Cut]) -> Undo:
-        """Make the model smaller, in place; its outputs are those of the masked model."""
+    def stream(self) -> Stream:
+        """The residual stream; raises Unsupported if none of its dimensions can be removed, with the reason."""
+        ...
+
+    def compact(self, cuts: Sequence[Cut], hidden: Sequence[int] = ()) -> Undo:
+        """Make the model smaller, in place, also by dimensions of its stream; its outputs are those of the masked model."""
         ...
 
 
@@ -196,6 +229,11 @@ def smaller(
     if bias is not None:
         made.bias = nn.Parameter(bias.clone(), requires_grad=linear.bias.requires_grad)
     return made.train(linear.training)
+
+
+def rows_of(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """The parameters of a linear layer or a norm, with the axis of its outputs."""
+    return [(parameter, 0) for parameter in module.parameters(recurse=False)]
 
 
 def staying(cuts: Sequence[Cut]) -> list[int]:

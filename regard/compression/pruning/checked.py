@@ -24,28 +24,28 @@ FAILURES = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError,
 """What transformers raises where sizes do not fit together."""
 
 
-def compact(host: Host, cuts: Sequence[Cut]) -> Undo:
-    """Make a model smaller, in place; one of transformers must answer a few tokens as the masked model does, and have
-    weights that fit its config.
+def compact(host: Host, cuts: Sequence[Cut], hidden: Sequence[int] = ()) -> Undo:
+    """Make a model smaller, in place, also by dimensions of its stream; one of transformers must answer a few tokens as
+    the masked model does, and have weights that fit its config.
 
     Raises:
         Unsupported: where it does not; the model is then as it was.
     """
     if not comes_from_transformers(host.model):
-        return host.compact(cuts)
+        return host.compact(cuts, hidden)
     check_cuts(host.layers, cuts)
     checked = why_not_built(host.model) is None
-    expected = _answer(host, cuts)
+    expected = _answer(host, cuts, hidden)
     try:
-        undo = host.compact(cuts)
+        undo = host.compact(cuts, hidden)
     except (AttributeError, RuntimeError, TypeError) as error:
-        raise _refusal(host, cuts, _words(error)) from error
+        raise _refusal(host, cuts, hidden, _words(error)) from error
     why = why_not_built(host.model) if checked else None
     if why is None and expected is not None:
         why = _difference(host.model, expected)
     if why is not None:
         undo()
-        raise _refusal(host, cuts, why)
+        raise _refusal(host, cuts, hidden, why)
     return undo
 
 
@@ -62,10 +62,10 @@ def note_fixed(host: Host, parts: Sequence[str] = ("heads", "neurons", *BRANCHES
             host.layers = [replace(layer, fixed={part: why, **layer.fixed}) for layer in host.layers]
 
 
-def _answer(host: Host, cuts: Sequence[Cut]) -> Tensor | None:
+def _answer(host: Host, cuts: Sequence[Cut], hidden: Sequence[int]) -> Tensor | None:
     """Outputs of the masked model for a few tokens; None where it cannot run on tokens alone, or they are not finite."""
     try:
-        with masked(host, cuts):
+        with masked(host, cuts, hidden):
             found = _outputs(host.model)
     except FAILURES:
         return None
@@ -96,13 +96,14 @@ def _words(error: Exception) -> str:
     return f"what is left does not fit together ({(str(error).strip() or type(error).__name__).splitlines()[0][:120]})"
 
 
-def _refusal(host: Host, cuts: Sequence[Cut], why: str) -> Unsupported:
+def _refusal(host: Host, cuts: Sequence[Cut], hidden: Sequence[int], why: str) -> Unsupported:
     parts = {
         "layers": any(cut.layer for cut in cuts),
         "attention": any(cut.attention for cut in cuts),
         "feed-forward networks": any(cut.feed_forward for cut in cuts),
         "heads": any(cut.heads for cut in cuts),
         "neurons": any(cut.neurons for cut in cuts),
+        "dimensions of the stream": bool(hidden),
     }
     gone = [name for name, there in parts.items() if there] or ["keys"]
     return Unsupported(

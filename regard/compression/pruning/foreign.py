@@ -21,12 +21,14 @@ from regard.compression.pruning.anatomy import (
     Cut,
     Layer,
     NoBranch,
+    Stream,
     Undo,
     assign,
     backwards,
     check_cuts,
     left,
     put,
+    rows_of,
     smaller,
     spans,
     staying,
@@ -88,6 +90,9 @@ FAMILIES = {
         post_norm=True,
     ),
 }
+
+SIZES = {0: ("out_features", "normalized_shape"), 1: ("in_features", "embedding_dim")}
+"""Attributes of modules that tell the size of each axis of their weights."""
 
 NOT_OF_LAYERS = re.compile("token|architectures")
 """Lists of a config that are not one entry per layer, even where they are as long."""
@@ -152,11 +157,82 @@ class TransformersModel:
 
         return harden_module(self.layers[layer].module.get_submodule(_attends(self.family)), keys)
 
-    def compact(self, cuts: Sequence[Cut]) -> Undo:
+    def stream(self) -> Stream:
+        model, tables, norms, reader = self.model, self._tables(), self._norms(), self._reader()
+        width = model.config.hidden_size
+        if reader is None:
+            raise self._wide("its answers are the hidden states, or a head has some of its own")
+        if any(type(table) is not nn.Embedding or table.embedding_dim != width for table in tables):
+            raise self._wide("its embeddings are multiplied, or of another width")
+        shapes = [[parameter.shape for parameter in norm.parameters(recurse=False)] for norm in norms]
+        if not all(found and set(found) == {(width,)} for found in shapes):
+            raise self._wide("some of its norms have no weights, or another width")
+        scales = [pair for layer in self.layers for end in layer.ends.values() for pair in rows_of(end)]
+        start = None if self.family.post_norm else model.get_input_embeddings()
+        scaled = norms
+        if start is not None:
+            scales.append((start.weight, 1))
+            inside = set(self.stack.modules())
+            scaled = [norm for norm in norms if norm in inside or reader.weight is not start.weight]
+        scales += [pair for norm in scaled for pair in rows_of(norm)]
+        return Stream(width, start, norms, scales)
+
+    def _wide(self, reason: str) -> Unsupported:
+        return Unsupported(
+            f"a narrower residual stream in {an_instance(self.model)}: {reason}",
+            supported="causal language models, and classifiers, like Llama or BERT",
+        )
+
+    def _outside(self) -> list[nn.Module]:
+        inside = set(self.stack.modules())
+        return [module for module in self.model.modules() if module not in inside]
+
+    def _tables(self) -> list[Any]:
+        return [module for module in self._outside() if isinstance(module, nn.Embedding)]
+
+    def _norms(self) -> list[nn.Module]:
+        """The norms over the stream: all but those inside of attention."""
+        own = _attends(self.family) + "."
+        layers = [m for layer in self.stack for name, m in layer.named_modules() if not name.startswith(own)]
+        return [module for module in (*layers, *self._outside()) if "Norm" in type(module).__name__]
+
+    def _reader(self) -> nn.Linear | None:
+        """The projection that reads the last hidden states; None if something else does."""
+        model, width = self.model, self.model.config.hidden_size
+        if model.base_model is model or (self.family.post_norm and model.get_output_embeddings() is not None):
+            return None
+        linears = [module for module in self._outside() if isinstance(module, nn.Linear)]
+        return next((linear for linear in linears if linear.in_features == width), None)
+
+    def _narrow(self, kept: Tensor) -> Iterator[Undo]:
+        """Select dimensions of the stream in all parameters, keeping those shared that are."""
+        family, made = self.family, dict[nn.Parameter, nn.Parameter]()
+        readers, writers = (family.query, family.key, family.value, *family.up), (family.output, family.down)
+        places: list[tuple[Any, int]] = [(self._reader(), 1), *((table, 1) for table in self._tables())]
+        places += [(norm, 0) for norm in self._norms()]
+        for layer in self.stack:
+            places += [(layer.get_submodule(path), 1) for path in readers]
+            places += [(layer.get_submodule(path), 0) for path in writers]
+        for module, axis in places:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if axis < parameter.ndim:
+                    if parameter not in made:
+                        chosen = parameter.detach().index_select(axis, kept.to(parameter.device))
+                        made[parameter] = nn.Parameter(chosen, requires_grad=parameter.requires_grad)
+                    yield assign(module, name, made[parameter])
+            for name in SIZES[axis]:
+                if hasattr(module, name):
+                    size = (len(kept),) if name == "normalized_shape" else len(kept)
+                    yield assign(module, name, size)
+
+    def compact(self, cuts: Sequence[Cut], hidden: Sequence[int] = ()) -> Undo:
         settled = check_cuts(self.layers, cuts)
         kept = staying(settled)
+        width = self.stream().without(hidden) if hidden else None
         undo: list[Undo] = []
         try:
+            if width is not None:
+                undo.extend(self._narrow(width))
             for number in kept:
                 undo.extend(self._cut(number, settled[number]))
         except (AttributeError, RuntimeError, TypeError):  # a layer that lacks something of its family
@@ -164,7 +240,8 @@ class TransformersModel:
             raise
         if len(kept) < len(settled):
             undo += self._keep_layers(kept)
-        undo += self._describe([settled[i] for i in kept], [self.layers[i] for i in kept])
+        hidden_size = None if width is None else len(width)
+        undo += self._describe([settled[i] for i in kept], [self.layers[i] for i in kept], hidden_size)
         return backwards(undo)
 
     def _cut(self, number: int, cut: Cut) -> Iterator[Undo]:
@@ -216,7 +293,7 @@ class TransformersModel:
         ]
         return [*undo, assign(config, "num_hidden_layers", len(kept))]
 
-    def _describe(self, cuts: list[Cut], layers: list[Layer]) -> list[Undo]:
+    def _describe(self, cuts: list[Cut], layers: list[Layer], hidden: int | None) -> list[Undo]:
         """Record what is left in the config, or else in a separate record."""
         entries = [entry_of(cut, layer) for cut, layer in zip(cuts, layers, strict=True)]
         same = all(entry == entries[0] for entry in entries)
@@ -225,17 +302,20 @@ class TransformersModel:
         pruned = entries[0]["units"] != first.units
         heads = entries[0]["units"] * first.group
         own_width = not self.family.post_norm and getattr(config, "head_dim", None) is not None
-        sized = own_width and config.hidden_size % heads == 0  # transformers refuses other configs
-        if same and whole and (sized or not pruned):
+        sized = own_width and (hidden or config.hidden_size) % heads == 0  # transformers refuses other configs
+        resized = pruned or hidden is not None
+        if same and whole and (sized or not resized):
             undo = [assign(config, "intermediate_size", entries[0]["neurons"])]
+            if hidden is not None:
+                undo.append(assign(config, "hidden_size", hidden))
             if pruned:
                 undo.append(assign(config, "num_attention_heads", heads))
                 undo.append(assign(config, "num_key_value_heads", entries[0]["units"]))
-                if why_not_built(self.model) is not None:  # layers of this kind ignore head_dim
-                    backwards(undo)()
-                    return [note(self.model, entries)]
+            if resized and why_not_built(self.model) is not None:  # layers of this kind ignore head_dim
+                backwards(undo)()
+                return [note(self.model, entries, hidden)]
             return undo
-        return [note(self.model, entries)]
+        return [note(self.model, entries, hidden)]
 
 
 def _fits(layer: nn.Module, family: str) -> bool:

@@ -7,8 +7,11 @@ in (0, 1) and beta = 2/3, gamma = -0.1, zeta = 1.1:
     z = clip(s (zeta - gamma) + gamma, 0, 1)
     P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta))
 
-A head is multiplied by its own gate and that of its layer's attention, a neuron by its own and that of its network.
-With E the expected share of the branches' parameters that stays, and t the target share,
+A head is multiplied by its own gate and that of its layer's attention, a neuron by its own and that of its network. With
+`hidden`, one vector of gates, which all layers share, multiplies the dimensions of the residual stream: its start, what
+branches add to it, and what norms read from it (section 3.1; z_hidden). Norms are then over the dimensions whose gate is
+not 0. With E the expected share of the branches' parameters that stays (each size times P(z > 0) of its gates, and the
+mean P(z > 0) of the dimensions), and t the target share,
 
     loss + lambda_1 (E - t) + lambda_2 (E - t)^2
 
@@ -16,17 +19,19 @@ is minimised over log_alpha (and the model's weights, if they are trained too) a
 The target share falls linearly from 1 over the first part of the steps.
 
 In the end z = clip(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1): parts with gate 0 are cut, other gates are
-multiplied into the weights after the part, and the model is compacted.
+multiplied into the weights after the part (those of the stream into the weights of norms and of what is added to it),
+and the model is compacted.
 
-Deviations: without CoFi's gates on the hidden width, which all layers share, and without its layer-wise distillation,
-which :mod:`regard.training.distillation` has. Shares are of the parameters of branches, without embeddings.
+Deviations: without CoFi's layer-wise distillation, which :mod:`regard.training.distillation` has; gates of the stream are
+off by default, and also for models with norms before their branches, where CoFi has only BERT. Shares are of the
+parameters of branches, without embeddings.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +39,19 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.layers import Run, run_batch
-from regard.compression.pruning.anatomy import BRANCHES, Cut, Host, Layer, Undo
+from regard.compression.pruning.anatomy import BRANCHES, Cut, Host, Layer, Undo, backwards
 from regard.compression.pruning.checked import compact
 from regard.compression.pruning.losses import Losses, item_losses
-from regard.compression.pruning.masks import Gates, gated
-from regard.contract import Unsupported, at_least
+from regard.compression.pruning.masks import Gates, gated, narrower_norm, stream_gated
+from regard.contract import Unsupported, an_instance, at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 PARTS = {"heads": "attention", "neurons": "feed_forward"}
+HIDDEN = "hidden"
+"""Name of the gates of the residual stream."""
 
 
 def sample_gates(log_alpha: Float[Tensor, "..."], generator: torch.Generator | None = None) -> Float[Tensor, "..."]:
@@ -73,12 +80,14 @@ class LearnedGates(nn.Module):
     Args:
         host: the model, see :func:`regard.compression.pruning.find_host`.
         start: initial log_alpha; 2.2 opens a gate with probability 0.98.
+        hidden: whether the dimensions of the residual stream have gates too.
 
     Raises:
-        Unsupported: for a model with norms after its branches, into which gates cannot be multiplied.
+        Unsupported: for a model with norms after its branches, into which gates cannot be multiplied; with `hidden` also
+            for a model whose stream cannot become narrower.
     """
 
-    def __init__(self, host: Host, start: float = 2.2) -> None:
+    def __init__(self, host: Host, start: float = 2.2, *, hidden: bool = False) -> None:
         super().__init__()
         self._host = (host,)
         self.log_alpha = nn.ParameterDict()
@@ -92,6 +101,11 @@ class LearnedGates(nn.Module):
             for part, count in (("heads", layer.units), ("neurons", layer.neurons)):
                 if count and part not in layer.fixed:
                     self.log_alpha[f"{i} {part}"] = nn.Parameter(torch.full((count,), start))
+        if hidden:
+            for norm in host.stream().norms:
+                _check_factors(norm)
+            compact(host, [Cut()] * len(host.layers), (0,))()
+            self.log_alpha[HIDDEN] = nn.Parameter(torch.full((host.stream().width,), start))
 
     @property
     def host(self) -> Host:
@@ -110,7 +124,10 @@ class LearnedGates(nn.Module):
     def applied(self, generator: torch.Generator | None = None) -> Iterator[None]:
         """Apply gates to the model within the context: a random draw in training mode of this module, else final."""
         make = (lambda alpha: sample_gates(alpha, generator)) if self.training else final_gates
-        with gated(self.host.layers, self._by_layer(make)):
+        with ExitStack() as contexts:
+            contexts.enter_context(gated(self.host.layers, self._by_layer(make)))
+            if HIDDEN in self.log_alpha:
+                contexts.enter_context(stream_gated(self.host, make(self.log_alpha[HIDDEN])))
             yield
 
     def expected_share(self) -> Float[Tensor, ""]:
@@ -124,6 +141,8 @@ class LearnedGates(nn.Module):
                 size = layer.parameters(branch)
                 kept = kept + size * stays[f"{i} {branch}"] * (1.0 if own is None else own.mean())
                 whole += size
+        if HIDDEN in stays:
+            kept = kept * stays[HIDDEN].mean()
         return kept / max(whole, 1)
 
     @torch.no_grad()
@@ -139,8 +158,19 @@ class LearnedGates(nn.Module):
         return found
 
     @torch.no_grad()
+    def closed(self) -> tuple[int, ...]:
+        """Numbers of the dimensions of the residual stream that the final gates remove."""
+        if HIDDEN not in self.log_alpha:
+            return ()
+        return tuple((final_gates(self.log_alpha[HIDDEN]) == 0).nonzero()[:, 0].tolist())
+
+    @torch.no_grad()
     def finish(self) -> Undo:
-        """Multiply the final gates into the weights, and make the model smaller, in place, with the same outputs."""
+        """Multiply the final gates into the weights, and make the model smaller, in place, with the same outputs.
+
+        Raises:
+            Unsupported: if the model cannot be made smaller by these gates; it is then as it was.
+        """
         cuts, undo = self.cuts(), list[Undo]()
         for i, gates in self._by_layer(final_gates).items():
             layer = self.host.layers[i]
@@ -149,13 +179,42 @@ class LearnedGates(nn.Module):
                 ("neurons", "feed_forward", layer.down),
             ):
                 undo.append(_scaled(layer, linear, getattr(gates, part), getattr(gates, branch), branch))
-        undo.append(compact(self.host, cuts))
+        if HIDDEN in self.log_alpha:
+            factors = final_gates(self.log_alpha[HIDDEN])
+            undo += [_multiplied(parameter, factors, axis) for parameter, axis in self.host.stream().scales]
+        try:
+            undo.append(compact(self.host, cuts, self.closed()))
+        except Unsupported:
+            backwards(undo)()
+            raise
+        return backwards(undo)
 
-        def back() -> None:
-            for one in reversed(undo):
-                one()
 
-        return back
+@torch.no_grad()
+def _check_factors(norm: nn.Module) -> None:
+    """Raise Unsupported unless factors of a norm's output can be multiplied into its parameters."""
+    parameters = dict(norm.named_parameters())
+    x = torch.randn_like(next(iter(parameters.values())))
+    halved = narrower_norm(norm, torch.arange(len(x)))
+    for name, parameter in parameters.items():
+        setattr(halved, name, parameter / 2)
+    if not torch.allclose(halved.forward(x), norm(x) / 2, rtol=1e-2, atol=1e-4):
+        raise Unsupported(
+            f"gates of a residual stream under {an_instance(norm)}, whose output is not a multiple of its weight",
+            supported="norms that multiply by their weight, such as LayerNorm and RMSNorm",
+        )
+
+
+def _multiplied(parameter: nn.Parameter, factors: Tensor, axis: int) -> Undo:
+    """Multiply factors of the entries along an axis into a parameter."""
+    before = parameter.detach().clone()
+    parameter.mul_(factors.to(parameter).view(-1, *[1] * (parameter.ndim - 1 - axis)))
+
+    def undo() -> None:
+        with torch.no_grad():
+            parameter.copy_(before)
+
+    return undo
 
 
 def _scaled(layer: Layer, linear: nn.Linear | None, inputs: Tensor | None, output: Tensor | None, branch: str) -> Undo:
@@ -210,6 +269,7 @@ def learn_gates(
     warmup: float = 0.3,
     run: Run = run_batch,
     losses: Losses = item_losses,
+    hidden: bool = False,
     generator: torch.Generator | None = None,
     on_step: Callable[[int, Step], None] = lambda step, found: None,
 ) -> LearnedGates:
@@ -222,6 +282,7 @@ def learn_gates(
             share oscillates.
         model_rate: Adam's learning rate for the model's own weights; 0 leaves them as they are.
         warmup: part of the steps over which the target share falls from 1.
+        hidden: whether the residual stream may become narrower too.
         generator: source of random draws.
         on_step: called after each step.
 
@@ -231,7 +292,7 @@ def learn_gates(
     if not 0 < share < 1:
         raise Unsupported(f"share={share}", supported="0 < share < 1", nearest="share=0.5")
     at_least("steps", steps, 1)
-    gates = LearnedGates(host)
+    gates = LearnedGates(host, hidden=hidden)
     prices = nn.Parameter(torch.zeros(2))
     groups = [{"params": list(gates.parameters()), "lr": rate}, {"params": [prices], "lr": price_rate}]
     if model_rate:

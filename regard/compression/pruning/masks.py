@@ -6,6 +6,7 @@ follows a part, or the output of a branch: weights are never modified, so gradie
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from regard.compression.pruning.anatomy import BRANCHES, Cut, Host, Layer, Undo, check_cuts
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,52 @@ def gated(layers: Sequence[Layer], gates: Mapping[int, Gates]) -> Iterator[None]
 
 
 @contextmanager
-def masked(host: Host, cuts: Sequence[Cut]) -> Iterator[None]:
-    """Make the model compute as if it were cut, within the context."""
+def stream_gated(host: Host, factors: Float[Tensor, " c"]) -> Iterator[None]:
+    """Multiply the residual stream's start, what branches add to it, and what norms read from it, within the context.
+
+    Norms are over the dimensions whose factor is not 0, so that removing the others changes nothing.
+
+    Raises:
+        Unsupported: as :meth:`regard.compression.pruning.anatomy.Host.stream`.
+    """
+    stream = host.stream()
+    starts = [] if stream.start is None else [stream.start]
+    with ExitStack() as hooks:
+        for module in [*starts, *(end for layer in host.layers for end in layer.ends.values())]:
+            hooks.callback(module.register_forward_hook(_Output(factors)).remove)
+        for norm in stream.norms:
+            hooks.callback(replace_forward(norm, _over_open(norm, factors)))
+        yield
+
+
+def _over_open(norm: nn.Module, factors: Float[Tensor, " c"]) -> Callable[[Tensor], Tensor]:
+    """The forward of a norm over the dimensions whose factor is not 0, times the factors; the others become 0."""
+    kept = factors.detach().nonzero()[:, 0]
+    narrow = narrower_norm(norm, kept)
+
+    def run(x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        places = kept.to(x.device)
+        y = narrow.forward(x[..., places])
+        return y.new_zeros(x.shape).index_copy(-1, places, y * factors.to(y)[places])
+
+    return run
+
+
+def narrower_norm(norm: nn.Module, kept: Int[Tensor, " k"]) -> Any:
+    """A norm over some of the dimensions of another, with the same parameters there, through which gradients pass."""
+    narrow: Any = copy.copy(norm)
+    narrow._parameters = {}
+    for name, parameter in norm._parameters.items():
+        setattr(narrow, name, None if parameter is None else parameter[kept.to(parameter.device)])
+    for name, size in (("dim", len(kept)), ("normalized_shape", (len(kept),))):
+        if hasattr(norm, name):
+            setattr(narrow, name, size)
+    return narrow
+
+
+@contextmanager
+def masked(host: Host, cuts: Sequence[Cut], hidden: Sequence[int] = ()) -> Iterator[None]:
+    """Make the model compute as if it were cut, and lacked `hidden` dimensions of its stream, within the context."""
     with ExitStack() as changes:
         settled = check_cuts(host.layers, cuts)
         for number, cut in enumerate(settled):
@@ -83,6 +128,8 @@ def masked(host: Host, cuts: Sequence[Cut]) -> Iterator[None]:
                 changes.callback(host.layers[number].module.register_forward_hook(_passed).remove)
         pairs = enumerate(zip(host.layers, settled, strict=True))
         changes.enter_context(gated(host.layers, {i: Gates.of(layer, cut) for i, (layer, cut) in pairs}))
+        if hidden:
+            changes.enter_context(stream_gated(host, _open(host.stream().width, hidden)))
         yield
 
 

@@ -9,15 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.compression.pruning.anatomy import KNOWN, Cut, Layer, Undo, check_cuts, left, spans
+from regard.compression.pruning.anatomy import (
+    KNOWN,
+    Cut,
+    Layer,
+    Stream,
+    Undo,
+    assign,
+    backwards,
+    check_cuts,
+    left,
+    rows_of,
+    spans,
+)
 from regard.contract import Unsupported, an_instance
 from regard.layers.attention import AttentionLayer
+from regard.layers.embedding import FactorisedEmbedding
 from regard.layers.feed_forward import MLP, SwiGLU
 from regard.layers.linear import Linear
+from regard.layers.norms import LayerNorm, RMSNorm
+from regard.layers.patches import FeatureEmbedding
+from regard.layers.pooling import SIMPLE
 from regard.models import Encoder, LanguageModel
 from regard.models.blocks import Block, NoMixer
 from regard.models.placing import input_positions
 from regard.models.stack import Stack
+from regard.positions.learned import Learned
 
 HARD = "hard_softmax"
 SHARED = (
@@ -52,7 +69,75 @@ class OwnModel:
         block.mixer = made.train(old.training)
         return lambda: setattr(block, "mixer", old)
 
-    def compact(self, cuts: Sequence[Cut]) -> Undo:
+    def stream(self) -> Stream:
+        model = self.model
+        reason = next(filter(None, (_why_wide(model), *map(_why_layer_is_wide, self.layers))), "")
+        if reason:
+            raise Unsupported(
+                f"a narrower residual stream in {an_instance(model)}: {reason}",
+                supported="layers that end in plain projections, norms with weights, learned or rotary positions",
+            )
+        norms = [model.norm]
+        for block, layer in zip(model.blocks, self.layers, strict=True):
+            norms += [block.mixer_norm] if "attention" in layer.branches else []
+            norms += [block.feed_forward_norm] if "feed_forward" in layer.branches else []
+        written = [linear for layer in self.layers for linear in (layer.output, layer.down) if linear is not None]
+        scales = [pair for linear in written for pair in rows_of(linear)]
+        start = model.embedding_norm
+        if isinstance(start, nn.Identity):
+            scales += _start(model)
+            scaled = norms[1:] if self._tied() else norms
+        else:
+            start, norms = None, [*norms, start]
+            scaled = norms
+        scales += [pair for norm in scaled for pair in rows_of(norm)]
+        return Stream(model.config.dim, start, norms, scales)
+
+    def _tied(self) -> bool:
+        return self.model.head is None
+
+    def compact(self, cuts: Sequence[Cut], hidden: Sequence[int] = ()) -> Undo:
+        kept = self.stream().without(hidden) if hidden else None
+        undo = [self._compact(cuts)]
+        if kept is not None:
+            try:
+                undo.append(self._narrow(kept))
+            except Unsupported:
+                undo[0]()
+                raise
+        return backwards(undo)
+
+    def _narrow(self, kept: Tensor) -> Undo:
+        """Replace the parts of the model by those of one with a narrower stream."""
+        model, config = self.model, self.model.config
+        plan = tuple(_explicit(block) for block in model.blocks)
+        narrow = replace(config, dim=len(kept), plan=plan)
+        with torch.random.fork_rng(devices=[]):
+            made: Any = type(model)(narrow)
+        old, tensors = model.state_dict(), {}
+        for name, tensor in made.state_dict().items():
+            found = old[name]
+            for axis, (before, after) in enumerate(zip(found.shape, tensor.shape, strict=True)):
+                if before != after:
+                    if (before, after) != (config.dim, len(kept)):
+                        raise Unsupported(
+                            f"a narrower residual stream beside {name} of shape {tuple(found.shape)}",
+                            supported="parameters that are as wide as the stream, or independent of it",
+                        )
+                    found = found.index_select(axis, kept.to(found.device))
+            tensors[name] = found.clone()
+        if self._tied():  # logits are divided by the root of the width
+            for name, _ in made.norm.named_parameters():
+                tensors[f"norm.{name}"] *= (len(kept) / config.dim) ** 0.5
+        made.load_state_dict(tensors, assign=True)
+        learned = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(learned[name])
+        made.train(model.training)
+        undo = [assign(model, name, child) for name, child in made.named_children()]
+        return backwards([*undo, assign(model, "config", narrow)])
+
+    def _compact(self, cuts: Sequence[Cut]) -> Undo:
         model, config, blocks = self.model, self.model.config, self.model.blocks
         made: list[Any] = []
         for block, layer, cut in zip(blocks, self.layers, check_cuts(self.layers, cuts), strict=True):
@@ -127,6 +212,60 @@ def _why_heads_stay(block: Any) -> str:
     return "" if all(_is_plain(linear) for linear in linears) else "its projections are not plain"
 
 
+def _why_wide(model: Any) -> str:
+    """Why the parts of a model beside its layers need the whole stream; empty if they do not."""
+    config = model.config
+    if config.stack.exits or config.stack.branch_norm != "none":
+        return "it has norms of exits or of branches"
+    if getattr(config, "pool", "none") not in (*SIMPLE, "none"):
+        return f"the pool {config.pool} has a width of its own"
+    if model.positions is not None and type(model.positions) is not Learned:
+        return f"{model.positions.name} positions are made for its width"
+    norms = [
+        model.norm,
+        *(getattr(block, name) for block in model.blocks for name in ("mixer_norm", "feed_forward_norm")),
+    ]
+    if not isinstance(model.embedding_norm, nn.Identity):
+        norms.append(model.embedding_norm)
+    if any(not isinstance(norm, nn.Identity) and not _has_weight(norm) for norm in norms if norm is not None):
+        return "its norms have no weights"
+    return "it has no norms" if isinstance(model.norm, nn.Identity) else ""
+
+
+def _has_weight(norm: nn.Module) -> bool:
+    return isinstance(norm, RMSNorm | LayerNorm) and norm.weight is not None
+
+
+def _why_layer_is_wide(layer: Layer) -> str:
+    for branch, part, end in (("attention", "heads", layer.output), ("feed_forward", "neurons", layer.down)):
+        if branch in layer.branches and end is None:
+            return f"in {layer.name} {layer.fixed[part]}"
+    return ""
+
+
+def _start(model: Any) -> list[tuple[nn.Parameter, int]]:
+    """The parameters of the embedding and its positions, with the axis of the stream."""
+    embedding = model.embedding
+    positions = [] if model.positions is None else [(model.positions.table, 1)]
+    if isinstance(embedding, FactorisedEmbedding | FeatureEmbedding):
+        last = embedding.up if isinstance(embedding, FactorisedEmbedding) else embedding.projection
+        return [*rows_of(last), *positions]
+    return [(embedding.weight, 1), *positions]
+
+
+def _explicit(block: Any) -> tuple[str, dict[str, Any]]:
+    """The entry of a block, with the widths that otherwise follow from that of the stream."""
+    (name, options), mixer, network = block.entry, block.mixer, block.feed_forward
+    options = dict(options)
+    if not isinstance(mixer, NoMixer):
+        options = _of_own_width(options) | {"head_dim": mixer.head_dim, "value_dim": mixer.value_dim}
+    return name, options if network is None else options | {"feed_forward": network.down.in_features}
+
+
+def _of_own_width(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in ("key_expand", "value_expand")}
+
+
 def _is_plain(module: Any) -> bool:
     return type(module) in (nn.Linear, Linear)
 
@@ -151,8 +290,7 @@ def _cut(block: Any, layer: Layer, cut: Cut, config: Any) -> Block:
         axes["mixer.gate" if isinstance(mixer.gate, nn.Linear) else "mixer.gate.1"] = (0, outputs)
         silent += [] if counts else ["mixer.output"]
         sizes = {"num_heads": layer.group * len(units), "head_dim": mixer.head_dim, "value_dim": mixer.value_dim}
-        options |= sizes | ({"num_kv_heads": len(units)} if layer.group > 1 else {})
-        options = {key: value for key, value in options.items() if key not in ("key_expand", "value_expand")}
+        options = _of_own_width(options) | sizes | ({"num_kv_heads": len(units)} if layer.group > 1 else {})
         if layer.group == 1 and config.num_kv_heads is not None:
             options["num_kv_heads"] = len(units)
     if cut.feed_forward:

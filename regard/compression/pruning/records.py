@@ -26,9 +26,9 @@ def check_whole(model: nn.Module) -> None:
         raise Unsupported("a model that is pruned already", supported="a model as it was", nearest="undo()")
 
 
-def note(model: Any, entries: Sequence[Mapping[str, Any]]) -> Undo:
-    """Attach a record of its layers to a model, each entry as from :func:`entry_of`."""
-    setattr(model, RECORD, {"layers": list(entries)})
+def note(model: Any, entries: Sequence[Mapping[str, Any]], hidden: int | None = None) -> Undo:
+    """Attach a record of its layers to a model, each entry as from :func:`entry_of`, and of its narrower stream."""
+    setattr(model, RECORD, {"layers": list(entries)} | ({} if hidden is None else {"hidden": hidden}))
     return lambda: delattr(model, RECORD)
 
 
@@ -64,7 +64,13 @@ def restore(model: nn.Module, record: Mapping[str, Any], *, source: str) -> None
                 hard=found.hard,
             )
         )
-    host.compact(cuts)
+    hidden, gone = record.get("hidden"), range(0)
+    if hidden is not None:
+        width = host.stream().width
+        if not isinstance(hidden, int) or not 0 < hidden < width:
+            raise Unsupported(f"{source}, in which the hidden width is {hidden!r}", supported=f"1 to {width - 1}")
+        gone = range(hidden, width)
+    host.compact(cuts, gone)
 
 
 def why_not_built(model: Any) -> str | None:

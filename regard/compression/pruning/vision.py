@@ -19,6 +19,7 @@ from regard.compression.pruning.anatomy import (
     Cut,
     Layer,
     NoBranch,
+    Stream,
     Undo,
     assign,
     backwards,
@@ -60,8 +61,17 @@ class TimmModel:
             nearest="axformer:hard=0",
         )
 
-    def compact(self, cuts: Sequence[Cut]) -> Undo:
+    def stream(self) -> Stream:
+        """Always raises Unsupported: timm's heads are as wide as the stream together."""
+        raise Unsupported(
+            "a narrower residual stream in a model of timm, whose heads share its width",
+            supported="models of regard and transformers",
+        )
+
+    def compact(self, cuts: Sequence[Cut], hidden: Sequence[int] = ()) -> Undo:
         """See :class:`regard.compression.pruning.anatomy.Host`; nothing is changed if a cut is refused."""
+        if hidden:
+            self.stream()
         settled = check_cuts(self.layers, cuts)
         for number, cut in enumerate(settled):
             if cut.hard is not None:

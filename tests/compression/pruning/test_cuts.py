@@ -12,7 +12,7 @@ from torch import Tensor
 import regard
 from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.pruning.masks import Gates, gated, masked
-from regard.compression.pruning.records import structure
+from regard.compression.pruning.records import restore, structure
 from regard.contract import Context
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
 
@@ -145,6 +145,99 @@ def test_whole_layers_go_and_the_others_stay_in_order(name):
         assert new.shape[1] == (4 if name == "language model" else 15)
     undo()
     assert len(find_host(model).layers) == 4
+
+
+NARROW = {
+    name: MODELS[name] for name in ("language model", "grouped, gated", "encoder", "llama", "grouped llama", "bert")
+} | {
+    "tied": lambda: language_model(tie_embeddings=True, embedding_dim=5),
+    "learned positions": lambda: language_model(positions="learned", max_length=20, tie_embeddings=True),
+    "normed embedding": lambda: encoder(positions="learned", max_length=20, embedding_norm="layer", norm="layer"),
+    "tied llama": lambda: llama(tie_word_embeddings=True),
+}
+GONE = (1, 2, 7, 15)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_model_of_a_narrower_stream_is_the_one_in_which_these_dimensions_are_masked(name):
+    model, ids = NARROW[name](), batch()
+    before, state = output(model, ids), {key: value.clone() for key, value in model.state_dict().items()}
+    host = find_host(model)
+    cuts = [Cut(heads=(0,)), Cut(), Cut(neurons=(1, 5)), Cut(attention=True)]
+    with masked(host, cuts, GONE):
+        expected = output(model, ids)
+    close(output(model, ids), before, 0.0)
+    assert not torch.allclose(expected, before)
+    undo = host.compact(cuts, GONE)
+    close(output(model, ids), expected)
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    assert {table.embedding_dim for table in tables} == ({5} if name == "tied" else {12})
+    if name == "tied llama":
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    undo()
+    close(output(model, ids), before, 0.0)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["encoder", "tied", "llama", "tied llama", "bert"])
+def test_a_model_of_a_narrower_stream_is_saved_and_loaded(name, tmp_path):
+    model, ids = NARROW[name](), batch()
+    find_host(model).compact([Cut()] * 4, GONE)
+    expected = output(model, ids)
+    if name in ("encoder", "tied"):
+        save_pretrained(model, tmp_path)
+        again: Any = from_pretrained(tmp_path)
+        assert again.config.dim == 12
+    elif name == "bert":
+        record, config = structure(model), model.config
+        assert record is not None and record["hidden"] == 12 and config.hidden_size == 16
+        again = type(model)(config).double()
+        restore(again, record, source="the test")
+        again.load_state_dict(model.state_dict())
+        for wrong in (0, 16, "12"):
+            record["hidden"] = wrong
+            refused("the hidden width is", restore, type(model)(config), record, source="the test")
+    else:
+        assert structure(model) is None
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+        assert again.config.hidden_size == 12
+        options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 3}
+        assert torch.equal(again.generate(ids, **options), model.generate(ids, **options))
+    close(output(again.eval(), ids), expected)
+
+
+def test_a_stream_that_cannot_become_narrower_is_refused_with_the_reason():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4}
+
+    def foreign(kind: str, **options: Any) -> Any:
+        family = kind[:-11] if kind.endswith("ForCausalLM") else kind.partition("For")[0].removesuffix("Model")
+        return getattr(transformers, kind)(getattr(transformers, f"{family}Config")(**sizes, **options)).eval()
+
+    for model, words in (
+        (vit(), "whose heads share its width"),
+        (language_model(positions="sinusoidal"), "sinusoidal positions are made for its width"),
+        (language_model(plan=["mamba2"] * 4), "in blocks.0 a layer of mamba2 has no heads of its own"),
+        (language_model(norm="rms_nonparametric"), "norms have no weights"),
+        (language_model(norm="none"), "no norms"),
+        (language_model(stack={"branch_norm": "all"}), "norms of exits or of branches"),
+        (language_model(stack={"exits": (1,)}), "norms of exits or of branches"),
+        (encoder(pool="additive"), "the pool additive"),
+        (foreign("LlamaModel"), "its answers are the hidden states"),
+        (foreign("BertModel"), "its answers are the hidden states"),
+        (foreign("BertForMaskedLM"), "a head has some of its own"),
+        (foreign("GemmaForCausalLM"), "its embeddings are multiplied"),
+        (foreign("OlmoForCausalLM"), "norms have no weights"),
+        (foreign("ElectraForSequenceClassification", embedding_size=8), "or of another width"),
+    ):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        host = find_host(model)
+        refused(words, host.compact, [Cut()] * 4, GONE)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for gone, words in (((16,), "dimensions"), (tuple(range(16)), "all dimensions")):
+        refused(words, find_host(language_model()).compact, [Cut()] * 4, gone)
 
 
 def test_no_parts_taken_leave_the_model_exactly_as_it_is():

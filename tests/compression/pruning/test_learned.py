@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 from support import close, refused
-from test_cuts import batch, bert, encoder, language_model, llama, output
+from test_cuts import NARROW, batch, bert, encoder, language_model, llama, output
 from torch.nn import functional as F
 
 import regard
 from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.pruning.gates import LearnedGates, chance_to_stay, final_gates, learn_gates, sample_gates
 from regard.compression.pruning.layer_drop import even_layers, layer_drop
-from regard.compression.pruning.masks import masked
+from regard.compression.pruning.masks import masked, stream_gated
+from regard.models import LanguageModel
 from regard.tasks.protocol import Batch
 
 
@@ -95,18 +96,83 @@ def test_finished_gates_leave_the_model_that_had_them(make):
     close(output(model, ids), before)
 
 
-def test_the_expected_share_is_that_of_the_parameters_that_are_left():
+@pytest.mark.parametrize("name", NARROW)
+def test_finished_gates_of_the_stream_leave_the_model_that_had_them(name):
+    model, ids = NARROW[name](), batch()
+    before, numbers = output(model, ids), sum(p.numel() for p in model.parameters())
+    gates = LearnedGates(find_host(model), hidden=True).double().eval()
+    with torch.no_grad():
+        for alpha in gates.log_alpha.values():
+            alpha.copy_(torch.randn(alpha.shape) * 2)
+        gates.log_alpha["hidden"][torch.randperm(16)[:6]] = torch.tensor([-9.0, -9.0, -9.0, 0.3, -0.5, 9.0]).double()
+    assert len(gates.closed()) >= 3
+    with gates.applied():
+        expected = output(model, ids)
+    close(output(model, ids), before, 0.0)
+    undo = gates.finish()
+    close(output(model, ids), expected)
+    assert sum(p.numel() for p in model.parameters()) < 0.9 * numbers
+    undo()
+    close(output(model, ids), before, 0.0)
+    assert sum(p.numel() for p in model.parameters()) == numbers
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+def test_norms_under_gates_are_over_the_dimensions_that_are_open(make):
+    host = find_host(make())
+    norm: Any = host.stream().norms[0]
+    x, factors = torch.randn(3, 16, dtype=torch.float64), torch.rand(16, dtype=torch.float64) + 0.1
+    factors[:5] = 0.0
+    with stream_gated(host, factors):
+        found = norm(x).detach()
+    if make is bert:
+        expected = F.layer_norm(x[:, 5:], (11,), norm.weight[5:], norm.bias[5:], norm.eps)
+    else:
+        expected = F.rms_norm(x[:, 5:], (11,), norm.weight[5:], norm.variance_epsilon)
+    close(found[:, 5:], (expected * factors[5:]).detach(), 1e-6)  # Llama's norm computes in float32
+    assert not bool(found[:, :5].any())
+
+
+def test_gates_of_the_stream_and_the_weights_under_them_have_gradients():
+    for model in (language_model(), llama(), bert()):
+        gates = LearnedGates(find_host(model), hidden=True).double()
+        with gates.applied(torch.Generator().manual_seed(1)):
+            found = model(batch())
+            (found.output if isinstance(model, LanguageModel) else found.logits).square().sum().backward()
+        assert bool(gates.log_alpha["hidden"].grad.any())
+        assert all(bool(norm.weight.grad.any()) for norm in gates.host.stream().norms)
+
+
+def test_gates_of_the_stream_are_learned_and_refused_before_anything_is_done():
+    pytest.importorskip("transformers")
+    model: Any = encoder(num_layers=2, dim=8).float()
+    ids = torch.randint(30, (16, 7))
+    data = Batch(ids, model(ids).output.argmax(-1))
+    gates = learn_gates(find_host(model), lambda step: data, 0.5, 150, hidden=True)
+    assert float(gates.expected_share().detach()) == pytest.approx(0.5, abs=0.1)
+    refused(
+        "sinusoidal", learn_gates, find_host(encoder(positions="sinusoidal")), lambda step: data, 0.5, 1, hidden=True
+    )
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    other = llama().float()
+    other.model.norm = GemmaRMSNorm(16)
+    refused("under a GemmaRMSNorm", LearnedGates, find_host(other), hidden=True)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_expected_share_is_that_of_the_parameters_that_are_left(hidden):
     model = encoder()
-    gates = LearnedGates(find_host(model))
+    gates = LearnedGates(find_host(model), hidden=hidden)
     with torch.no_grad():
         for name, alpha in gates.log_alpha.items():
             alpha.fill_(40.0)
-            if name.endswith(("heads", "neurons")):
+            if name.endswith(("heads", "neurons", "hidden")):
                 alpha[: len(alpha) // 4] = -40.0
         gates.log_alpha["2 feed_forward"].fill_(-40.0)
     host = find_host(model)
     whole = sum(layer.parameters(branch) for layer in host.layers for branch in layer.branches)
-    host.compact(gates.cuts())
+    host.compact(gates.cuts(), gates.closed())
     left = find_host(model).layers
     found = sum(layer.parameters(branch) for layer in left for branch in layer.branches)
     assert float(gates.expected_share().detach()) == pytest.approx(found / whole, abs=1e-6)
