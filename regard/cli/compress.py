@@ -72,10 +72,10 @@ def compress(
     With --recipe, one model is written, which regard generate, evaluate, predict, serve and sparse read just like the
     original. With --recipes, each recipe is scored on held-out data and timed against the original.
 
-    A recipe has at most one step of each kind, in this order: structured or axformer, which remove parts; magnitude,
-    wanda or sparsegpt, which set weights to 0; smoothquant or awq; int8, int4, gptq, lsq, w8a8 or llm_int8; tokens,
-    which keeps fewer tokens; export, which writes a program next to the weights. distil comes first, to train a student
-    with half the layers, or after a step, to recover its losses by learning from the original's outputs; with
+    A recipe has at most one step of each kind, in this order: structured, axformer or gates, which remove parts;
+    magnitude, wanda or sparsegpt, which set weights to 0; smoothquant or awq; int8, int4, gptq, lsq, w8a8 or llm_int8;
+    tokens, which keeps fewer tokens; export, which writes a program next to the weights. distil comes first, to train a
+    student with half the layers, or after a step, to recover its losses by learning from the original's outputs; with
     teacher=FOLDER it learns from a larger model with the same tokens, classes and inputs.
 
     Examples:
@@ -86,6 +86,7 @@ def compress(
         regard compress my_model --recipe "gptq:bits=4,group=32" --output small/
         regard compress my_classifier --recipe "axformer:focus=size,slack=0.02 + int8" --output small/
         regard compress smollm2/ --data my_corpus.txt --recipe "structured:neurons=0.2,layers=2" --output small/
+        regard compress smollm2/ --data my_corpus.txt --recipe "gates:share=0.6,hidden=true + distil:budget=10m" --output small/
         regard compress my_model --recipes "int8,int4:group=64,awq + gptq" --json
         regard compress smollm2/ --data my_corpus.txt --recipe "structured:layers=4 + distil:budget=10m + int8" --output small/
         regard compress smollm2/ --data my_corpus.txt --recipe "int8 + tokens:method=snapkv,capacity=256" --output small/

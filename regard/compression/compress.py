@@ -147,12 +147,12 @@ def compress(
         data: batches for calibration, for recipes that need them: each is passed to `run`. Read more than once.
             ``axformer`` searches by the loss on these batches: use items that the model was not trained on and will not
             be tested on.
-        training: batches that ``distil`` and ``lsq`` train on, one a step, in turn; `data` when not given.
+        training: batches that ``gates``, ``distil`` and ``lsq`` train on, one a step, in turn; `data` when not given.
         teacher: another model that each ``distil`` without a ``teacher`` of its own learns from; the original model
             when None.
         keep: called with the name and the module; returns whether a module stays as it is, with everything in it.
         run: called with the model and a batch; :func:`regard.compression.layers.run_batch` when not given.
-        losses: the loss of each item of a batch, for ``axformer`` and ``lsq``: called with the model, the batch and
+        losses: the loss of each item of a batch, for ``axformer``, ``gates`` and ``lsq``: called with the model, the batch and
             `run`; :func:`regard.compression.pruning.item_losses` when not given.
         work: folder for finished blocks of GPTQ and AWQ, trials of ``axformer`` and the state of ``lsq`` and
             ``distil``, so that the same call resumes after an interruption.
@@ -351,9 +351,8 @@ class _Job:
         if folder is not None and "loss" in step.needs:
             find_host(self.model)  # refused before anything is written
             begin(folder, self.identity)
-        undo, notes = take_parts(
-            self.model, step, self.batches, self.run, self.losses, self.keep, self.on_layer, folder
-        )
+        batches = self.taught if "training" in step.needs else self.batches
+        undo, notes = take_parts(self.model, step, batches, self.run, self.losses, self.keep, self.on_layer, folder)
         self._done(undo, *notes)
 
     def work(self, act: Recipe, layers: Layers, folder: Path | None) -> None:

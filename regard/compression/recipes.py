@@ -5,6 +5,7 @@
     smoothquant:alpha=0.7 + w8a8    several steps, in the order in which they are done
     wanda:ratio=0.4 + int8          weights set to 0, then the others rounded
     axformer:focus=size             heads, neurons and layers removed for good
+    gates:share=0.6,hidden=true     heads, neurons, layers and dimensions removed that gates have learned to close
     structured:layers=2 + distil    layers removed, then quality recovered from the answers of the original model
     int8 + tokens:keep=0.5 + export tokens dropped on their way through it, and an ONNX program next to the saved model
     my_recipe.yaml                  a file: a list of steps, each a name as above or {name: {option: value}}; JSON too
@@ -29,6 +30,7 @@ from typing import Any, ClassVar
 
 from regard.compression.pruning.steps import (
     AxFormer,
+    GateLearning,
     Magnitude,
     Masking,
     SparseGpt,
@@ -231,6 +233,7 @@ STEPS: dict[str, type[Any]] = {
     "distil": Distil,
     "structured": Structured,
     "axformer": AxFormer,
+    "gates": GateLearning,
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGpt,
@@ -284,7 +287,7 @@ class Recipe:
     steps: tuple[tuple[str, Any], ...]
 
     @property
-    def structure(self) -> Structured | AxFormer | None:
+    def structure(self) -> Structured | AxFormer | GateLearning | None:
         """The step that removes parts of the model."""
         return self._of("structure")
 

@@ -38,6 +38,7 @@ def test_a_recipe_is_written_as_text_as_a_list_and_in_files(tmp_path):
         "axformer:fraction=0.7,groups=3",
         "axformer:factor=2",
         "axformer",
+        "gates:share=0.6,hidden=true",
         "lsq:bits=8,steps=3",
         "lsq:bits=2,group=64",
         "gptq:bits=2,calibrate=kl,head=keep",
@@ -81,6 +82,7 @@ def test_a_list_of_recipes_keeps_options_with_their_step():
     others = {
         "structured",
         "axformer",
+        "gates",
         "magnitude",
         "wanda",
         "sparsegpt",

@@ -97,7 +97,8 @@ class LearnedGates(nn.Module):
                     raise Unsupported(
                         f"gates of {layer.name}, which norms what a branch adds", supported="branch_norm='none'"
                     )
-                self.log_alpha[f"{i} {branch}"] = nn.Parameter(torch.full((), start))
+                if branch not in layer.fixed:
+                    self.log_alpha[f"{i} {branch}"] = nn.Parameter(torch.full((), start))
             for part, count in (("heads", layer.units), ("neurons", layer.neurons)):
                 if count and part not in layer.fixed:
                     self.log_alpha[f"{i} {part}"] = nn.Parameter(torch.full((count,), start))
@@ -135,12 +136,12 @@ class LearnedGates(nn.Module):
         stays = {name: chance_to_stay(alpha) for name, alpha in self.log_alpha.items()}
         kept, whole = torch.zeros(()), 0
         for i, layer in enumerate(self.host.layers):
-            for branch in layer.ends:
-                part = next(part for part, own in PARTS.items() if own == branch)
-                own = stays.get(f"{i} {part}")
-                size = layer.parameters(branch)
-                kept = kept + size * stays[f"{i} {branch}"] * (1.0 if own is None else own.mean())
-                whole += size
+            for part, branch in PARTS.items():
+                if branch in layer.ends:
+                    size = layer.parameters(branch)
+                    whole += size
+                    own = [stays[name].mean() for name in (f"{i} {branch}", f"{i} {part}") if name in stays]
+                    kept = kept + size * (torch.stack(own).prod() if own else 1.0)
         if HIDDEN in stays:
             kept = kept * stays[HIDDEN].mean()
         return kept / max(whole, 1)
@@ -171,19 +172,19 @@ class LearnedGates(nn.Module):
         Raises:
             Unsupported: if the model cannot be made smaller by these gates; it is then as it was.
         """
-        cuts, undo = self.cuts(), list[Undo]()
-        for i, gates in self._by_layer(final_gates).items():
-            layer = self.host.layers[i]
-            for part, branch, linear in (
-                ("heads", "attention", layer.output),
-                ("neurons", "feed_forward", layer.down),
-            ):
-                undo.append(_scaled(layer, linear, getattr(gates, part), getattr(gates, branch), branch))
-        if HIDDEN in self.log_alpha:
-            factors = final_gates(self.log_alpha[HIDDEN])
-            undo += [_multiplied(parameter, factors, axis) for parameter, axis in self.host.stream().scales]
+        undo: list[Undo] = []
         try:
-            undo.append(compact(self.host, cuts, self.closed()))
+            for i, gates in self._by_layer(final_gates).items():
+                layer = self.host.layers[i]
+                for part, branch, linear in (
+                    ("heads", "attention", layer.output),
+                    ("neurons", "feed_forward", layer.down),
+                ):
+                    undo.append(_scaled(layer, linear, getattr(gates, part), getattr(gates, branch), branch))
+            if HIDDEN in self.log_alpha:
+                factors = final_gates(self.log_alpha[HIDDEN])
+                undo += [_multiplied(parameter, factors, axis) for parameter, axis in self.host.stream().scales]
+            undo.append(compact(self.host, self.cuts(), self.closed()))
         except Unsupported:
             backwards(undo)()
             raise

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from regard.compression.pruning.weights import FREE, read_pattern
+from regard.compression.steps import check_rate
 from regard.contract import Unsupported, at_least, one_of
 
 FOCUSES = ("accuracy", "size", "speed")
@@ -98,6 +99,34 @@ class Structured:
         """Data, if they decide what is removed."""
         parts = bool(self.heads or self.neurons) and self.by == "activation"
         return ("data",) if parts or (self.layers and self.layers_by == "likeness") else ()
+
+
+@dataclass(frozen=True)
+class GateLearning:
+    """Learn which heads, neurons and branches go, with the model's own loss; see :mod:`regard.compression.pruning.gates`.
+
+    The model's weights are not trained. Use items that the model is not tested on.
+
+    Attributes:
+        share: the share of the branches' parameters to keep, above 0 and below 1.
+        steps: training steps, a batch each; 1 or more. With few, the share is missed.
+        learning_rate: Adam's rate for the gates, above 0.
+        hidden: whether the residual stream becomes narrower too.
+    """
+
+    share: float = 0.5
+    steps: int = 200
+    learning_rate: float = 0.1
+    hidden: bool = False
+    stage: ClassVar = "structure"
+    needs: ClassVar = ("training",)
+
+    def __post_init__(self) -> None:
+        check_share("share", self.share)
+        if not self.share:
+            raise Unsupported("share=0, which keeps nothing", supported="0 < share < 1", nearest="share=0.5")
+        at_least("steps", self.steps, 1)
+        check_rate(self.learning_rate)
 
 
 @dataclass(frozen=True)

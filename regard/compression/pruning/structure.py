@@ -8,16 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from regard.compression.layers import Run
-from regard.compression.pruning.anatomy import Cut, Layer, Undo, find_host
+from regard.compression.pruning.anatomy import Cut, Host, Layer, Undo, find_host
 from regard.compression.pruning.axformer import Trial, search
 from regard.compression.pruning.checked import compact, note_fixed
+from regard.compression.pruning.gates import learn_gates
 from regard.compression.pruning.losses import Losses
 from regard.compression.pruning.records import structure
 from regard.compression.pruning.scores import choose
-from regard.compression.pruning.steps import AxFormer, Structured
+from regard.compression.pruning.steps import AxFormer, GateLearning, Structured
+from regard.contract import Unsupported
 from regard.core.files import write_text_atomically
 
 TRIALS = "trials.json"
@@ -25,7 +28,7 @@ TRIALS = "trials.json"
 
 def take_parts(
     model: nn.Module,
-    step: Structured | AxFormer,
+    step: Structured | AxFormer | GateLearning,
     batches: Sequence[Any],
     run: Run,
     losses: Losses,
@@ -42,9 +45,18 @@ def take_parts(
     """
     host = find_host(model)
     kept = frozenset(i for i, layer in enumerate(host.layers) if keep(layer.name, layer.module))
-    if isinstance(step, Structured):
+    before = sum(parameter.numel() for parameter in model.parameters())
+    if isinstance(step, GateLearning):
+        if kept:
+            raise Unsupported(
+                "layers to keep while gates are learned for all", supported="keep with structured or axformer"
+            )
+        note_fixed(host)
+        undo, cuts, notes = _by_gates(host, step, batches, run, losses, on_trial)
+    elif isinstance(step, Structured):
         note_fixed(host, [part for part in ("heads", "neurons") if getattr(step, part)])
         cuts, notes = choose(host, step, batches, run, kept), []
+        undo = compact(host, cuts)
     else:
         note_fixed(host)
         file = None if work is None else work / TRIALS
@@ -67,8 +79,7 @@ def take_parts(
             remember=remember,
         )
         cuts, notes = found.cuts, [str(found)]
-    before = sum(parameter.numel() for parameter in model.parameters())
-    undo = compact(host, cuts)
+        undo = compact(host, cuts)
     after = sum(parameter.numel() for parameter in model.parameters())
     said = [f"{after:,} of {before:,} parameters are left ({after / before:.1%})"]
     if structure(model) is not None:
@@ -78,6 +89,39 @@ def take_parts(
         *said,
         *(words(layer, cut) for layer, cut in zip(host.layers, cuts, strict=True) if cut != Cut()),
     ]
+
+
+def _by_gates(
+    host: Host,
+    step: GateLearning,
+    batches: Sequence[Any],
+    run: Run,
+    losses: Losses,
+    on_step: Callable[[str, int, int], None],
+) -> tuple[Undo, list[Cut], list[str]]:
+    """Learn gates, and cut what they close; return how to undo it, the cuts, and sentences on the result."""
+    with torch.enable_grad():
+        gates = learn_gates(
+            host,
+            lambda number: batches[number % len(batches)],
+            step.share,
+            step.steps,
+            rate=step.learning_rate,
+            run=run,
+            losses=losses,
+            hidden=step.hidden,
+            generator=torch.Generator().manual_seed(0),
+            on_step=lambda number, found: on_step("step", number + 1, step.steps),
+        )
+    cuts, gone = gates.cuts(), gates.closed()
+    notes = [
+        f"gates learned in {step.steps} steps on {len(batches)} batches: an expected share of "
+        f"{float(gates.expected_share().detach()):.1%} of the branches' parameters"
+    ]
+    if step.hidden:
+        width = host.stream().width
+        notes.append(f"the residual stream has {width - len(gone)} of {width} dimensions left")
+    return gates.finish(), cuts, notes
 
 
 def words(layer: Layer, cut: Cut) -> str:

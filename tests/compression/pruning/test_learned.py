@@ -11,6 +11,7 @@ from test_cuts import NARROW, batch, bert, encoder, language_model, llama, outpu
 from torch.nn import functional as F
 
 import regard
+from regard.compression.folders import load_compressed
 from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.pruning.gates import LearnedGates, chance_to_stay, final_gates, learn_gates, sample_gates
 from regard.compression.pruning.layer_drop import even_layers, layer_drop
@@ -145,7 +146,7 @@ def test_gates_of_the_stream_and_the_weights_under_them_have_gradients():
 
 def test_gates_of_the_stream_are_learned_and_refused_before_anything_is_done():
     pytest.importorskip("transformers")
-    model: Any = encoder(num_layers=2, dim=8).float()
+    model: Any = encoder(num_layers=1, dim=8).float()
     ids = torch.randint(30, (16, 7))
     data = Batch(ids, model(ids).output.argmax(-1))
     gates = learn_gates(find_host(model), lambda step: data, 0.5, 150, hidden=True)
@@ -158,6 +159,34 @@ def test_gates_of_the_stream_are_learned_and_refused_before_anything_is_done():
     other = llama().float()
     other.model.norm = GemmaRMSNorm(16)
     refused("under a GemmaRMSNorm", LearnedGates, find_host(other), hidden=True)
+
+
+@pytest.mark.parametrize("name", ["tied", "llama", "bert"])
+def test_a_recipe_of_gates_writes_a_smaller_model_that_loads_and_can_be_undone(name, tmp_path):
+    model = NARROW[name]().float()
+    ids, numbers = torch.randint(30, (8, 7)), sum(p.numel() for p in model.parameters())
+    data: Any = [ids, ids.flip(0)]
+    if name == "bert":
+        data = [{"input_ids": ids, "labels": torch.randint(3, (8,))}]
+    before, recipe = output(model, ids), "gates:share=0.4,steps=12,learning_rate=0.9,hidden=true"
+    regard.compress(model, recipe, data).undo()
+    close(output(model, ids), before, 0.0)
+    small = regard.compress(model, recipe, data)
+    assert sum(p.numel() for p in model.parameters()) < numbers
+    left = next(int(note.split()[4]) for note in small.report.notes if "the residual stream has" in note)
+    assert {m.embedding_dim for m in model.modules() if isinstance(m, torch.nn.Embedding)} <= {left, 5} and left < 16
+    small.save(tmp_path)
+    close(output(load_compressed(tmp_path), ids), output(model, ids), 1e-5)
+
+
+def test_a_recipe_of_gates_that_cannot_be_done_is_refused():
+    model = language_model(positions="sinusoidal").float()
+    data = [torch.randint(30, (2, 7))]
+    refused("sinusoidal", regard.compress, model, "gates:hidden=true", data)
+    refused("without data", regard.compress, model, "gates")
+    refused("layers to keep", regard.compress, model, "gates", data, keep=lambda name, module: name == "blocks.1")
+    for options in ("share=0", "share=1", "steps=0", "learning_rate=0"):
+        refused(options, regard.compress, model, f"gates:{options}", data)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
