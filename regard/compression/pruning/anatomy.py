@@ -44,6 +44,7 @@ class Layer:
         down: the projection after the neurons; None if neurons cannot be removed.
         branches: the module of each branch that the layer has.
         ends: for each branch, the module whose output is added to the residual stream.
+        last: the plain projection that a branch ends in, for each branch that does.
         post_norm: whether norms come after the residual sums, so that they stay when branches are removed.
         fixed: the reason why ``heads``, ``neurons`` or a branch cannot be removed.
     """
@@ -58,6 +59,7 @@ class Layer:
     down: nn.Linear | None
     branches: Mapping[str, nn.Module]
     ends: Mapping[str, nn.Module]
+    last: Mapping[str, nn.Linear]
     post_norm: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict)
 

@@ -167,7 +167,7 @@ class TransformersModel:
         shapes = [[parameter.shape for parameter in norm.parameters(recurse=False)] for norm in norms]
         if not all(found and set(found) == {(width,)} for found in shapes):
             raise self._wide("some of its norms have no weights, or another width")
-        scales = [pair for layer in self.layers for end in layer.ends.values() for pair in rows_of(end)]
+        scales = [pair for layer in self.layers for linear in layer.last.values() for pair in rows_of(linear)]
         start = None if self.family.post_norm else model.get_input_embeddings()
         scaled = norms
         if start is not None:
@@ -342,6 +342,7 @@ def _layer(name: str, module: Any, family: Family) -> Layer:
         fixed["heads"] = f"{an_instance(attention)} does not attend through transformers' attention interface"
     if family.post_norm and (reason := _unlike_bert(module)):
         fixed |= dict.fromkeys(BRANCHES, reason)
+    last = dict(zip(BRANCHES, (output, down), strict=True))
     return Layer(
         name,
         module,
@@ -352,7 +353,8 @@ def _layer(name: str, module: Any, family: Family) -> Layer:
         output,
         down,
         {"attention": module.get_submodule(family.attention), "feed_forward": nn.ModuleList(networks)},
-        dict(zip(BRANCHES, (output, down), strict=True)),
+        last,
+        last,
         family.post_norm,
         fixed,
     )

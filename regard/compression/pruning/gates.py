@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.layers import Run, run_batch
-from regard.compression.pruning.anatomy import BRANCHES, Cut, Host, Layer, Undo, backwards
+from regard.compression.pruning.anatomy import BRANCHES, Cut, Host, Undo, backwards, rows_of
 from regard.compression.pruning.checked import compact
 from regard.compression.pruning.losses import Losses, item_losses
 from regard.compression.pruning.masks import Gates, gated, narrower_norm, stream_gated
@@ -75,7 +75,7 @@ def _stretched(s: Tensor) -> Tensor:
 
 
 class LearnedGates(nn.Module):
-    """Gates of all parts of a model.
+    """Gates of all parts of a model, except of branches that end in no plain projection to multiply them into.
 
     Args:
         host: the model, see :func:`regard.compression.pruning.find_host`.
@@ -97,7 +97,7 @@ class LearnedGates(nn.Module):
                     raise Unsupported(
                         f"gates of {layer.name}, which norms what a branch adds", supported="branch_norm='none'"
                     )
-                if branch not in layer.fixed:
+                if branch in layer.last and branch not in layer.fixed:
                     self.log_alpha[f"{i} {branch}"] = nn.Parameter(torch.full((), start))
             for part, count in (("heads", layer.units), ("neurons", layer.neurons)):
                 if count and part not in layer.fixed:
@@ -175,12 +175,14 @@ class LearnedGates(nn.Module):
         undo: list[Undo] = []
         try:
             for i, gates in self._by_layer(final_gates).items():
-                layer = self.host.layers[i]
-                for part, branch, linear in (
-                    ("heads", "attention", layer.output),
-                    ("neurons", "feed_forward", layer.down),
-                ):
-                    undo.append(_scaled(layer, linear, getattr(gates, part), getattr(gates, branch), branch))
+                for part, branch in PARTS.items():
+                    last = self.host.layers[i].last.get(branch)
+                    inputs, output = getattr(gates, part), getattr(gates, branch)
+                    if last is not None and inputs is not None:
+                        each = inputs.repeat_interleave(last.in_features // len(inputs))
+                        undo.append(_multiplied(last.weight, each, 1))
+                    if last is not None and output is not None and float(output):
+                        undo += [_multiplied(parameter, output, axis) for parameter, axis in rows_of(last)]
             if HIDDEN in self.log_alpha:
                 factors = final_gates(self.log_alpha[HIDDEN])
                 undo += [_multiplied(parameter, factors, axis) for parameter, axis in self.host.stream().scales]
@@ -206,39 +208,14 @@ def _check_factors(norm: nn.Module) -> None:
         )
 
 
-def _multiplied(parameter: nn.Parameter, factors: Tensor, axis: int) -> Undo:
-    """Multiply factors of the entries along an axis into a parameter."""
+def _multiplied(parameter: Tensor, factors: Tensor, axis: int) -> Undo:
+    """Multiply factors along an axis, or one for all, into a parameter."""
     before = parameter.detach().clone()
     parameter.mul_(factors.to(parameter).view(-1, *[1] * (parameter.ndim - 1 - axis)))
 
     def undo() -> None:
         with torch.no_grad():
             parameter.copy_(before)
-
-    return undo
-
-
-def _scaled(layer: Layer, linear: nn.Linear | None, inputs: Tensor | None, output: Tensor | None, branch: str) -> Undo:
-    """Multiply gates into a projection."""
-    if linear is None:
-        if output is not None and float(output) not in (0.0, 1.0):
-            raise Unsupported(
-                f"a gate of {float(output):.2g} for the {branch} of {layer.name}", supported="0 or 1 there"
-            )
-        return lambda: None
-    weight, bias = linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach().clone()
-    if inputs is not None:
-        linear.weight.mul_(inputs.repeat_interleave(linear.in_features // len(inputs)).to(weight))
-    if output is not None and float(output):
-        linear.weight.mul_(output.to(weight))
-        if bias is not None:
-            linear.bias.mul_(output.to(bias))
-
-    def undo() -> None:
-        with torch.no_grad():
-            linear.weight.copy_(weight)
-            if bias is not None:
-                linear.bias.copy_(bias)
 
     return undo
 

@@ -81,8 +81,7 @@ class OwnModel:
         for block, layer in zip(model.blocks, self.layers, strict=True):
             norms += [block.mixer_norm] if "attention" in layer.branches else []
             norms += [block.feed_forward_norm] if "feed_forward" in layer.branches else []
-        written = [linear for layer in self.layers for linear in (layer.output, layer.down) if linear is not None]
-        scales = [pair for linear in written for pair in rows_of(linear)]
+        scales = [pair for layer in self.layers for linear in layer.last.values() for pair in rows_of(linear)]
         start = model.embedding_norm
         if isinstance(start, nn.Identity):
             scales += _start(model)
@@ -165,8 +164,11 @@ def _layer(name: str, block: Any) -> Layer:
     down: Any = None
     heads, group, width, neurons = 0, 1, 0, 0
     branches, ends = {}, {}
+    last: dict[str, Any] = {}
     if not isinstance(mixer, NoMixer):
         branches["attention"], ends["attention"] = mixer, block.mixer_end
+        if type(mixer) is AttentionLayer and _is_plain(mixer.output):
+            last["attention"] = mixer.output
         reason = _why_heads_stay(block)
         if reason:
             fixed["heads"] = reason
@@ -184,9 +186,9 @@ def _layer(name: str, block: Any) -> Layer:
         elif not all(_is_plain(linear) for linear in network.children()):
             fixed["neurons"] = "its projections are not plain"
         else:
-            down = network.down
+            down = last["feed_forward"] = network.down
             neurons = down.in_features
-    return Layer(name, block, heads, group, width, neurons, output, down, branches, ends, fixed=fixed)
+    return Layer(name, block, heads, group, width, neurons, output, down, branches, ends, last, fixed=fixed)
 
 
 def _why_heads_stay(block: Any) -> str:
@@ -237,9 +239,9 @@ def _has_weight(norm: nn.Module) -> bool:
 
 
 def _why_layer_is_wide(layer: Layer) -> str:
-    for branch, part, end in (("attention", "heads", layer.output), ("feed_forward", "neurons", layer.down)):
-        if branch in layer.branches and end is None:
-            return f"in {layer.name} {layer.fixed[part]}"
+    for branch, module in layer.branches.items():
+        if branch not in layer.last:
+            return f"{an_instance(module)} in {layer.name} ends in no plain projection"
     return ""
 
 

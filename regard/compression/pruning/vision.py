@@ -133,6 +133,7 @@ def _layer(name: str, block: Any) -> Layer:
             fixed[what] = "its projections are not plain"
     if attention.gate is not None or "forward" in vars(attention):
         fixed["heads"] = "its attention is not timm's plain one"
+    last = {"attention": attention.proj, "feed_forward": network.fc2}
     return Layer(
         name,
         block,
@@ -143,7 +144,8 @@ def _layer(name: str, block: Any) -> Layer:
         None if "heads" in fixed else attention.proj,
         None if "neurons" in fixed else network.fc2,
         {"attention": attention, "feed_forward": network},
-        {"attention": attention.proj, "feed_forward": network.fc2},
+        last,
+        {branch: linear for branch, linear in last.items() if type(linear) is nn.Linear},
         fixed=fixed,
     )
 

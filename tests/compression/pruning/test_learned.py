@@ -118,6 +118,21 @@ def test_finished_gates_of_the_stream_leave_the_model_that_had_them(name):
     assert sum(p.numel() for p in model.parameters()) == numbers
 
 
+def test_branches_without_a_last_projection_have_no_gates_and_the_rest_is_cut():
+    model, ids = language_model(plan=["mamba2", ("softmax", {"learn_sink": True}), "softmax", "mamba2"]), batch()
+    gates = LearnedGates(find_host(model)).double().eval()
+    assert {name for name in gates.log_alpha if "attention" in name} == {"1 attention", "2 attention"}
+    assert [name for name in gates.log_alpha if "heads" in name] == ["2 heads"]
+    with torch.no_grad():
+        for alpha in gates.log_alpha.values():
+            alpha.copy_(torch.randn(alpha.shape) * 2)
+        gates.log_alpha["1 attention"].fill_(0.3)
+    with gates.applied():
+        expected = output(model, ids)
+    gates.finish()
+    close(output(model, ids), expected)
+
+
 @pytest.mark.parametrize("make", [llama, bert])
 def test_norms_under_gates_are_over_the_dimensions_that_are_open(make):
     host = find_host(make())
