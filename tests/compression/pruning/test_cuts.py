@@ -224,6 +224,7 @@ def test_a_stream_that_cannot_become_narrower_is_refused_with_the_reason():
         (vit(), "whose heads share its width"),
         (language_model(positions="sinusoidal"), "sinusoidal positions are made for its width"),
         (language_model(plan=["mamba2"] * 4), "in blocks.0 ends in no plain projection"),
+        (language_model(plan=["gated_softmax"] * 4), "beside blocks.0.mixer.projection"),
         (language_model(norm="rms_nonparametric"), "norms have no weights"),
         (language_model(norm="none"), "no norms"),
         (language_model(stack={"branch_norm": "all"}), "norms of exits or of branches"),
@@ -238,7 +239,8 @@ def test_a_stream_that_cannot_become_narrower_is_refused_with_the_reason():
     ):
         before = {key: value.clone() for key, value in model.state_dict().items()}
         host = find_host(model)
-        refused(words, host.compact, [Cut()] * 4, GONE)
+        refused(words, host.compact, [Cut(feed_forward=True), Cut(), Cut(), Cut()], GONE)
+        assert model.state_dict().keys() == before.keys()
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     for gone, words in (((16,), "dimensions"), (tuple(range(16)), "all dimensions")):
         refused(words, find_host(language_model()).compact, [Cut()] * 4, gone)
