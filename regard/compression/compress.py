@@ -154,8 +154,8 @@ def compress(
         run: called with the model and a batch; :func:`regard.compression.layers.run_batch` when not given.
         losses: the loss of each item of a batch, for ``axformer``, ``gates`` and ``lsq``: called with the model, the batch and
             `run`; :func:`regard.compression.pruning.item_losses` when not given.
-        work: folder for finished blocks of GPTQ and AWQ, trials of ``axformer`` and the state of ``lsq`` and
-            ``distil``, so that the same call resumes after an interruption.
+        work: folder for finished blocks of GPTQ and AWQ, trials of ``axformer`` and the state of ``gates``,
+            ``lsq`` and ``distil``, so that the same call resumes after an interruption.
         on_layer: called with the name of each finished layer or block, how many are done, and how many there are.
 
     Returns:
@@ -348,7 +348,7 @@ class _Job:
 
     def take_parts(self, step: Any, folder: Path | None) -> None:
         """Do a step that removes parts of the model."""
-        if folder is not None and "loss" in step.needs:
+        if folder is not None and {"loss", "training"} & set(step.needs):
             find_host(self.model)  # refused before anything is written
             begin(folder, self.identity)
         batches = self.taught if "training" in step.needs else self.batches

@@ -30,20 +30,24 @@ parameters of branches, without embeddings.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from regard.compression.descent import SECONDS, by_path
 from regard.compression.layers import Run, run_batch
 from regard.compression.pruning.anatomy import BRANCHES, Cut, Host, Undo, backwards, rows_of
 from regard.compression.pruning.checked import compact
 from regard.compression.pruning.losses import Losses, item_losses
 from regard.compression.pruning.masks import Gates, gated, narrower_norm, stream_gated
 from regard.contract import Unsupported, an_instance, at_least
+from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -248,7 +252,8 @@ def learn_gates(
     run: Run = run_batch,
     losses: Losses = item_losses,
     hidden: bool = False,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
+    file: Path | None = None,
     on_step: Callable[[int, Step], None] = lambda step, found: None,
 ) -> LearnedGates:
     """Learn gates until only a share of the parameters of branches stays.
@@ -261,7 +266,8 @@ def learn_gates(
         model_rate: Adam's learning rate for the model's own weights; 0 leaves them as they are.
         warmup: part of the steps over which the target share falls from 1.
         hidden: whether the residual stream may become narrower too.
-        generator: source of random draws.
+        seed: seed of the random draws.
+        file: where the state is saved every minute, on interruption, and at the end, for the same call to resume from.
         on_step: called after each step.
 
     Returns:
@@ -273,20 +279,42 @@ def learn_gates(
     gates = LearnedGates(host, hidden=hidden)
     prices = nn.Parameter(torch.zeros(2))
     groups = [{"params": list(gates.parameters()), "lr": rate}, {"params": [prices], "lr": price_rate}]
+    trained: dict[str, nn.Parameter] = {**gates.log_alpha, "prices": prices}
     if model_rate:
-        groups.append({"params": [p for p in host.model.parameters() if p.requires_grad], "lr": model_rate})
-    optimizer = torch.optim.Adam(groups)
-    for step in range(steps):
-        asked = 1 - (1 - share) * min(1.0, (step + 1) / max(warmup * steps, 1))
-        optimizer.zero_grad()
-        with gates.applied(generator):
-            loss = losses(host.model, batches(step), run).mean()
-        found = gates.expected_share()
-        gap = found - asked
-        (loss + prices[0] * gap + prices[1] * gap.square()).backward()
-        assert prices.grad is not None
-        prices.grad.neg_()  # gradient ascent: prices rise as long as too much stays
-        optimizer.step()
-        on_step(step, Step(float(loss.detach()), float(found.detach()), asked))
+        own = {f"model {name}": p for name, p in host.model.named_parameters() if p.requires_grad}
+        groups.append({"params": list(own.values()), "lr": model_rate})
+        trained |= own
+    optimizer, state, done = torch.optim.Adam(groups), by_path(trained), 0
+    if file is not None and file.is_file():
+        checkpoint = load_checkpoint(file)
+        restore(checkpoint, state, optimizer)
+        done = int(checkpoint.record["steps"])
+
+    def keep() -> None:
+        if file is not None and done:
+            save_checkpoint(file, state, optimizer, {"steps": done})
+
+    kept = time.monotonic()
+    try:
+        while done < steps:
+            asked = 1 - (1 - share) * min(1.0, (done + 1) / max(warmup * steps, 1))
+            optimizer.zero_grad()
+            with gates.applied(torch.Generator().manual_seed((seed << 32) + done)):
+                loss = losses(host.model, batches(done), run).mean()
+            found = gates.expected_share()
+            gap = found - asked
+            (loss + prices[0] * gap + prices[1] * gap.square()).backward()
+            assert prices.grad is not None
+            prices.grad.neg_()  # gradient ascent: prices rise as long as too much stays
+            optimizer.step()
+            done += 1
+            on_step(done - 1, Step(float(loss.detach()), float(found.detach()), asked))
+            if time.monotonic() - kept > SECONDS:
+                keep()
+                kept = time.monotonic()
+    except KeyboardInterrupt:
+        keep()
+        raise
+    keep()
     host.model.zero_grad()
     return gates.eval()

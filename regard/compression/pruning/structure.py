@@ -23,7 +23,7 @@ from regard.compression.pruning.steps import AxFormer, GateLearning, Structured
 from regard.contract import Unsupported
 from regard.core.files import write_text_atomically
 
-TRIALS = "trials.json"
+TRIALS, GATES = "trials.json", "gates.safetensors"
 
 
 def take_parts(
@@ -40,7 +40,7 @@ def take_parts(
 
     Args:
         keep: as in :func:`regard.compression.compress`, called for whole layers.
-        work: folder where a search saves its trials, to resume from.
+        work: folder where a search saves its trials, and learned gates their state, to resume from.
         on_trial: called with the name of each part that is tried, the number of finished trials, and their maximum.
     """
     host = find_host(model)
@@ -52,7 +52,7 @@ def take_parts(
                 "layers to keep while gates are learned for all", supported="keep with structured or axformer"
             )
         note_fixed(host)
-        undo, cuts, notes = _by_gates(host, step, batches, run, losses, on_trial)
+        undo, cuts, notes = _by_gates(host, step, batches, run, losses, on_trial, work)
     elif isinstance(step, Structured):
         note_fixed(host, [part for part in ("heads", "neurons") if getattr(step, part)])
         cuts, notes = choose(host, step, batches, run, kept), []
@@ -98,6 +98,7 @@ def _by_gates(
     run: Run,
     losses: Losses,
     on_step: Callable[[str, int, int], None],
+    work: Path | None,
 ) -> tuple[Undo, list[Cut], list[str]]:
     """Learn gates, and cut what they close; return how to undo it, the cuts, and sentences on the result."""
     with torch.enable_grad():
@@ -110,7 +111,7 @@ def _by_gates(
             run=run,
             losses=losses,
             hidden=step.hidden,
-            generator=torch.Generator().manual_seed(0),
+            file=None if work is None else work / GATES,
             on_step=lambda number, found: on_step("step", number + 1, step.steps),
         )
     cuts, gone = gates.cuts(), gates.closed()

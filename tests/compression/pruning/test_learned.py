@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -247,3 +248,29 @@ def test_gates_are_learned_until_the_share_that_was_asked_for_stays():
     assert learned < sum(elsewhere) / 5, "the same gates for other parts"
     refused("share=1", learn_gates, find_host(model), lambda step: data, 1.0, 3)
     refused("norms what a branch adds", LearnedGates, find_host(language_model(stack={"branch_norm": "all"})))
+
+
+def test_gates_whose_learning_was_stopped_go_on_to_the_same_gates(tmp_path):
+    start: Any = encoder(num_layers=1).float()
+    ids = torch.randint(30, (4, 7))
+    data = Batch(ids, start(ids).output.argmax(-1))
+
+    def learn(on_step: Any = lambda step, found: None, **given: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        model = copy.deepcopy(start)
+        gates = learn_gates(
+            find_host(model), lambda step: data, 0.5, 6, hidden=True, model_rate=0.01, on_step=on_step, **given
+        )
+        return gates, model.state_dict()
+
+    def stop(step: int, found: Any) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    file, seen = tmp_path / "gates.safetensors", list[int]()
+    whole, weights = learn()
+    with pytest.raises(KeyboardInterrupt):
+        learn(stop, file=file)
+    again, resumed = learn(lambda step, found: seen.append(step), file=file)
+    assert seen == [4, 5]
+    assert all(torch.equal(alpha, again.log_alpha[name]) for name, alpha in whole.log_alpha.items())
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
