@@ -28,6 +28,9 @@ NO_RANK = 1 << 62
 class SnapKV(Method):
     """Keep the tokens that the last queries of a prompt attend to, and their neighbours; the same number in every head.
 
+    Neighbours among the last tokens count as those elsewhere, as in the sparse-frontier benchmark; the authors' code
+    (FasterDecoding/SnapKV) averages zeros in their place, which matters to the kernel // 2 tokens before them.
+
     Attributes:
         capacity: tokens of the prompt that each kv head keeps.
         window: number of last queries that decide.
@@ -115,7 +118,8 @@ class AdaSnapKV(SnapKV):
 class PyramidKV(SnapKV):
     """SnapKV with more tokens in the first layers and fewer in the last (arXiv 2406.02069).
 
-    The capacities fall linearly from layer to layer, and average exactly `capacity`.
+    The capacities fall linearly from layer to layer, and average exactly `capacity`; the authors' code rounds the step
+    between layers down, and gives all layers as much where a prompt is shorter than twice the capacity.
 
     Attributes:
         beta: the last layer keeps 1 / beta of the tokens that can be chosen at `capacity`.
