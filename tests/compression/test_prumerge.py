@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support import refused
+from support import close, load, refused
 
 from regard.compression.tokens.prumerge import encode_fewer, prune_and_merge
 
@@ -38,6 +38,20 @@ def test_an_image_without_outliers_keeps_the_patch_with_the_most_attention():
     attention = torch.linspace(1, 2, 20) / 30
     found = prune_and_merge(torch.randn(20, 4), attention, torch.randn(20, 4))
     assert found.places.tolist() == [19] and found.tokens.shape == (2, 4)
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_tokens_are_those_of_the_authors_code(plus):
+    """Theirs come in the order of attention, those that only the grid adds after them, the rest's token last."""
+    found = load("compression_prumerge")
+    name = "plus_" if plus else ""
+    features, q, k = (found[f"{name}{x}"].double() for x in ("features", "queries", "keys"))
+    attention = (q[0] @ k.T * q.shape[1] ** -0.5).softmax(-1)[1:]
+    own = prune_and_merge(features[1:], attention, k[1:], plus=plus)
+    places = own.places.tolist()
+    known = outliers(attention)
+    order = sorted(known, key=lambda j: -float(attention[j])) + [j for j in places if j not in known]
+    close(own.tokens[[*map(places.index, order), -1]], found[f"{name}tokens"])
 
 
 def test_a_vision_transformer_of_timm_is_read_before_its_last_block_image_by_image():
