@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import close, refused
+from support import close, load, recorded_state, refused
 from torch import Tensor
 
 import regard
@@ -52,11 +52,11 @@ def test_so_many_tokens_stay_the_first_among_them_in_their_order():
     assert bool(((places >= 0).sum(1) == 2).all()) and bool((places[1, 7:] == -1).all()), "padding goes first"
 
 
-def test_the_tokens_that_stay_are_those_that_are_attended_to_most():
+def test_the_tokens_that_stay_are_those_that_the_others_attend_to_most():
     model, given = bert(1), {"input_ids": torch.randint(30, (2, 10))}
     model.set_attn_implementation("eager")
     weights = model(**given, output_attentions=True).attentions[0]
-    scores = weights.sum((1, 2))
+    scores = weights.sum((1, 2)) - weights.diagonal(dim1=2, dim2=3).sum(1)
     scores[:, 0] = torch.inf
     expected = scores.topk(4).indices.sort(1).values
     pruning = PrunedTokens(model, counts=[4])
@@ -102,6 +102,63 @@ def test_soft_thresholds_learn_by_the_penalty_and_soft_counts_too():
         optimizer.step()
     counted.harden()
     assert counted.counts == [10, 8, 5], "12 (1 - 0.2 l), rounded up: later layers pay more"
+
+
+def alone(layers: int, heads: int, width: int, hidden: int) -> Any:
+    """A BERT of this shape in float64."""
+    sizes = {"hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers}
+    return transformers.BertModel(transformers.BertConfig(vocab_size=9, num_attention_heads=heads, **sizes)).double()
+
+
+def through(pruning: PrunedTokens, model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Outputs of a BERT's layers, and after each of them which of the first tokens are left."""
+    left = []
+    for layer in model.encoder.layer:
+        x = layer(x)
+        left.append(pruning.tokens.places[0] >= 0)
+    return x, left
+
+
+def test_power_bert_takes_the_tokens_and_factors_of_the_authors_layers():
+    found = load("compression_power_bert")
+    x, weights = found["x"].double(), found["weights"].double()
+    model = alone(2, 12, 24, 8)
+    pruning = PrunedTokens(model, counts=[6, 6])
+    pruning.begin(x, None)
+    close(pruning.after(0, x, weights), found["hard"].double(), 0.0)
+    pruning.soften(length=14)
+    assert pruning.shares is not None
+    with torch.no_grad():
+        pruning.shares[1] = found["shares"]
+    pruning.begin(x, None)
+    close(pruning.after(1, x, weights)[:, 1:], found["soft"][:, 1:].double(), 1e-7)
+
+
+def test_ltp_learns_as_the_authors_encoder_does():
+    found, model = load("compression_ltp"), alone(3, 3, 12, 20).train(False)
+    model.encoder.load_state_dict(recorded_state("compression_ltp"))
+    pruning = PrunedTokens(model, thresholds=found["soft_thresholds"].tolist()).double()
+    assert pruning.thresholds is not None
+    with torch.no_grad():
+        pruning.thresholds.copy_(found["soft_thresholds"])
+    pruning.soften(temperature=5e-4)
+    out, _ = through(pruning, model, found["x"])
+    close(out, found["soft_out"], 1e-10)
+    close(pruning.penalty(), found["factors"].mean(), 1e-10)
+    close(torch.autograd.grad(out, pruning.thresholds, found["grad_out"])[0], found["grad_thresholds"], 1e-10)
+
+
+@torch.no_grad()
+def test_ltp_drops_the_tokens_of_the_authors_encoder_at_thresholds_for_the_tokens_left():
+    """The authors divide a token's attention by the length of the input, this project by the number of tokens left."""
+    found, model = load("compression_ltp"), alone(3, 3, 12, 20).eval()
+    model.encoder.load_state_dict(recorded_state("compression_ltp"))
+    kept, n = found["kept"], found["kept"].shape[1]
+    before = torch.tensor([n, *kept.sum(1)[:-1].tolist()])
+    pruning = PrunedTokens(model, thresholds=(found["hard_thresholds"] * n / before).tolist())
+    out, left = through(pruning, model, found["x"])
+    assert torch.equal(torch.stack(left), kept)
+    close(out[0], found["hard_out"][0, kept[-1]], 1e-10)
 
 
 def relative(kind: str) -> Any:

@@ -6,12 +6,13 @@ r"""Fewer tokens per layer in text encoders: PoWER-BERT (arXiv 2001.08950) and L
     pruning = PrunedTokens(model, thresholds=[0.002, 0.004, ...])   # tokens with more attention than this stay
     pruning.undo()
 
-The score of a token is the attention that it gets: the mean over heads, in PoWER-BERT of the sum over queries, in LTP
-of their mean, so that a threshold means the same at every length. The first token, which classifiers read, always
-stays; the others keep their order and positions. Padding is removed first. Tokens are removed between the attention of
-a layer and its feed-forward network.
+The score of a token is the attention that it gets: the mean over heads, in PoWER-BERT of the sum over all other
+tokens' queries, in LTP of the mean over all queries, so that a threshold means the same at every length. The first
+token, which classifiers read, always stays; the others keep their order and positions. Padding is removed first. Tokens
+are removed between the attention of a layer and its feed-forward network.
 
-Both can be learned, with the model or alone; :meth:`PrunedTokens.soften` keeps all tokens, each multiplied by
+Both can be learned, with the model or alone; :meth:`PrunedTokens.soften` keeps all tokens, each multiplied by a factor
+there (PoWER-BERT), or after the feed-forward network (LTP):
 
 | | factor of a token in layer l | penalty |
 |---|---|---|
@@ -23,7 +24,8 @@ earlier layers.
 
 Models: models of transformers with layers like BERT's whose outputs are read at the first token; per-token outputs
 shrink. Deviations: all rows of a batch keep as many tokens as the row that keeps most; tokens that LTP drops in other
-rows are masked.
+rows are masked. The authors' codes let a learned factor fall on the first token too; LTP's divides by the length of the
+padded input, also when tokens have gone, so that its thresholds mean less and less.
 """
 
 from __future__ import annotations
@@ -133,12 +135,8 @@ class PrunedTokens(nn.Module):
         if mask is not None:
             row = mask[:, 0, 0]
             valid = valid & (row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2)
-        self._run.tokens, self._run.valid, self._run.kept, self._run.factors = (
-            Tokens.begin(x, CLASS_TOKENS),
-            valid,
-            [],
-            [],
-        )
+        self._run.tokens, self._run.valid = Tokens.begin(x, CLASS_TOKENS), valid
+        self._run.kept, self._run.factors, self._run.late = [], [], None
 
     @property
     def valid(self) -> Bool[Tensor, "b n"]:
@@ -152,13 +150,18 @@ class PrunedTokens(nn.Module):
         scores = (weights * queries).sum(2).mean(1)  # (B, N)
         if self.counts is None:
             scores = scores / valid.sum(1, keepdim=True)
+        else:
+            scores = scores - weights.diagonal(dim1=-2, dim2=-1).mean(1)
         tokens = Tokens(x, run.tokens.sizes, run.tokens.places, CLASS_TOKENS)
         first = torch.arange(x.shape[1], device=x.device) < CLASS_TOKENS
         if self.shares is not None or self.temperature is not None:
             factor = torch.where(first, 1.0, self._factor(layer, scores.masked_fill(~valid, -torch.inf)))
             run.factors.append(factor[valid].mean())
             run.kept.append(valid.sum(1))
-            run.tokens = Tokens(x * factor[..., None].to(x), tokens.sizes, tokens.places, CLASS_TOKENS)
+            if self.shares is None:
+                run.late, run.tokens = factor, tokens
+            else:
+                run.tokens = Tokens(x * factor[..., None].to(x), tokens.sizes, tokens.places, CLASS_TOKENS)
             return run.tokens.x
         order = scores.masked_fill(~valid, -torch.inf).masked_fill(first, torch.inf)
         if self.counts is not None:
@@ -172,6 +175,11 @@ class PrunedTokens(nn.Module):
         run.tokens = tokens.take(chosen)
         run.kept.append(run.valid.sum(1))
         return run.tokens.x
+
+    def passed(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """The tokens after a layer's feed-forward network, multiplied by LTP's factors while they are learned."""
+        factor, self._run.late = self._run.late, None
+        return x if factor is None else x * factor[..., None].to(x)
 
     def _factor(self, layer: int, scores: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         if self.shares is None:
@@ -222,6 +230,6 @@ def _enter(pruning: PrunedTokens, number: int, layer: Any) -> list[Any]:
         hidden = hidden.masked_fill(~pruning.valid, torch.finfo(hidden.dtype).min)[:, None, None]
         context, weights = attention.self(hidden_states, attention_mask=hidden)
         x = pruning.after(number, attention.output(context, hidden_states), weights)
-        return layer.feed_forward_chunk(x)
+        return pruning.passed(layer.feed_forward_chunk(x))
 
     return [lambda: setattr(attention.self, "config", config), replace_forward(layer, forward)]
