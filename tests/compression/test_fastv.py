@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import refused
+from support import close, load, recorded_state, refused
 
 from regard.compression.tokens.fastv import FewerTokens, fewer_tokens
 
@@ -58,6 +58,29 @@ def test_later_layers_read_what_the_last_token_looks_at(kind, implementation):
         assert chosen == sorted([*range(3), *ranked, *range(20, 24)])
     lengths = [layer.keys.shape[2] for layer in getattr(found, CACHE).layers]
     assert lengths == [24, 24, 14, 14]
+
+
+@pytest.mark.parametrize("how", ["dropped", "masked"])
+def test_the_authors_model_keeps_the_same_tokens_and_says_the_same_of_them(how):
+    """The authors' code computes norms, angles and logits in float32."""
+    found = load("compression_fastv")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-6,
+    )
+    config._attn_implementation = "eager"
+    one = transformers.LlamaForCausalLM(config).double().eval()
+    one.load_state_dict(recorded_state("compression_fastv"))
+    with torch.no_grad(), fewer_tokens(one, keep=7 / 16, layer=2, place=slice(3, 19)) as fast:
+        logits = one(found["ids"]).logits[0]
+    assert fast.places.equal(found["places"][None])
+    close(logits, found[how].double(), 1e-6)
 
 
 def test_a_share_of_one_changes_nothing_and_the_model_is_itself_afterwards():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import refused
+from support import close, load, recorded_state, refused
 
 from regard.compression.prompts import choose_parts, shorten
 from regard.models import LanguageModel, LanguageModelConfig
@@ -78,6 +78,23 @@ def test_models_of_transformers_judge_too():
         logits = one(torch.cat([kept, ids[20:]])[None]).logits[0].log_softmax(-1)
     expected = -logits[len(kept) - 1 : -1].gather(1, ids[20:, None])[:, 0]
     assert len(found.ids) == 15 and torch.allclose(found.information[20:], expected, atol=1e-10)
+
+
+def test_information_is_that_of_the_authors_code_which_keeps_the_tokens_before_those_of_the_most():
+    transformers = pytest.importorskip("transformers")
+    from regard.integrations.transformers.speculation import ReadCausalModel
+
+    found = load("compression_llmlingua")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=40, max_position_embeddings=64, **sizes)
+    config._attn_implementation = "eager"
+    one = transformers.LlamaForCausalLM(config).double().eval()
+    one.load_state_dict(recorded_state("compression_llmlingua"))
+    ids, theirs = found["ids"][0], [i + 1 for i in found["places"].tolist() if i + 1 < 30]
+    own = shorten(ReadCausalModel(one), [(ids, (len(theirs) + 1) / 30)])  # the first token always stays
+    close(own.information[1:], found["information"], 1e-12)
+    close(own.information[1:].mean(), found["mean"], 1e-12)
+    assert own.places.tolist() == [0, *theirs]
 
 
 def test_what_is_no_prompt_and_no_share_is_refused():
