@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import close, refused
+from support import close, load, recorded_state, refused
 from test_cuts import batch, bert, encoder, language_model, llama, output
 from torch import Tensor
 from torch.nn import functional as F
@@ -115,6 +115,49 @@ def test_what_a_slack_allows_does_not_add_up():
     rules.evaluate = lambda cuts: torch.tensor([next(losses)], dtype=torch.float64)
     assert [rules.attempt("x", 0, attention=True)[0] for _ in range(5)] == [True, False, True, True, False]
     assert rules.best == 0.8
+
+
+def plain_bert(**sizes: int) -> Any:
+    """A BERT without dropout, in float64."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.BertModel(transformers.BertConfig(vocab_size=9, **sizes)).double().eval()
+
+
+@torch.no_grad()
+def test_cuts_do_to_the_layers_what_the_authors_cuts_do():
+    found = load("compression_axformer")
+    sizes = {"hidden_size": 16, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = plain_bert(**sizes)
+    model.encoder.load_state_dict(recorded_state("compression_axformer"))
+    second = tuple(range(256, 512))
+    cuts = [
+        Cut(hard=30, heads=(1, 2)),
+        Cut(hard=30, heads=(0,), feed_forward=True),
+        Cut(attention=True, neurons=second),
+    ]
+    with masked(find_host(model), cuts):
+        close(model.encoder(found["x"]).last_hidden_state, found["out"])
+
+
+def test_the_search_makes_the_trials_and_the_cuts_of_the_authors_search(monkeypatch):
+    """Losses are those of the whole model plus what the recording says that each cut adds."""
+    found = load("compression_axformer")
+
+    def chosen(cuts: list[Cut]) -> Tensor:
+        made = torch.zeros(12, 27, dtype=torch.bool)
+        for row, cut in zip(made, cuts, strict=True):
+            row[0], row[1], row[14] = cut.hard is not None, cut.feed_forward, cut.attention
+            row[[2 + n for n in cut.neurons] + [15 + n for n in cut.heads]] = True
+        return made
+
+    def evaluate(work: Any, cuts: list[Cut]) -> Tensor:
+        return found["losses"] + found["effects"][chosen(cuts)].sum(0)
+
+    monkeypatch.setattr(axformer._Search, "evaluate", evaluate)
+    sizes = {"hidden_size": 12, "intermediate_size": 12, "num_hidden_layers": 12, "num_attention_heads": 12}
+    own = search(find_host(plain_bert(**sizes)), AxFormer(), [])
+    close(torch.tensor([own.before, *(trial.loss for trial in own.trials)], dtype=torch.float64), found["trials"])
+    assert torch.equal(chosen(own.cuts), found["cuts"])
 
 
 def looked(model: Any, batches: list[Batch], **options: Any) -> Found:

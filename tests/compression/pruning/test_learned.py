@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import close, refused
+from support import close, load, refused
 from test_cuts import NARROW, batch, bert, encoder, language_model, llama, output
 from torch.nn import functional as F
 
@@ -51,6 +51,23 @@ def test_a_call_without_a_layer_is_the_model_without_it():
                 layer.module.training = True
             patch.setattr(torch, "rand", lambda *_, **__: torch.tensor(next(draws)))
             close(output(model, ids), expected)
+
+
+def test_the_same_draws_leave_out_the_layers_that_fairseq_leaves_out():
+    found = load("compression_layer_drop")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 6, "num_attention_heads": 2}
+    model: Any = transformers.BertModel(transformers.BertConfig(vocab_size=9, **sizes)).train()
+    ran: list[int] = []
+    for i, layer in enumerate(model.encoder.layer):
+        layer.attention.register_forward_hook(lambda *_, i=i: ran.append(i))
+    with layer_drop(find_host(model), 0.35), pytest.MonkeyPatch.context() as patch:
+        for draws, kept in zip(found["draws"], found["kept"], strict=True):
+            left = iter(draws)
+            patch.setattr(torch, "rand", lambda *_, left=left, **__: next(left))
+            ran.clear()
+            model(torch.zeros(1, 2, dtype=torch.int64))
+            assert ran == kept.nonzero()[:, 0].tolist()
 
 
 def test_layers_at_even_distances_go_without_data():
