@@ -10,6 +10,9 @@ The information of a token is -log p(token | what is kept before it) in nats. A 
 given share of the tokens is kept, those of the largest information, and the next segment is read after the kept ones
 (the paper's iterative token-level compression, Algorithm 2). Each part of a prompt has a share of its own, since
 instructions and questions can lose less than examples or documents (its budget controller, Algorithm 1).
+
+Deviations: the authors' code keeps the token before each token of much information instead of that token, and compares
+with a threshold of all tokens read so far; this follows the paper.
 """
 
 from __future__ import annotations

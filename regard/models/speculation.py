@@ -89,7 +89,7 @@ class Draft(Protocol):
 
 @dataclass
 class PromptLookup:
-    """Proposes the tokens that followed the latest earlier occurrence of the text's last tokens.
+    """Proposes the tokens that followed the latest earlier occurrence of the text's last tokens (transformers: the first).
 
     Attributes:
         longest: number of last tokens to search for; if they are not found, fewer are tried.
