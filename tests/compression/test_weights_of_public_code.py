@@ -280,7 +280,8 @@ def test_gates_and_the_expected_share_are_those_of_cofi(monkeypatch):
         close(sample_gates(found[f"alpha_{part}"]), found[f"gates_{part}"])
     monkeypatch.undo()
     ends = {"attention": nn.Identity(), "feed_forward": nn.Identity()}
-    layer = SimpleNamespace(name="layer", ends=ends, units=4, neurons=64, fixed=(), parameters=sizes.__getitem__)
+    facts = {"ends": ends, "last": ends, "units": 4, "neurons": 64, "fixed": (), "parameters": sizes.__getitem__}
+    layer = SimpleNamespace(name="layer", **facts)
     gates = LearnedGates(SimpleNamespace(layers=[layer] * 3)).double()
     for name, alpha in gates.log_alpha.items():
         i, part = name.split()
