@@ -37,6 +37,7 @@ from regard.compression.tokens.applied import let_go, settle, tokens_record
 from regard.compression.weights.grids import round_to_nearest
 from regard.compression.weights.learned import learn_codes
 from regard.contract import Unsupported
+from regard.core.files import check_folder
 from regard.layers.quantized import Format, QuantizedEmbedding, QuantizedLinear, replace_module
 from regard.measurement import units
 from regard.models.evaluating import evaluation_mode
@@ -253,6 +254,8 @@ def _check(model: nn.Module, recipe: Recipe, keep: Callable[[str, nn.Module], bo
                 nearest="distil after a step that makes weights 0 or rounds them",
             ) from None
     for _, step in recipe.steps:
+        if isinstance(step, Distil) and step.cache is not None:
+            check_folder(Path(step.cache))
         if isinstance(step, Export):
             check_export(step, model)
         if isinstance(step, FewerTokens):

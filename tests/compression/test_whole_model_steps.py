@@ -110,6 +110,20 @@ def test_a_cache_of_the_teachers_answers_changes_no_weight_and_is_read_by_later_
     assert len(rows) == 2 and all((kept in row) and (len(row) > 1) == (kind == "features") for row in rows)
 
 
+def test_a_cache_that_is_no_folder_is_refused_before_anything_is_done(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    model, done = language_model(), list[str]()
+    refused(
+        "is a file",
+        regard.compress,
+        model,
+        f"magnitude + distil:cache={tmp_path / 'file'}",
+        windows(),
+        on_layer=lambda name, *_: done.append(name),
+    )
+    assert not done and (tmp_path / "file").read_text() == "mine"
+
+
 def test_zeros_stay_through_distillation_and_rounding():
     model, data = language_model(), windows()
     small = regard.compress(model, "wanda + distil:steps=3,learning_rate=0.01 + gptq", data)

@@ -70,6 +70,7 @@ def win_back(
         Unsupported: for a model without trainable parameters, outputs that cannot be compared, and a loss that is not
             finite.
     """
+    cache = None if step.cache is None else AnswerCache(step.cache, teacher)
     trained, undo = _own_parameters(model, keep)
     masks = [
         (weight, weight.detach() != 0) for weight in (_weight(model, name) for name in zeros) if weight is not None
@@ -79,8 +80,6 @@ def win_back(
         raise Unsupported(
             "distil of a model that has nothing in floating point", supported="distil before it is rounded"
         )
-
-    cache = None if step.cache is None else AnswerCache(step.cache, teacher)
 
     def loss_of(number: int) -> Tensor:
         batch = batches[number % len(batches)]
