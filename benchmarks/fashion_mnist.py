@@ -8,10 +8,10 @@
     python benchmarks/fashion_mnist.py --timings                   # only speed and memory, all models in one process
 
 The images are those of Debian's dataset-fashion-mnist (`--data FOLDER` elsewhere), resized to 32 pixels (to 64 for models
-whose names end so: BiFormer and VMamba begin with a quarter of the sides), as they are
-(``--augment light`` varies them) and with one learning rate for all; the last weights are scored on the 10,000 test images
-(`--items` for fewer). A cell is a model and a seed: it is trained as by `regard train` into a folder of `--work`, where a killed run
-continues, and its score is written to docs/data/fashion_mnist.json, from which `python docs/generate.py` makes the page.
+whose names end so: BiFormer and VMamba begin with a quarter of the sides), as they are (``--augment light`` varies them)
+and with one learning rate for all; the last weights are scored on the 10,000 test images (`--items` for fewer). A cell is a
+model and a seed: it is trained as by `regard train` into a folder of `--work`, where a killed run continues, and its score
+is written to docs/data/fashion_mnist.json, from which `python docs/generate.py` makes the page.
 Measure speeds on an idle machine.
 """
 

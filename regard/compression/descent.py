@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def descend(
         checkpoint = load_checkpoint(file)
         restore(checkpoint, trained, optimizer)
         done, before = int(checkpoint.record["steps"]), float(checkpoint.record["seconds"])
-    began = kept = time.monotonic()
+    began = time.monotonic()
 
     def spent() -> float:
         return before + time.monotonic() - began
@@ -63,7 +64,7 @@ def descend(
         if file is not None and done:
             save_checkpoint(file, trained, optimizer, {"steps": done, "seconds": spent()})
 
-    try:
+    with saving(keep) as save_in_time:
         while (share := max(done / steps, spent() / seconds if seconds else 0.0)) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate * (1 + math.cos(math.pi * share)) / 2
@@ -81,14 +82,28 @@ def descend(
             after()
             done += 1
             on_step(done)
-            if time.monotonic() - kept > SECONDS:
-                keep()
-                kept = time.monotonic()
-    except KeyboardInterrupt:
-        keep()
-        raise
-    keep()
+            save_in_time()
     return done, spent()
+
+
+@contextmanager
+def saving(save: Callable[[], object]) -> Iterator[Callable[[], None]]:
+    """Save the state of a run on interruption and at the end; the given function does so if the last save was
+    :data:`SECONDS` ago."""
+    last = time.monotonic()
+
+    def save_in_time() -> None:
+        nonlocal last
+        if time.monotonic() - last > SECONDS:
+            save()
+            last = time.monotonic()
+
+    try:
+        yield save_in_time
+    except KeyboardInterrupt:
+        save()
+        raise
+    save()
 
 
 @torch.no_grad()

@@ -30,7 +30,6 @@ parameters of branches, without embeddings.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regard.compression.descent import SECONDS, by_path
+from regard.compression.descent import by_path, saving
 from regard.compression.layers import Run, run_batch
 from regard.compression.pruning.anatomy import BRANCHES, Cut, Host, Undo, backwards, rows_of
 from regard.compression.pruning.checked import compact
@@ -294,8 +293,7 @@ def learn_gates(
         if file is not None and done:
             save_checkpoint(file, state, optimizer, {"steps": done})
 
-    kept = time.monotonic()
-    try:
+    with saving(keep) as save_in_time:
         while done < steps:
             asked = 1 - (1 - share) * min(1.0, (done + 1) / max(warmup * steps, 1))
             optimizer.zero_grad()
@@ -309,12 +307,6 @@ def learn_gates(
             optimizer.step()
             done += 1
             on_step(done - 1, Step(float(loss.detach()), float(found.detach()), asked))
-            if time.monotonic() - kept > SECONDS:
-                keep()
-                kept = time.monotonic()
-    except KeyboardInterrupt:
-        keep()
-        raise
-    keep()
+            save_in_time()
     host.model.zero_grad()
     return gates.eval()
