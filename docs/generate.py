@@ -795,26 +795,28 @@ def fashion_page(data: Mapping[str, Any] | None, resolution: Mapping[str, Any] |
 def _backbones(data: Mapping[str, Any] | None) -> list[str]:
     parts = [
         "A small size of every backbone, trained from scratch for the same time on images resized to 32 x 32 pixels (64 x 64 "
-        "where the name ends so: BiFormer and VMamba begin with a quarter of the sides), as they are or with the augmentation `light`, one learning rate for all, and the last weights (`benchmarks/fashion_mnist.py`). Sizes are those of this "
-        "project for small images and are not matched, and nothing is tuned to any of them: the order says what came of so "
-        "much time on that machine. With two seeds or more the error is the standard error over seeds, with one that of the "
+        "where the name ends so: BiFormer and VMamba begin with a quarter of the sides), one learning rate for all, and the "
+        "last weights (`benchmarks/fashion_mnist.py`). Training images are left as they are (`none`), half of them are "
+        "mirrored (`flip`), or they are shifted too (`light`). Sizes are those of this project for small images and are not "
+        "matched, and nothing is tuned to any of them: the order says what came of so much time on that machine. With two seeds or more the error is the standard error over seeds, with one that of the "
         "share of test images. Speeds are of batches of 64, medians of all models in turn in one process.",
     ]
     if data is None or not data["cells"]:
         return [*parts, "Not measured in this build of the pages: `python benchmarks/fashion_mnist.py` does it."]
-    budgets = [(cell["minutes"], cell["items"], cell["precision"]) for cell in data["cells"]]
+    budgets = [(cell["minutes"], cell["items"]) for cell in data["cells"]]
     budget = max(budgets, key=budgets.count)
     cells = [cell for cell, own in zip(data["cells"], budgets, strict=True) if own == budget]
-    scores: dict[tuple[str, str], list[float | None]] = {}
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for cell in cells:
-        scores.setdefault((cell["model"], cell["augment"]), []).append(cell["accuracy"])
+        groups.setdefault((cell["model"], cell["augment"], cell["precision"]), []).append(cell)
 
     def mean(found: Sequence[float | None]) -> float:
         return -1.0 if None in found else statistics.fmean(score for score in found if score is not None)
 
+    scores = {key: [cell["accuracy"] for cell in group] for key, group in groups.items()}
     rows = []
-    for (name, augment), found in sorted(scores.items(), key=lambda entry: -mean(entry[1])):
-        share, own = mean(found), next(x for x in cells if (x["model"], x["augment"]) == (name, augment))
+    for (name, augment, precision), found in sorted(scores.items(), key=lambda entry: -mean(entry[1])):
+        share, own = mean(found), groups[name, augment, precision][0]
         spread = statistics.stdev(map(float, found)) if len(found) > 1 and share >= 0 else None  # type: ignore[arg-type]
         error = spread / len(found) ** 0.5 if spread is not None else (max(share * (1 - share), 0) / budget[1]) ** 0.5
         speed = data["speeds"].get(name)
@@ -824,11 +826,21 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
             shown = [f"{speed['training']:,.0f}", f"{speed['inference']:,.0f}", *memory]
         accuracy = f"{share:.2%} ± {error:.2%}" if share >= 0 else "diverged"
         rows.append(
-            (f"`{name}`", augment, accuracy, str(len(found)), f"{own['parameters']:,}", f"{own['steps']:,}", *shown)
+            (
+                f"`{name}`",
+                augment,
+                precision,
+                accuracy,
+                str(len(found)),
+                f"{own['parameters']:,}",
+                f"{own['steps']:,}",
+                *shown,
+            )
         )
     headings = (
         "backbone",
         "augmentation",
+        "precision",
         "accuracy",
         "seeds",
         "parameters",
@@ -840,7 +852,7 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
     threads = {(cell["cpu"], cell["threads"]) for cell in cells}
     machines = sorted(f"{cpu} with {count} thread{'s' * (count != 1)}" for cpu, count in threads)
     parts += [
-        f"{budget[0]:g} minutes a run; {budget[1]:,} test images; trained in {budget[2]} on {', '.join(machines)}.",
+        f"{budget[0]:g} minutes a run; {budget[1]:,} test images; trained on {', '.join(machines)}.",
         table(headings, rows),
     ]
     return parts

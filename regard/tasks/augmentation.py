@@ -31,7 +31,8 @@ class Augmentation:
 
     Args:
         name: ``light`` crops at random places, also beyond the border; ``standard`` crops parts of any size, and
-            rotates, shifts or recolours them by RandAugment (arXiv 1909.13719).
+            rotates, shifts or recolours them by RandAugment (arXiv 1909.13719); ``none`` does nothing but `flip` and
+            `mix`.
         size: height and width of the results.
         num_classes: number of classes of the task.
         flip: whether half of the images are mirrored, left to right.
@@ -47,8 +48,8 @@ class Augmentation:
             from torchvision.transforms import v2
         except ImportError:
             raise Unsupported(
-                f"augment={name} without torchvision, which varies the images",
-                supported="augment=none, or the extra",
+                "images that are augmented without torchvision, which does it",
+                supported="augment=none without flip and mix, or the extra",
                 nearest="pip install 'regard[vision]'",
             ) from None
         self.name, self.size, self.flip, self.mix = name, size, flip, mix
@@ -56,13 +57,13 @@ class Augmentation:
         steps: list[Any] = []
         if name == "standard":
             steps.append(v2.RandomResizedCrop(size, scale=SCALE, antialias=True))
-        else:
+        elif name == "light":
             steps.append(v2.RandomCrop(size, padding=self.border, padding_mode="reflect"))
         if flip:
             steps.append(v2.RandomHorizontalFlip())
         if name == "standard":
             steps.append(v2.RandAugment(OPERATIONS, MAGNITUDE))
-        self._vary = v2.Compose(steps)
+        self._vary = v2.Compose(steps or [v2.Identity()])
         self._mix = v2.RandomChoice(
             [v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)]
         )
@@ -92,9 +93,10 @@ class Augmentation:
         return (pixels * 255 if pixels.dtype == np.float32 else pixels), shares
 
     def __str__(self) -> str:
+        parts = []
         if self.name == "light":
             parts = [f"crops up to {self.border} pixels beside the image"]
-        else:
+        elif self.name == "standard":
             parts = [f"crops of {SCALE[0]:.0%} to {SCALE[1]:.0%} of the image, RandAugment ({OPERATIONS}, {MAGNITUDE})"]
         parts += ["mirrored half the time"] * self.flip
         parts += [f"{self.mix:.0%} of the batches mixed (mixup, cutmix)"] * bool(self.mix)

@@ -151,7 +151,7 @@ class ImagesTask(Task):
         channels: 3 (colour) or 1 (grey), for images from a folder.
         augment: augmentation of training images: ``none``, ``light`` or ``standard``, see
             :class:`regard.tasks.augmentation.Augmentation`.
-        flip: whether half of the augmented images are mirrored; None for all data but digits.
+        flip: whether half of the training images are mirrored; None for augmented images of all data but digits.
         mix: share of the training batches that are mixed, 0 to 1; None for half of them with ``standard``, else none.
         skip_unreadable: whether unreadable files in a folder are left out and reported, instead of refused.
         span: values of images of more than 8 bits from a folder that are black and white, as a list of two; by default
@@ -188,11 +188,6 @@ class ImagesTask(Task):
         check_fraction("held_out", held_out, 0.01, 0.5)
         check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         one_of("augment", augment, AUGMENTATIONS)
-        for name, value in (("flip", flip), ("mix", mix)):
-            if augment == "none" and value:
-                raise Unsupported(
-                    f"{name}={value} with augment=none", supported="images that are varied", nearest="augment=light"
-                )
         loaded = load_images(
             "digits" if data is None else data, validation, size, channels, skip_unreadable=skip_unreadable, span=span
         )
@@ -201,9 +196,9 @@ class ImagesTask(Task):
         self.num_classes: int = len(images.classes)
         height, width, depth = images.shape
         self.augmentation: Augmentation | None = None
-        if augment != "none":
-            share = check_fraction("mix", (0.5 if augment == "standard" else 0.0) if mix is None else mix, 0, 1)
-            mirrored = images.classes != DIGITS if flip is None else flip
+        share = check_fraction("mix", (0.5 if augment == "standard" else 0.0) if mix is None else mix, 0, 1)
+        mirrored = augment != "none" and images.classes != DIGITS if flip is None else flip
+        if augment != "none" or mirrored or share:
             self.augmentation = Augmentation(augment, (height, width), self.num_classes, flip=mirrored, mix=share)
         self.repeats = self.augmentation is None
         self.patch = choose_patch((height, width), length, patch)
@@ -234,7 +229,9 @@ class ImagesTask(Task):
             return self._batch(chosen)
         labels = torch.from_numpy(self._images.labels[chosen])
         draws = int(counter_generator(seed, step, AUGMENTATION).integers(1 << 62))
-        pixels, shares = self.augmentation([self._images.pixels[i] for i in chosen], labels, draws)
+        cropped = self.augmentation.name != "none"
+        images = [self._images.pixels[i] for i in chosen] if cropped else list(self._images.centres(chosen))
+        pixels, shares = self.augmentation(images, labels, draws)
         return Batch(self.reader.patches(pixels), labels, grid=self.grid, class_shares=shares)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
@@ -262,7 +259,7 @@ class ImagesTask(Task):
         if not isinstance(images.pixels, np.ndarray):
             lines.append(
                 f"other shapes: the shorter side resized to {min(height, width)} pixels, and the middle is seen"
-                + (" of what is not varied" if self.augmentation else "")
+                + (" of what is not varied" if self.augmentation and self.augmentation.name != "none" else "")
             )
         lines.append(f"training images: {self.augmentation or 'as they are (augment=light or standard varies them)'}")
         lines += [f"note: {note}" for note in images.notes]

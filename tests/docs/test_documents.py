@@ -257,13 +257,13 @@ def test_backbones_are_in_the_order_of_their_accuracy_with_its_error():
     speed = {"training": 1200.4, "inference": 5000.0, "training_bytes": 2**25, "inference_bytes": 2**23}
     page = generate.fashion_page({"cells": cells, "speeds": {"van_nano": speed}}, None)
     rows = [line for line in page.splitlines() if line.startswith("| `")]
-    assert rows[0].startswith("| `vit_nano` | none | 93.00% ± 1.00% | 2 | 1,000 | 50 | — |")
-    assert rows[1].startswith("| `van_nano` | light | 91.00% ± 0.29% | 1 |")
-    assert rows[2].startswith("| `van_nano` | none | 90.00% ± 0.30% | 1 |") and rows[2].endswith(
+    assert rows[0].startswith("| `vit_nano` | none | bfloat16 | 93.00% ± 1.00% | 2 | 1,000 | 50 | — |")
+    assert rows[1].startswith("| `van_nano` | light | bfloat16 | 91.00% ± 0.29% | 1 |")
+    assert rows[2].startswith("| `van_nano` | none | bfloat16 | 90.00% ± 0.30% | 1 |") and rows[2].endswith(
         "| 1,200 | 5,000 | 32 | 8 |"
     )
-    assert "vim_nano` | none | diverged" in rows[3] and len(rows) == 4
-    assert "20 minutes a run; 10,000 test images; trained in bfloat16 on a CPU with 2 threads." in page
+    assert "vim_nano` | none | bfloat16 | diverged" in rows[3] and len(rows) == 4
+    assert "20 minutes a run; 10,000 test images; trained on a CPU with 2 threads." in page
     assert "python benchmarks/resolution.py" in page and "benchmarks/fashion_mnist.py` does it" not in page
 
 

@@ -81,6 +81,26 @@ def test_mirrored_images_are_mirrored_half_the_time_but_not_digits(folder):
     assert "mirrored" not in create_task("images", augment="light").describe()
 
 
+def test_flip_alone_mirrors_what_would_be_seen_and_mix_alone_mixes_it(tmp_path):
+    """Photos of several shapes: mirrored or not, each is its own middle."""
+    for i in range(12):
+        photo(tmp_path / "ab"[i % 2] / f"{i}.png", i, (32, 8) if i % 3 else (8, 20))
+    plain, flipped, mixed = (images(tmp_path, **given) for given in ({}, {"flip": True}, {"mix": 1.0}))
+    mirrored = 0
+    for step in range(8):
+        was, now = batch(plain, step), batch(flipped, step)
+        assert torch.equal(was.targets, now.targets) and now.class_shares is None
+        for one, other in zip(was.inputs.unflatten(1, (8, 8)), now.inputs.unflatten(1, (8, 8)), strict=True):
+            turned = torch.equal(other, one.flip(1))
+            assert turned or torch.equal(other, one)
+            mirrored += turned
+    assert 25 < mirrored < 71, "of 96, half"
+    assert batch(mixed).class_shares is not None
+    assert flipped.describe().count("training images: mirrored half the time") == 1
+    assert "the middle is seen\n" in flipped.describe()
+    assert plain.repeats and not flipped.repeats and not mixed.repeats
+
+
 def test_mixed_classes_add_up_and_are_the_loss(folder):
     task = images(folder, augment="light", mix=1.0)
     mixed = batch(task)
@@ -109,9 +129,9 @@ def test_grey_of_more_than_8_bits_is_varied_in_its_own_shades(folder):
 
 def test_options_that_do_not_go_together_and_a_missing_torchvision_are_said(folder, monkeypatch):
     refused(lambda: images(folder, augment="strong"), "strong", "standard")
-    refused(lambda: images(folder, mix=0.5), "mix=0.5 with augment=none", "try augment=light")
     refused(lambda: images(folder, augment="light", mix=1.5), "mix=1.5")
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     refused(lambda: images(folder, augment="light"), "without torchvision", "try pip install 'regard[vision]'")
+    refused(lambda: images(folder, flip=True), "without torchvision", "augment=none without flip and mix")

@@ -89,6 +89,26 @@ def test_training_batches_are_varied_by_step_and_seed_alone_and_held_out_items_a
     assert str(varied.augmentation) in varied.describe() and "augment=light" in plain.describe()
 
 
+def test_flip_alone_mirrors_images_with_their_masks(tmp_path):
+    pytest.importorskip("PIL.Image", reason="writes and reads images")
+    folder = masked(tmp_path / "a")
+    plain, flipped = (create_task("segmentation", data=folder, size=16, patch=1, flip=f) for f in (False, True))
+    found = []
+    for step in range(8):
+        was, now = plain.training_batch(step, 0, 4), flipped.training_batch(step, 0, 4)
+        for i in range(4):
+            image, mask = was.inputs[i].unflatten(0, (16, 16)), was.targets[i].reshape(16, 16)
+            ways = [(image, mask), (image.flip(1), mask.flip(1))]
+            same = [
+                torch.equal(a.flatten(0, 1), now.inputs[i]) and torch.equal(b.reshape(-1), now.targets[i].reshape(-1))
+                for a, b in ways
+            ]
+            assert any(same)
+            found.append(same[1])
+    assert 0 < sum(found) < len(found)
+    assert "mirrored half the time" in flipped.describe() and "shifted" not in flipped.describe()
+
+
 def test_crops_of_volumes_are_varied_with_their_masks(tmp_path):
     """If a voxel's value determines its class, it still does after augmentation."""
     for i in range(4):
@@ -110,4 +130,4 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
     refused(lambda: create_task("segmentation", augment="light"), "augment=light for shapes, which comes as it is")
     refused(lambda: create_task("segmentation_3d", augment="light"), "augment=light for bodies")
     refused(lambda: create_task("segmentation", data=tmp_path, augment="ligth"), "try light")
-    refused(lambda: create_task("segmentation_3d", data=tmp_path, flip=True), "flip=True with augment=none")
+    refused(lambda: create_task("segmentation_3d", flip=True), "flip=True for bodies, which comes as it is")

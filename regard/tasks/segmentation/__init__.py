@@ -62,7 +62,8 @@ class SegmentationTask(MaskTask):
             the least and the greatest of `data`. Values beyond are clipped.
         augment: augmentation of training images from a folder or a head, together with their masks: ``none``, ``light``
             (shifted and mirrored) or ``standard`` (also rotated, scaled, and with changed shades and noise).
-        flip: whether half of the images are mirrored, left to right; by default, if no class is named for a side.
+        flip: whether half of the images are mirrored, left to right; by default with `augment` if no class is named for
+            a side.
         classes: keep only this many classes, those with the most pixels; others become background. For a folder or a
             head.
         background: value in a folder's masks that is not scored; ``None`` scores all values, ``auto`` means 0.
@@ -100,7 +101,7 @@ class SegmentationTask(MaskTask):
         evaluation_items: int = 100,
         seed: int = 0,
     ) -> None:
-        super().__init__(metric, held_out, evaluation_items, seed, augment, flip)
+        super().__init__(metric, held_out, evaluation_items, seed, augment)
         check_integer("size", size, 16, 1024)
         self.patch = choose_patch((size, size), length, patch)
         self.grid: tuple[int, ...] = (size // self.patch,) * 2
@@ -110,7 +111,7 @@ class SegmentationTask(MaskTask):
 
         chosen = "shapes" if data is None else str(data)
         values_of_masks = {"background": background, "ignore": ignore}
-        of_read = {"classes": classes, "augment": None if augment == "none" else augment}
+        of_read = {"classes": classes, "augment": None if augment == "none" else augment, "flip": flip or None}
         of_folders = {
             "validation": validation,
             "channels": channels,

@@ -35,7 +35,7 @@ class MaskAugmentation:
 
     Args:
         name: ``light`` shifts and mirrors; ``standard`` also rotates, scales, and changes brightness, contrast, gamma
-            and noise, like nnU-Net (Isensee et al., arXiv 1904.08128).
+            and noise, like nnU-Net (Isensee et al., arXiv 1904.08128); ``none`` mirrors at most.
         classes: names of the task's classes.
         flip: whether half of the items are mirrored, independently along each axis of `mirrored`; None for yes if no
             class is named for a side.

@@ -49,20 +49,12 @@ class MaskTask(Task):
     mirrored: tuple[tuple[int, ...], str]
     placed: bool
 
-    def __init__(
-        self, metric: str, held_out: float, evaluation_items: int, seed: int, augment: str, flip: bool | None
-    ) -> None:
+    def __init__(self, metric: str, held_out: float, evaluation_items: int, seed: int, augment: str) -> None:
         self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
         check_fraction("held_out", held_out, 0.01, 0.5)
         check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         one_of("metric", metric, METRICS)
         one_of("augment", augment, AUGMENTATIONS)
-        if augment == "none" and flip:
-            raise Unsupported(
-                f"flip={flip} with augment=none",
-                supported=f"{self.kind.word}s that are varied",
-                nearest="augment=light",
-            )
         self.measure, self.metric = metric, METRICS[metric]
 
     def check_data(
@@ -100,9 +92,10 @@ class MaskTask(Task):
 
     def augmentation_of(self, augment: str, flip: bool | None) -> MaskAugmentation | None:
         """The augmentation for the options `augment` and `flip` and the reader's classes."""
-        if augment == "none":
+        if augment == "none" and not flip:
             return None
-        return MaskAugmentation(augment, self.reader.classes, flip=flip, mirrored=self.mirrored, shift=self.placed)
+        shifted = self.placed and augment != "none"
+        return MaskAugmentation(augment, self.reader.classes, flip=flip, mirrored=self.mirrored, shift=shifted)
 
     def told_apart(self, source: str, count: int, parts: Parts | None, share: float) -> Parts:
         """Indices of the training items and of the held-out items, and the rule in words: as in `parts`, or drawn.

@@ -73,8 +73,8 @@ class Segmentation3DTask(MaskTask):
         augment: augmentation of crops from a folder or a head, together with their masks: ``none``, ``light``
             (mirrored) or ``standard`` (also rotated around the vertical axis, scaled, and with changed shades and
             noise).
-        flip: whether half of the crops are mirrored, independently along each axis; by default, if no class is named
-            for a side.
+        flip: whether half of the crops are mirrored, independently along each axis; by default with `augment` if no
+            class is named for a side.
         normalise: ``volume`` (each volume by its own mean and deviation) or ``data`` (all by those of the training
             data's classes, clipped at the 0.5 and the 99.5 % quantile: for CT, where values mean the same in every
             scan).
@@ -116,7 +116,7 @@ class Segmentation3DTask(MaskTask):
         evaluation_items: int = 20,
         seed: int = 0,
     ) -> None:
-        super().__init__(metric, held_out, evaluation_items, seed, augment, flip)
+        super().__init__(metric, held_out, evaluation_items, seed, augment)
         self.size = _sides(size)
         check_fraction("overlap", overlap, 0.0, 0.9)
         one_of("normalise", normalise, ("volume", "data"))
@@ -129,7 +129,12 @@ class Segmentation3DTask(MaskTask):
 
         chosen = "bodies" if data is None else str(data)
         values_of_masks = {"background": background, "ignore": ignore}
-        of_read = {"classes": classes, "spacing": spacing, "augment": None if augment == "none" else augment}
+        of_read = {
+            "classes": classes,
+            "spacing": spacing,
+            "augment": None if augment == "none" else augment,
+            "flip": flip or None,
+        }
         of_folders = {"validation": validation, "skip_unreadable": skip_unreadable or None}
         self.check_data(chosen, values_of_masks, of_folders, of_read)
         self._scene = chosen if chosen in SCENES else None

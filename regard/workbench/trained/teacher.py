@@ -108,7 +108,7 @@ def _check_repeating(task: Task) -> None:
     if not task.repeats:
         raise Unsupported(
             f"a cache of the teacher's answers on the task {task.name}, whose training items are new at every step",
-            supported="images and segmentation of files, with augment=none",
+            supported="images and segmentation of files, with augment=none and no flip or mix",
             nearest="the same without --teacher-cache",
         )
 
