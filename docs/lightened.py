@@ -16,9 +16,15 @@ from regard.workbench.reports.scales import Axis
 LEFT_OUT = (
     "Linear attention in place of softmax, and everything else that has to be trained back, is [retrofit](retrofit.md): it costs "
     "training, and is judged there.",
-    "Distillation makes another model: `regard train --teacher`, in [compress](compress.md).",
-    "Speculative decoding changes no answer and no size; what it gains depends on how well the draft guesses: "
-    "`regard generate --draft`.",
+    "Distillation into another, smaller model: `regard train --teacher`, in [compress](compress.md). The rows here only win back "
+    "what a step before them lost.",
+    "Speculative decoding and drafts from the prompt change no answer and no size; what they gain depends on how well the draft "
+    "guesses: `regard generate --draft`.",
+    "Early exit needs a model that was trained with exits: `regard train --exits`.",
+    "Methods that the surveys name and regard does not have: movement pruning, TernaryBERT, BinaryBERT, ZeroQuant and PTQ4ViT; "
+    "Scissorhands and AutoCompressor for caches and prompts; PyramidDrop, SparseVLM, VisionZip, PiToMe and DART for tokens of "
+    "images. Each is close to one that is there (magnitude pruning, `gptq`, `h2o`, `shorten`, `fastv`, `tome`) or needs its own "
+    "pretraining.",
     "Fewer tokens of images ([vision](vision.md)) have no counterpart in a language model without images.",
 )
 
