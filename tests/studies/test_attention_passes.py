@@ -244,7 +244,7 @@ def test_interleaved_tiles_reach_the_formula_within_a_tile(count):
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(own))
 
 
-PASSES = {"clipped_softmax": 2, "token_parameter": 2, "flow_attention": 2}
+PASSES = {"clipped_softmax": 2, "token_parameter": 2, "flow_attention": 2, "lara": 2}
 """Number of passes of the mechanisms that need more than one pass over their keys."""
 
 
