@@ -20,7 +20,8 @@ from regard.measurement import units
 def study(
     name: Annotated[str | None, typer.Argument(help="A study; all are listed when none is named.")] = None,
     data: Annotated[
-        list[str] | None, typer.Argument(help="Your files, if the study takes any: `regard study` lists which do.")
+        list[str] | None,
+        typer.Argument(help="Your files, or names, if the study takes any: `regard study` lists which do."),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Size, by a name that `regard study` lists; the smallest when not given.")
@@ -66,7 +67,8 @@ def study(
         regard study wide-attention --no-timings --engine ray --address 192.168.0.10:6379
         regard study token-reduction --budget 30m
         regard study wide-attention --table --json
-        regard study attention-passes my_cascade.txt
+        regard study attention-passes my_cascade.txt my_machine.yaml
+        regard study attention-passes my_cascade.txt edge this-processor
         regard study training-dynamics my_corpus.txt
         regard study cab --plugin my_module.py:MyAttention
         regard study in-context-functions --plugin my_mechanism.py --mechanisms softmax,my_mechanism --json

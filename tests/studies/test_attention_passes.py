@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from regard import catalogue
 from regard.contract import Unsupported
 from regard.measurement.speeds import Speeds, caches, measured_speeds
-from regard.studies import get_study
+from regard.studies import Chosen, get_study
 from regard.studies.attention_passes import (
     cost,
     estimate,
@@ -35,7 +35,7 @@ from regard.studies.attention_passes.accelerator import (
     one_pass_bytes,
     recorded,
 )
-from regard.studies.attention_passes.cells import SHIPPED
+from regard.studies.attention_passes.cells import SHIPPED, costed
 from regard.studies.attention_passes.machine import machine_of
 from regard.studies.attention_passes.mechanisms import cascade_of, difference
 from regard.studies.attention_passes.written import REASONS, WRITTEN
@@ -365,22 +365,66 @@ def test_speeds_of_this_machine_make_a_machine(capsys, monkeypatch):
     assert answer(capsys, "doctor")["speeds"] is None
 
 
-def test_the_command_gives_the_class_of_a_users_cascade_and_refuses_a_broken_one(capsys, tmp_path):
+def test_the_command_gives_class_and_costs_of_a_users_cascade_on_a_users_machine_and_refuses_a_broken_one(
+    capsys, tmp_path
+):
     mine, broken, machine = tmp_path / "mine.txt", tmp_path / "broken.txt", tmp_path / "chip.yaml"
     mine.write_text(shipped("two_pass_deferred").text)
     broken.write_text(HEAD + "S[m, q] = Q[e, p] * K[e, m]")
-    machine.write_text("\n".join(f"{k}: {v}" for k, v in read_machine("edge").__dict__.items() if k != "overlap"))
-    line = f"study attention-passes {mine} {machine} --mechanisms softmax,reformer --no-timings --seeds 2 --output"
+    edge = read_machine("edge")
+    slower = edge.__dict__ | {"clock_hz": edge.clock_hz / 2, "bytes_per_second": edge.bytes_per_second / 2}
+    machine.write_text("\n".join(f"{k}: {v}" for k, v in slower.items() if k != "overlap"))
+    line = f"study attention-passes {mine} {machine} edge --mechanisms softmax,reformer --no-timings --seeds 2 --output"
     record = answer(capsys, line, tmp_path / "runs")
-    parts = {part["title"]: part["rows"] for part in record["sections"]}
-    assert parts["Your files"][0]["passes"] == parts["Your files"][0]["in a run"] == 2
-    assert [row["machine"] for row in parts["Your files"]][1:] == ["chip.yaml"] * len(SHIPPED)
-    assert parts["Classes"][0]["passes"] == 1 and parts["Without a cascade"][0]["mechanism"] == "reformer"
+    parts = {part["title"]: {row.get("cascade"): row for row in part["rows"]} for part in record["sections"]}
+    everything = {"mine.txt", "softmax", *(f"softmax as {name}" for name in SHIPPED)}
+    assert set(parts["Classes"]) == set(parts["Costs"]) == everything
+    assert parts["Classes"]["mine.txt"]["passes"] == parts["Classes"]["mine.txt"]["in a run"] == 2
+    assert parts["Classes"]["softmax"]["passes"] == 1
+    assert list(parts["Costs"]["softmax"]) == [
+        "cascade", *(f"{unit} on {name}" for unit in ("ms", "GB", "Mcycles") for name in ("chip.yaml", "edge"))
+    ]  # fmt: skip
+    for name, row in parts["Costs"].items():
+        assert row["ms on chip.yaml"] == pytest.approx(2 * row["ms on edge"], rel=1e-12), name
+        assert row["GB on chip.yaml"] == row["GB on edge"]
+    numbers = [list(parts["Costs"][name].values())[1:] for name in ("mine.txt", "softmax as two_pass_deferred")]
+    assert numbers[0] == numbers[1], "the same text costs the same, a user's or ours"
     assert record["outcome"] == "held"
     code, _, said = run(capsys, f"study attention-passes {broken} --output", tmp_path / "none")
     assert code == 2 and "line 2" in said and "'q'" in said and not (tmp_path / "none").exists()
     code, _, said = run(capsys, "study attention-passes --mechanisms local:window=7 --output", tmp_path / "none")
     assert code == 2 and "give the name alone" in said
+    for given, words in (("edgy", "try edge"), ("edge edge", "'edge' twice"), (f"{mine} {mine}", "'mine.txt' twice")):
+        code, _, said = run(capsys, f"study attention-passes {given} --output", tmp_path / "none")
+        assert code == 2 and words in " ".join(said.split())
+
+
+def test_every_cascade_costs_what_its_heads_cost_together_on_the_designs_machines():
+    workload = WORKLOADS["BERT"]
+    sizes = {"m": 4096, "p": 4096, "e": workload.dim, "f": workload.dim_value}
+    for name in SHIPPED:
+        for machine in map(read_machine, ("fusemax", "flat", "edge")):
+            found = costed(shipped(name), machine)
+            expected = cost(shipped(name), machine, sizes, workload.batch * workload.heads)
+            assert (found["seconds"], found["bytes"]) == (expected.seconds, expected.bytes)
+            assert found["cycles"] == sum(expected.cycles.values())
+    assert costed(shipped("one_pass"), read_machine("fusemax"))["bytes"] == estimate("binding", workload, 4096).bytes
+
+
+def test_this_processor_is_a_machine_that_is_measured_when_its_costs_are_and_left_out_without_timings(
+    capsys, tmp_path, monkeypatch
+):
+    speeds = Speeds(8e9, 4e9, 1e9, 2e9, 1e10, {"L2": 2**20})
+    measured = []
+    monkeypatch.setattr("regard.studies.attention_passes.cells.measured_speeds", lambda s: measured.append(s) or speeds)
+    made = get_study("attention-passes").make(Chosen("tiny", ("softmax",), ("this-processor",)))
+    assert not measured and "machine this-processor" in made.timings
+    cell = made.run_cell(made.settings["machine this-processor"], 0)
+    for name in SHIPPED:
+        assert cell[f"cascade {name}"] == costed(shipped(name), this_processor(speeds))
+    line = "study attention-passes this-processor --mechanisms softmax --no-timings --seeds 1 --output"
+    titles = [part["title"] for part in answer(capsys, line, tmp_path)["sections"]]
+    assert "Classes" in titles and "Costs" not in titles and len(measured) == 1
 
 
 @pytest.mark.parametrize("without", [False, True])
@@ -390,10 +434,12 @@ def test_a_plugin_enters_with_its_cascade_and_without_one_by_name(capsys, tmp_pa
     line = f"study attention-passes --plugin {file} --mechanisms rectified --no-timings --seeds 1 --output {tmp_path / 'runs'}"
     try:
         parts = {part["title"]: part["rows"] for part in answer(capsys, line)["sections"]}
+        (row,) = [row for row in parts["Classes"] if row["cascade"] == "rectified"] or [None]
         if without:
-            assert parts["Without a cascade"][0]["mechanism"] == "rectified" and "Classes" not in parts
+            assert parts["Without a cascade"][0]["mechanism"] == "rectified" and row is None
         else:
-            assert parts["Classes"][0]["passes"] == 1 and parts["Classes"][0]["off by"] < 1e-12
+            assert row["passes"] == 1 and row["off by"] < 1e-12
+            assert "rectified" in {row["cascade"] for row in parts["Costs"]}
     finally:
         catalogue.unregister("rectified")
 
@@ -416,11 +462,11 @@ def test_a_module_without_a_card_enters_by_name(capsys, tmp_path):
 
 def test_every_part_is_measured_and_shown():
     study = get_study("attention-passes")
-    chosen = study.choose(mechanisms="clipped_softmax")
+    chosen = study.choose(mechanisms="clipped_softmax", data=["edge", "this-processor"])
     made = study.make(chosen)
     cells = {(name, 0): made.run_cell(setting, 0) for name, setting in made.smoke_settings().items()}
     timed = cells["this processor", 0]
     assert all(value > 0 and math.isfinite(value) for value in timed["softmax measured"] + timed["softmax predicted"])
     assert study.sections(chosen, {}) == []
     titles = [part.title for part in study.sections(chosen, cells)]
-    assert titles == ["Classes", "Remarks", "Designs", "Buffers", "Interleaving", "This processor"]
+    assert titles == ["Classes", "Costs", "Remarks", "Designs", "Buffers", "Interleaving", "This processor"]

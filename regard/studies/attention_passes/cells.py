@@ -34,11 +34,17 @@ from regard.studies.attention_passes.scheduling import schedule
 SHIPPED = ("three_pass", "two_pass_deferred", "two_pass", "one_pass", "naive")
 KERNELS = ("softmax", "sigmoid", "linear")
 HEADS, DIM = 8, 64
+"""Heads, and features of each, of the native kernels' calls."""
+
+WORKLOAD = WORKLOADS["BERT"]
 TOKENS = 4096
-"""Number of queries and of keys for the table's bytes and times, with the heads and sequences of BERT's workload."""
+"""Number of queries and of keys for which cascades are costed on machines, with the heads and sequences of WORKLOAD."""
 
 ELSE = {"c": 16, "a": 16, "s": 16, "b": 1}
-"""Sizes of small ranks (slots, agents, states) in the table; all other ranks have 64."""
+"""Sizes of small ranks (slots, agents, states) there; all other ranks have 64."""
+
+THIS_PROCESSOR = "this-processor"
+"""The machine whose speeds its cell measures."""
 
 SWEPT = 2**18
 """Number of tokens for the comparison of array sizes."""
@@ -58,30 +64,36 @@ def _class(setting: Setting, seed: int) -> Measurements:
     return {**described(found.cascade, seed), "difference": difference(found, seed=seed)}
 
 
-def _file(setting: Setting, seed: int) -> Measurements:
+def _cascade(setting: Setting, seed: int) -> Measurements:
     return described(parse(setting["text"], setting["name"]), seed)
 
 
 def described(cascade: Cascade, seed: int = 0) -> dict[str, Any]:
-    """A cascade's row in the table: the traversals that it needs and that a run took, the growth of its buffer when its
-    keys double, and bytes and seconds on both machines."""
-    sizes = {
-        rank: ELSE.get(rank, 64) for rank in cascade.ranks if rank not in cascade.fiber.parts + tuple(cascade.sizes)
-    }
-    large = complete_sizes(cascade, {**sizes, cascade.fiber.rank: TOKENS, **({"p": TOKENS} if "p" in sizes else {})})
-    workload = WORKLOADS["BERT"]
-    told: dict[str, Any] = {"passes": passes(cascade).count}
-    for name in ("fusemax", "flat"):
-        found = cost(cascade, read_machine(name), large, workload.batch * workload.heads)
-        told |= {f"{name}_seconds": found.seconds, f"{name}_bytes": found.bytes, f"{name}_kept": int(found.kept)}
-    told["fusemax_cycles"] = sum(found.cycles.values())
+    """A cascade's class: the traversals that it needs and that a run took, and the growth of its buffer when its keys
+    double."""
     runs = []
     for keys in (8 * TILE, 16 * TILE):
-        inside = {name: min(size, 4) for name, size in sizes.items()} | {"p": 4}
+        inside = {name: min(size, 4) for name, size in _small_ranks(cascade).items()} | {"p": 4}
         runs.append(_run(cascade, {**inside, cascade.fiber.rank: keys}, seed))
-    told["traversals"] = runs[0].traversals
-    told["growth"] = runs[1].high_water / runs[0].high_water
-    return told
+    return {
+        "passes": passes(cascade).count,
+        "traversals": runs[0].traversals,
+        "growth": runs[1].high_water / runs[0].high_water,
+    }
+
+
+def costed(cascade: Cascade, machine: Machine) -> dict[str, float]:
+    """A cascade's cost on a machine, in the sizes that all cascades and machines are compared in."""
+    small = _small_ranks(cascade)
+    sizes = {**small, cascade.fiber.rank: TOKENS, **({"p": TOKENS} if "p" in small else {})}
+    found = cost(cascade, machine, complete_sizes(cascade, sizes), WORKLOAD.batch * WORKLOAD.heads)
+    return {"seconds": found.seconds, "bytes": found.bytes, "cycles": sum(found.cycles.values())}
+
+
+def _small_ranks(cascade: Cascade) -> dict[str, int]:
+    """Sizes of the ranks that are neither keys nor sized by the cascade."""
+    known = cascade.fiber.parts + tuple(cascade.sizes)
+    return {rank: ELSE.get(rank, 64) for rank in cascade.ranks if rank not in known}
 
 
 def _run(cascade: Cascade, sizes: Mapping[str, int], seed: int, keep: bool = True) -> Run:
@@ -148,9 +160,9 @@ def _schedule(setting: Setting, _: int) -> Measurements:
 
 
 def _machine(setting: Setting, _: int) -> Measurements:
-    sizes = {"m": TOKENS, "p": TOKENS, "e": DIM, "f": DIM}
-    found = {name: cost(shipped(name), machine_of(setting["machine"]), sizes, HEADS) for name in SHIPPED}
-    return {f"{name} {what}": getattr(one, what) for name, one in found.items() for what in ("seconds", "bytes")}
+    given = setting["machine"]
+    machine = this_processor(measured_speeds(setting["seconds"])) if given == THIS_PROCESSOR else machine_of(given)
+    return {name: costed(parse(text, name), machine) for name, text in setting["cascades"].items()}
 
 
 def _processor(setting: Setting, seed: int) -> Measurements:
@@ -188,6 +200,6 @@ def _measured(kernel: str, length: int, seed: int, seconds: float) -> float:
 
 
 _PARTS = {
-    "class": _class, "file": _file, "designs": _designs, "buffer": _buffer, "schedule": _schedule, "machine": _machine,
+    "class": _class, "cascade": _cascade, "designs": _designs, "buffer": _buffer, "schedule": _schedule, "machine": _machine,
     "processor": _processor,
 }  # fmt: skip

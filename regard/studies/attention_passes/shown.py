@@ -13,7 +13,17 @@ from regard.studies.attention_passes.accelerator import (
     SIDES,
     WORKLOADS,
 )
-from regard.studies.attention_passes.cells import DIM, HEADS, KERNELS, SHIPPED, SWEPT, TILE, TOKENS
+from regard.studies.attention_passes.cells import (
+    DIM,
+    HEADS,
+    KERNELS,
+    SHIPPED,
+    SWEPT,
+    THIS_PROCESSOR,
+    TILE,
+    TOKENS,
+    WORKLOAD,
+)
 from regard.studies.attention_passes.mechanisms import cascade_of
 from regard.studies.framework.protocol import Cells, Chosen
 from regard.workbench.reports.sections import Curves, Section
@@ -25,62 +35,72 @@ def sections(chosen: Chosen, cells: Cells) -> Sequence[Section]:
     for (setting, _), measured in sorted(cells.items(), key=lambda cell: -cell[0][1]):
         known[setting] = measured  # seeds descend, so the first one stays
     parts = [
-        _of_files(known), *_of_classes(chosen, known), _of_designs(known), _of_buffers(known), _of_tiles(known),
-        _of_processor(known),
+        _of_classes(known), _of_costs(known), *_of_mechanisms(chosen, known), _of_designs(known), _of_buffers(known),
+        _of_tiles(known), _of_processor(known),
     ]  # fmt: skip
     return [part for part in parts if part is not None and (part.rows or part.pictures)]
 
 
-def _row(name: str, told: Measurements) -> dict[str, Any]:
-    return {
-        "cascade": name,
-        "passes": told["passes"],
-        "in a run": told["traversals"],
-        "buffer grows": told["growth"] > 1.2,
-        "off by": told.get("difference"),
-        "Mcycles": told["fusemax_cycles"] / 1e6,
-        "GB": told["fusemax_bytes"] / 1e9,
-        "FuseMax ms": 1e3 * told["fusemax_seconds"],
-        "FLAT ms": 1e3 * told["flat_seconds"],
-    }
+def _of_classes(known: Mapping[str, Measurements]) -> Section:
+    rows = [
+        {
+            "cascade": name,
+            "passes": told["passes"],
+            "in a run": told["traversals"],
+            "buffer grows": told["growth"] > 1.2,
+            "off by": told.get("difference"),
+        }
+        for setting, told in known.items()
+        if (name := _cascade_name(setting)) is not None
+    ]
+    rows.sort(key=lambda row: (row["passes"], row["cascade"]))
+    says = (
+        "How often each mechanism, each form of softmax and each of your files passes over its keys. The cascade of a mechanism that "
+        "equals its definition differs from it by rounding alone."
+    )
+    return Section("Classes", says, (), rows)
 
 
-def _of_files(known: Mapping[str, Measurements]) -> Section | None:
-    rows = [_row(name.split(" ", 1)[1], told) for name, told in known.items() if name.startswith("file ")]
-    for name, told in known.items():
-        if name.startswith("machine "):
-            rows += [
-                {
-                    "cascade": one,
-                    "machine": name.split(" ", 1)[1],
-                    "ms": 1e3 * told[f"{one} seconds"],
-                    "GB moved": told[f"{one} bytes"] / 1e9,
-                }
-                for one in SHIPPED
-            ]
-    headings = list(dict.fromkeys(heading for row in rows for heading in row))
-    rows = [{heading: row.get(heading) for heading in headings} for row in rows]
-    return Section("Your files", f"At {TOKENS} queries and keys.", (), rows)
+def _cascade_name(setting: str) -> str | None:
+    """The name of a cascade in the tables; None for other settings."""
+    kind, _, name = setting.partition(" ")
+    return {"class": name, "file": name, "cascade": f"softmax as {name}"}.get(kind)
 
 
-def _of_classes(chosen: Chosen, known: Mapping[str, Measurements]) -> list[Section]:
-    rows, remarks, without = [], [], []
+def _of_costs(known: Mapping[str, Measurements]) -> Section:
+    """One row for each cascade, with its cost on every machine."""
+    machines = {name.partition(" ")[2]: told for name, told in known.items() if name.startswith("machine ")}
+    shown = {"ms": ("seconds", 1e-3), "GB": ("bytes", 1e9), "Mcycles": ("cycles", 1e6)}
+    rows = [
+        {"cascade": name}
+        | {
+            f"{unit} on {machine}": costs[setting][what] / size
+            for unit, (what, size) in shown.items()
+            for machine, costs in machines.items()
+        }
+        for setting in next(iter(machines.values()), {})
+        if (name := _cascade_name(setting)) is not None
+    ]
+    rows.sort(key=lambda row: list(row.values())[1])  # the time on the first machine
+    says = (
+        f"Time, bytes moved and cycles of every cascade on every machine, for {TOKENS} queries (rank p) and keys of the "
+        f"{WORKLOAD.batch} sequences and {WORKLOAD.heads} heads of BERT's workload; the ranks c, a and s have 16, all others 64. "
+        "Cycles are of both arrays together, and of full arrays: the steps of a recurrence, which wait for each other, are counted "
+        f"side by side. Those of {THIS_PROCESSOR} are nanoseconds of one core."
+    )
+    return Section("Costs", says, (), rows)
+
+
+def _of_mechanisms(chosen: Chosen, known: Mapping[str, Measurements]) -> list[Section]:
+    remarks, without = [], []
     for name in chosen.mechanisms:
         found = cascade_of(name)
         if found.written is None:
             without.append({"mechanism": name, "why": found.reason})
-        elif f"class {name}" in known:
-            rows.append(_row(name, known[f"class {name}"]))
-            remarks += [{"cascade": name, "remark": found.written.remark}] if found.written.remark else []
-    rows.sort(key=lambda row: (row["passes"], row["cascade"]))
-    says = (
-        f"How often each mechanism passes over its keys, and what it costs at {TOKENS} queries and keys with the 64 sequences "
-        "and 12 heads of BERT's workload. A cascade that equals its mechanism's definition differs from it by rounding alone. "
-        "Mcycles are of both arrays together, and of full arrays: the steps of a recurrence, which wait for each other, are counted side by side."
-    )
+        elif f"class {name}" in known and found.written.remark:
+            remarks.append({"cascade": name, "remark": found.written.remark})
     return [
-        Section("Classes", says, (), rows),
-        Section("Remarks", "What the table does not say.", (), remarks),
+        Section("Remarks", "What the tables do not say.", (), remarks),
         Section(
             "Without a cascade",
             "Mechanisms that the language cannot express, or whose cascade is not written.",

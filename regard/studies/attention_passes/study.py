@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.catalogue import list_mechanisms
-from regard.contract import Paper, Unsupported
+from regard.contract import Paper, Unsupported, closest
 from regard.reproductions import Reproduction
 from regard.reproductions.framework.judging import Check, Seed
 from regard.reproductions.framework.protocol import Setting
@@ -18,8 +18,9 @@ from regard.studies.attention_passes.accelerator import (
     WORKLOADS,
     shipped,
 )
-from regard.studies.attention_passes.cells import KERNELS, SHIPPED, TILES, run_cell
+from regard.studies.attention_passes.cells import KERNELS, SHIPPED, THIS_PROCESSOR, TILES, run_cell
 from regard.studies.attention_passes.language import parse
+from regard.studies.attention_passes.machine import SHIPPED as MACHINES
 from regard.studies.attention_passes.machine import read_machine
 from regard.studies.attention_passes.mechanisms import cascade_of
 from regard.studies.attention_passes.shown import sections
@@ -28,6 +29,9 @@ from regard.studies.framework.protocol import Chosen, Study
 PAPER = Paper(
     "FuseMax: Leveraging Extended Einsums to Optimize Attention Accelerator Design", "2406.10491", 2024, number=30
 )
+COMPARED = ("fusemax", "flat")
+"""The machines on which cascades are costed when none is given."""
+
 LENGTHS_BY_PRESET = {"tiny": (64, 128, 256, 512, 1024), "small": (256, 512, 1024, 2048, 4096)}
 
 
@@ -35,15 +39,29 @@ def make(chosen: Chosen) -> Reproduction:
     """The reproduction for a choice."""
     lengths = list(LENGTHS_BY_PRESET[chosen.preset])
     settings: dict[str, Setting] = {}
+    machines: dict[str, str | dict[str, Any]] = {}
     for given in chosen.data:
-        name, setting = _given(Path(given))
-        if name in settings:
-            raise Unsupported(f"two files called {Path(given).name!r}", supported="files of different names")
-        settings[name] = setting
+        name, machine = Path(given).name, _given_machine(given)
+        if name in machines or f"file {name}" in settings:
+            raise Unsupported(f"{name!r} twice", supported="files and machines of different names")
+        if machine is None:
+            settings[f"file {name}"] = {
+                "part": "cascade",
+                "text": _given_cascade(Path(given)),
+                "name": Path(given).stem,
+            }
+        else:
+            machines[name] = machine
     for name in chosen.mechanisms:
         found = cascade_of(name)
         if found.cascade is not None:
             settings[f"class {name}"] = {"part": "class", "mechanism": name, "text": found.cascade.text}
+    for name in SHIPPED:
+        settings[f"cascade {name}"] = {"part": "cascade", "text": shipped(name).text, "name": name}
+    cascades = {name: setting["text"] for name, setting in settings.items()}
+    for name, machine in (machines or {name: _fields(name) for name in COMPARED}).items():
+        setting = {"part": "machine", "machine": machine, "cascades": cascades}
+        settings[f"machine {name}"] = {**setting, **({"seconds": 1.0} if machine == THIS_PROCESSOR else {})}
     for name in WORKLOADS:
         settings[f"designs {name}"] = {"part": "designs", "model": name}
     for name in SHIPPED:
@@ -71,26 +89,39 @@ def make(chosen: Chosen) -> Reproduction:
             "area, and energies of machines other than the recorded ones: they come from component tables, not from cycles",
             "the search for the unfused and FLAT mappings: what they move is loaded",
         ),
-        timings=frozenset({"this processor"}),
+        timings=frozenset({"this processor", f"machine {THIS_PROCESSOR}"}),
         smoke={"lengths": [16, 32, 48, 64, 96], "tiles": [1, 2, 3], "seconds": 0.01},
         seeds=2,
         seconds=0.2,
-        more_seconds={"this processor": 5.0},
+        more_seconds={"this processor": 5.0, f"machine {THIS_PROCESSOR}": 2.0},
+        protocol=2,
     )
 
 
-def _given(path: Path) -> tuple[str, Setting]:
-    """Name and setting of the cell for a user's file, which is a cascade or a machine."""
-    if path.suffix in (".yaml", ".yml"):
-        return f"machine {path.name}", {"part": "machine", "machine": dataclasses.asdict(read_machine(path))}
+def _given_machine(given: str) -> str | dict[str, Any] | None:
+    """The fields of a machine given by its name or as a YAML file, or ``this-processor``; None for any other file."""
+    if given == THIS_PROCESSOR:
+        return given
+    return _fields(given) if given in MACHINES or Path(given).suffix in (".yaml", ".yml") else None
+
+
+def _fields(machine: str) -> dict[str, Any]:
+    return dataclasses.asdict(read_machine(machine))
+
+
+def _given_cascade(path: Path) -> str:
+    """The text of a user's cascade."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
+        names = (*MACHINES, THIS_PROCESSOR)
         raise Unsupported(
-            f"file {path.name!r}, which cannot be read as text", supported="a cascade (.txt) or a machine (.yaml)"
+            f"file {path.name!r}, which cannot be read as text",
+            supported=f"a cascade (.txt), a machine (.yaml), {', '.join(names)}",
+            nearest=closest(path.name, names),
         ) from None
     parse(text, path.stem)
-    return f"file {path.name}", {"part": "file", "text": text, "name": path.stem}
+    return text
 
 
 def _ratio(over: str, under: str, what: str = "seconds", whole: bool = False) -> Any:
@@ -175,5 +206,5 @@ STUDY = Study(
     presets=("tiny", "small"),
     mechanisms=tuple(list_mechanisms()),
     refuses=_refuses,
-    takes_data="cascades (.txt), and machines (.yaml)",
+    takes_data=f"cascades (.txt), and machines (.yaml, or {', '.join(MACHINES)}, {THIS_PROCESSOR})",
 )
