@@ -35,7 +35,7 @@ from regard.studies.attention_passes.accelerator import (
     one_pass_bytes,
     recorded,
 )
-from regard.studies.attention_passes.cells import SHIPPED, costed
+from regard.studies.attention_passes.cells import SHIPPED, costed, described
 from regard.studies.attention_passes.machine import machine_of
 from regard.studies.attention_passes.mechanisms import cascade_of, difference
 from regard.studies.attention_passes.written import REASONS, WRITTEN
@@ -254,6 +254,13 @@ def test_a_mechanisms_cascade_is_its_definition(name):
     for tokens, tile, seed in ((11, 4, 0), (7, 3, 1)):
         assert difference(found, tokens, tile, seed) < 1e-12
     assert passes(found.cascade).count == PASSES.get(name, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if "keys:" in WRITTEN[name].text])
+def test_the_buffer_of_a_cascade_in_tiles_grows_only_with_a_second_traversal(name):
+    found = described(cascade_of(name).cascade)
+    assert found["passes"] == found["traversals"]
+    assert (found["growth"] > 1.2) == (found["passes"] > 1)
 
 
 def test_every_mechanism_has_a_cascade_or_a_reason():

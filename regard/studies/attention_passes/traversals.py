@@ -56,14 +56,20 @@ class _Schedule:
             self.fiber.rank in self.ranks[read.tensor] and read.tensor not in self.iterates for read in one.reads
         )
 
+    def _of_tiles(self, one: Statement) -> bool:
+        """Return whether a statement needs no walk over keys but only their tiles; what coordinates make for each key is
+        left to the walk that reads it."""
+        return not self.whole(one) and self.fiber.rank not in self.ranks[one.target]
+
     def next(self) -> Walk:
         at_once = tuple(one for one in self.waiting if self._at_once(one))
         if at_once:
             return Walk(at_once, once=True)
-        for candidates, counted in ([one for one in self.waiting if not self.whole(one)], False), (self.waiting, True):
+        for candidates in ([one for one in self.waiting if self._of_tiles(one)], self.waiting):
             group = self._possible(candidates)
             if group:
                 singly = self.fiber.outer is None and any(one.iterates is not None for one in group)
+                counted = any(self.whole(one) for one in group)
                 return Walk(tuple(group), counted=counted, step=1 if singly else None)
         raise AssertionError(f"{self.cascade.name} cannot go on")
 
