@@ -16,7 +16,7 @@ __all__ = ["REASONS", "WRITTEN", "Written"]
 
 WRITTEN: dict[str, Written] = {**PAIRS, **SUMMARIES, **SUMS}
 
-CHOOSES = "it chooses keys by their data (the largest few, sorting, hashing), for which the language has no operation"
+CHOOSES = "it chooses keys or queries by their data (the largest few, sorting, hashing), for which the language has no operation"
 
 REASONS: dict[str, str] = {
     **dict.fromkeys(("bilevel_routing", "hard_softmax", "moba", "probsparse", "reformer", "routing", "sea"), CHOOSES),

@@ -250,7 +250,7 @@ PAIRS: dict[str, Written] = {
         "o[p, f] = (window_weight[] * nearall[p, f, M1] + N[p, f]) / (window_weight[] * nearsum[p, M1] + Z[p])",
         CAUSAL,
         options={"window": 3},
-        remark=f"{ALL_PAIRS}, and the far ones too, which a state reads in linear time",
+        remark=f"{ALL_PAIRS}; a state reads the far ones in linear time",
     ),
     "clipped_softmax": Written(
         f"{TILES}{QKV}\noutput: o\n{SCORES}\n"

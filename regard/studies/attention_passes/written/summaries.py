@@ -94,7 +94,7 @@ SUMMARIES: dict[str, Written] = {
         f"{over_slots('c', scores='B')}",
         options={"landmarks": 3},
         prepare=_segments,
-        remark="outside training, when nothing is drawn; the means that its features are near are known a traversal earlier",
+        remark="as at test time, when nothing is drawn; the means around which it would draw take a traversal of their own",
     ),
     "long_short": Written(
         f"{TILES}inputs: q[p, e], k[m, e], v[m, f], p[m, c], scale[]\noutput: o\n"
