@@ -73,15 +73,15 @@ lighter: $(VENV)/.dev  ## Measure what makes a language model smaller or faster,
 scaling: $(VENV)/.dev  ## Measure growth with length and efficiency lengths into docs/data: half an hour, on an idle machine
 	$(BIN)/python docs/measure.py scaling
 
-ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/data: two hours on an idle core; resumes where it stopped
+ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/data: three and a half hours on an idle core; resumes where it stopped
 	$(BIN)/python docs/measure.py restore
 	$(BIN)/regard compare --task recall --task text --mechanisms all --budget "500k tokens" --seeds 2 --output runs/all
 	$(BIN)/python docs/measure.py ranking
 
-TASKS := masked replaced pixels listops:length=128 pathfinder:size=16 algorithmic:function=sort algorithmic:function=sum \
-	events documents:length=256 matching time_series
+TASKS := masked replaced pixels listops:length=128 pathfinder:size=16 events documents:length=256 matching time_series \
+	$(patsubst %,algorithmic:function=%,sort sum minimum median maximum_subarray) in_context_functions upscale completion speech
 
-tasks: $(VENV)/.dev  ## Compare a few mechanisms on every other kind of task into docs/data: two hours on an idle core; resumes where it stopped
+tasks: $(VENV)/.dev  ## Compare a few mechanisms on every other kind of task into docs/data: three and a half hours on an idle core; resumes where it stopped
 	for task in $(TASKS); do $(BIN)/regard compare --task $$task --mechanisms softmax,linear,gated_linear,delta_rule,mamba2 \
 	  --budget 12m --output runs/tasks/$$(echo $$task | tr : +) || exit 1; done
 	$(BIN)/python docs/measure.py tasks

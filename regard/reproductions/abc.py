@@ -92,7 +92,7 @@ REPRODUCTION = Reproduction(
     ),
     left_out=(
         "translation and language modelling after pretraining (ABC's own paper): larger models",
-        "the benchmark's cross tasks (index 0.20 noncausal, 0.06 causal): text-to-speech, super-resolution and point clouds",
+        "the benchmark's cross tasks (index 0.20 noncausal, 0.06 causal): text-to-speech, super-resolution and point clouds, which are in `regard study cab`",
         "memory: `regard profile` measures it",
     ),
     more_seeds={"abc": 10, "abc, 2 slots": 10},

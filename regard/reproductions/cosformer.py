@@ -111,7 +111,7 @@ REPRODUCTION = Reproduction(
     ),
     left_out=(
         "the search itself, which is `regard study architecture-search`: its networks are stood for by one layer of each kind",
-        "cross attention (index -0.82 against 0.60): point clouds and speech of the benchmark",
+        "cross attention (index -0.82 against 0.60): point clouds and speech, which are in `regard study cab`",
         "language model pretraining and the Long Range Arena: out of reach",
     ),
     timings=frozenset({"time"}),

@@ -87,7 +87,7 @@ REPRODUCTION = Reproduction(
     ),
     left_out=(
         "language modelling (WikiText-103): at this size the gap is a thousandth of a nat",
-        "ImageNet, time series and reinforcement learning: no such data or hosts here",
+        "ImageNet, time series and reinforcement learning: digits stand for them",
     ),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
     seeds=4,
