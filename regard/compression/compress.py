@@ -38,6 +38,7 @@ from regard.compression.weights.grids import round_to_nearest
 from regard.compression.weights.learned import learn_codes
 from regard.contract import Unsupported
 from regard.core.files import check_folder
+from regard.integrations.conv1d import conv1d_as_linear
 from regard.layers.quantized import Format, QuantizedEmbedding, QuantizedLinear, replace_module
 from regard.measurement import units
 from regard.models.evaluating import evaluation_mode
@@ -140,9 +141,9 @@ def compress(
 
     Args:
         model: a model of regard, transformers, timm or your own, in float32 on the CPU. Linear layers are recognised by
-            their class; other modules with a weight matrix are kept, and named in the report. Parts are removed from
-            the models that :func:`regard.compression.pruning.find_host` knows, tokens from those that
-            :mod:`regard.compression.tokens.applied` names.
+            their class, transformers' Conv1D among them; other modules with a weight matrix are kept, and named in the
+            report. Parts are removed from the models that :func:`regard.compression.pruning.find_host` knows, tokens
+            from those that :mod:`regard.compression.tokens.applied` names.
         recipe: see :mod:`regard.compression.recipes`: ``"int8"``, ``"gptq:bits=4,group=32"``, a file, or a list of
             steps.
         data: batches for calibration, for recipes that need them: each is passed to `run`. Read more than once.
@@ -178,23 +179,17 @@ def compress(
             nearest="int8, which needs none",
         )
     teachers = _teachers(model, chosen, teacher)
-    _check(model, chosen, keep, teachers)
-    with evaluation_mode(model):
+    before = weights_bytes(model)
+    with conv1d_as_linear(model) as undo, evaluation_mode(model):
+        _check(model, chosen, keep, teachers)
         for step, (name, other) in teachers.items():
             check_teacher(model, other, name, partial(teaching_loss, model, other, step, taught[0], run))
-    before = weights_bytes(model)
-    job = _Job(model, chosen, teachers, batches, taught, run, losses, keep, on_layer)
-    folder = None if work is None else Path(work)
-    if folder is not None:
-        job.identify()
-    with evaluation_mode(model):
-        try:
-            for number, act in enumerate(chosen.acts):
-                job.do(act, folder if folder is None or not number else folder / f"step-{number}")
-        except BaseException:
-            for one in reversed(job.undo):
-                one()
-            raise
+        job = _Job(model, chosen, teachers, batches, taught, run, losses, keep, on_layer, undo)
+        folder = None if work is None else Path(work)
+        if folder is not None:
+            job.identify()
+        for number, act in enumerate(chosen.acts):
+            job.do(act, folder if folder is None or not number else folder / f"step-{number}")
     report = CompressionReport(
         chosen.name,
         chosen.as_list(),
@@ -239,7 +234,7 @@ def _teachers(model: nn.Module, recipe: Recipe, given: nn.Module | None) -> Teac
 
 def _check(model: nn.Module, recipe: Recipe, keep: Callable[[str, nn.Module], bool], teachers: Teachers) -> None:
     """Raise whatever errors can be raised before anything is changed."""
-    if any(step.stage in OF_WEIGHTS for _, step in recipe.steps):
+    if recipe.changes_weights:
         find_layers(model, keep)
     first, begins = recipe.steps[0]
     if begins.stage == "structure" or (begins.stage == "distil" and _shrinks(begins, teachers)):
@@ -285,11 +280,11 @@ class _Job:
         losses: Losses,
         keep: Callable[[str, nn.Module], bool],
         on_layer: Callable[[str, int, int], None],
+        undo: list[Callable[[], object]],
     ) -> None:
         self.model, self.recipe, self.teachers, self.batches, self.taught = model, recipe, teachers, batches, taught
-        self.run, self.losses, self.keep, self.on_layer = run, losses, keep, on_layer
+        self.run, self.losses, self.keep, self.on_layer, self.undo = run, losses, keep, on_layer, undo
         self.kept: dict[str, str] = {}
-        self.undo: list[Callable[[], object]] = []
         self.reports: dict[str, LayerReport] = {}
         self.notes: list[str] = []
         self.identity: dict[str, Any] = {}

@@ -34,6 +34,7 @@ from regard.compression.pruning.records import restore, structure
 from regard.compression.tokens.applied import all_tokens, put_on, tokens_record
 from regard.contract import Unsupported, an_instance
 from regard.core.files import write_atomically, write_text_atomically
+from regard.integrations.conv1d import conv1d_as_linear
 from regard.integrations.timm_places import is_of_timm, timm_folders
 from regard.layers.quantized import quantized_record, restore_layers
 from regard.models import save_pretrained
@@ -136,9 +137,10 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
     if "quantized" in metadata and json.loads(metadata["quantized"]) != record["quantized"]:
         raise Unsupported(f"{RECORD} and {weights.name} of different saves in {folder}", supported="files of one save")
     model = _build(place, record) if into is None else into
-    if record.get("structure"):
-        restore(model, record["structure"], source=str(place / RECORD))
-    restore_layers(model, record["quantized"], source=str(place / RECORD))
+    with conv1d_as_linear(model):
+        if record.get("structure"):
+            restore(model, record["structure"], source=str(place / RECORD))
+        restore_layers(model, record["quantized"], source=str(place / RECORD))
     load_tensors(model, tensors, source=str(weights))
     if record["library"] == "transformers":
         from regard.integrations.transformers.fused import fuse_layers

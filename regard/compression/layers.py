@@ -44,7 +44,7 @@ class Layers:
 
 
 def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambda name, module: False) -> Layers:
-    """Find the layers of a model.
+    """Find the layers of a model, a transformers model within :func:`regard.integrations.conv1d.conv1d_as_linear`.
 
     Args:
         keep: called with name and module; returns whether a module stays as it is, with everything in it.
@@ -144,7 +144,7 @@ def _reason_to_keep(name: str, module: nn.Module, keep: Callable[[str, nn.Module
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "a convolution"
     if type(module).__name__ == "Conv1D" and hasattr(module, "weight"):
-        return "a Conv1D, whose weight is transposed"
+        return "a Conv1D whose forward was replaced, or that has hooks"
     return ""
 
 

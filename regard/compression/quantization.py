@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from regard.compression.points import NEAREST, Point, add_inner_points
 from regard.compression.ranges import Grid, RunningRange, asymmetric_grid, simulate, symmetric_grid
 from regard.contract import Unsupported, an_instance, one_of
+from regard.integrations.conv1d import replace_conv1d
 from regard.measurement.outliers import is_norm
 from regard.mechanisms.gated_softmax import GatePredictor
 from regard.positions.learned import Learned
@@ -77,7 +78,7 @@ def quantize(
     the sums on the residual stream itself, scores before the mask, and attention weights, and then all that the paper
     quantizes is. Softmax, convolutions and parameters of other modules stay in floating point. A table that is also the
     head is rounded only where it is looked up (the projection of a factorised one in both places); an embedding of a
-    class of its own has its own rounded table in the copy.
+    class of its own has its own rounded table in the copy, where transformers' Conv1D are linear layers.
 
     Args:
         model: any module with linear layers; the simulation runs in hooks on them, so compile the returned copy.
@@ -99,6 +100,7 @@ def quantize(
     """
     one_of("points", points, ("linear", "all"))
     made = copy.deepcopy(model).eval()
+    replace_conv1d(made)
     modules = _modules(made, keep)
     weights = _round_weights(modules, weight_bits, weight_p)
     found: dict[str, Point] = {}

@@ -307,6 +307,11 @@ class Recipe:
         return self._of("round")
 
     @property
+    def changes_weights(self) -> bool:
+        """Whether a step makes weights 0, scales or rounds them, for which a model needs linear layers."""
+        return any(step.stage in OF_WEIGHTS for _, step in self.steps)
+
+    @property
     def acts(self) -> list[Recipe]:
         """The steps in groups to do together: consecutive steps on weights as one group, each other step alone."""
         found: list[list[tuple[str, Any]]] = []

@@ -160,6 +160,6 @@ def _trained_alone(
     finally:
         for name in learned:
             parametrize.remove_parametrizations(layers[name], "weight", leave_parametrized=False)
-            layers[name].weight.data = before[name]
+            layers[name].weight.data.copy_(before[name])
         for parameter, needed in required.items():
             parameter.requires_grad_(needed)

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from regard.contract import Unsupported
+from regard.integrations.conv1d import conv1d_as_linear
 from regard.integrations.transformers.fused import fuse_layers
 from regard.layers.quantized import restore_layers
 
@@ -63,7 +64,8 @@ class RegardQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         layers = self.quantization_config.layers
-        restore_layers(model, layers, source="quantization_config")
+        with conv1d_as_linear(model):
+            restore_layers(model, layers, source="quantization_config")
         # an embedding that reads the head's codes is already tied to it
         tied = model.all_tied_weights_keys.items()
         model.all_tied_weights_keys = {
