@@ -24,6 +24,7 @@ from regard.compression.layers import find_layers
 from regard.compression.resume import digest
 from regard.contract import Unsupported
 from regard.core.files import write_text_atomically
+from regard.integrations.conv1d import conv1d_as_linear
 from regard.measurement import provenance, units
 from regard.measurement.budget import Budget
 from regard.measurement.timing import calm_clock, rounds
@@ -130,12 +131,15 @@ def study(
         on_progress: called with the current work, the number of finished recipes, and their total.
 
     Raises:
-        Unsupported: for a budget that is not a time, a folder with another study, or a model that cannot be quantized.
+        Unsupported: for a budget that is not a time, a folder with another study, or a model without linear layers if
+            all recipes change their weights.
     """
     if budget.unit != "seconds":
         raise Unsupported(f"budget {budget}", supported="a time: 90s, 20m, 2h", nearest="20m")
     model = subject.load()
-    find_layers(model)
+    if all(recipe.changes_weights for recipe in recipes):
+        with conv1d_as_linear(model):
+            find_layers(model)
     began = time.monotonic()
     state = _opened(folder / RESULTS, subject, model)
     spent = float(state["spent"])

@@ -93,6 +93,30 @@ def test_a_study_measures_every_recipe_and_goes_on_where_it_was_stopped(trained,
         assert set(row.speedup) == {"decode", "prefill"} and all(value > 0 for value in row.speedup.values())
 
 
+def test_recipes_that_change_no_weights_need_no_linear_layers(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    save_byte_tokenizer(tmp_path / "model")
+    config = transformers.GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=None)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    subject, load = CausalModel(tmp_path / "model", [str(tmp_path / "text.txt")], 32), CausalModel.load
+    tokens = "tokens:method=snapkv,capacity=8"
+    found = study(subject, read_recipes(f"int8,{tokens}"), tmp_path / "gpt2", Budget.parse("1h"))
+    assert [row.recipe for row in found.rows] == ["int8", tokens] and found.rows[0].layers == 6
+
+    def without_linear_layers(subject):
+        model = load(subject)
+        for module in model.transformer.modules():
+            module.register_forward_hook(lambda *given: None)
+        return model
+
+    monkeypatch.setattr(CausalModel, "load", without_linear_layers)
+    found = study(subject, read_recipes(f"int8,{tokens}"), tmp_path / "hooks", Budget.parse("1h"))
+    assert [row.recipe for row in found.rows] == [tokens] and "without linear layers" in found.refused["int8"]
+    with pytest.raises(Unsupported, match="without linear layers"):
+        study(subject, read_recipes("int8,wanda"), tmp_path / "hooks", Budget.parse("1h"))
+
+
 def test_recipes_that_the_budget_has_no_time_for_are_named(trained, tmp_path):
     found = study(open_subject(trained[0], None, None), read_recipes("int8"), tmp_path, Budget("seconds", 1e-6))
     assert found.rows == [] and "budget" in found.refused["int8"]
