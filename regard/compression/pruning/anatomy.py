@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 BRANCHES = ("attention", "feed_forward")
 KNOWN = (
-    "LanguageModel and Encoder of regard; transformers models with layers as those of Llama or BERT; timm's VisionTransformer of "
-    "plain blocks"
+    "LanguageModel and Encoder of regard; transformers models with layers as those of Llama, GPT-2, GPT-NeoX, OPT, BERT or "
+    "DistilBERT; timm's VisionTransformer of plain blocks"
 )
 
 Undo = Callable[[], object]
@@ -78,15 +78,15 @@ class Stream:
 
     Attributes:
         width: number of its dimensions.
-        start: the module whose output is its first value; None if that is one of `norms`.
+        starts: the modules whose outputs add up to its first value; none if a norm, one of `norms`, comes after them.
         norms: the norms over it.
         scales: the parameters, with the axis of its dimensions, that factors of what is added to it and of what is read
-            from it can be multiplied into: of its start, of the last projections of branches, and of norms. Where the
+            from it can be multiplied into: of its starts, of the last projections of branches, and of norms. Where the
             head's weight is the embedding's table, the last norm is left out.
     """
 
     width: int
-    start: nn.Module | None
+    starts: Sequence[nn.Module]
     norms: Sequence[nn.Module]
     scales: Sequence[tuple[nn.Parameter, int]]
 

@@ -1,4 +1,4 @@
-"""Cutting models of transformers: causal language models like Llama, encoders like BERT.
+"""Cutting models of transformers: causal language models like Llama, encoders like BERT, and those of :data:`FAMILIES`.
 
 If all layers keep the same sizes, and the model's config can express them, the config records them, and transformers
 alone can load the saved model. Otherwise :mod:`regard.compression.pruning.records` records them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from regard.compression.pruning.anatomy import (
 from regard.compression.pruning.hard import attends_by_interface
 from regard.compression.pruning.records import check_whole, entry_of, note, why_not_built
 from regard.contract import Unsupported, an_instance
+from regard.integrations.conv1d import has_conv1d
 from regard.layers.linear import Linear
 
 
@@ -44,11 +45,16 @@ class Family:
     """The paths of a layer's parts, relative to the layer.
 
     Attributes:
-        query, key, value, output: projections of its attention.
+        query, key, value, output: projections of its attention; three times the same for one that computes all of them.
         up, down: projections of its feed-forward network.
-        post_norm: whether a norm follows the residual sum of a branch, and so stays when the branch is removed.
         attention: the module of its attention.
         feed_forward: modules of its feed-forward network.
+        kind: class of the layers; any class when empty.
+        fused: order of the rows of one projection for queries, keys and values: ``parts``, one after another, or
+            ``heads``, the three of each head together; empty for three projections.
+        post_norm: whether a norm follows the residual sum of a branch, and so stays when the branch is removed.
+        norms: these norms, where they are inside the branches' modules.
+        neurons: the config's name for the hidden width of the feed-forward network.
     """
 
     query: str
@@ -59,13 +65,30 @@ class Family:
     down: str
     attention: str
     feed_forward: tuple[str, ...]
+    kind: str = ""
+    fused: str = ""
     post_norm: bool = False
+    norms: tuple[str, ...] = ()
+    neurons: str = "intermediate_size"
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Paths of all linear layers."""
         return (self.query, self.key, self.value, self.output, *self.up, self.down)
 
+
+OPT = Family(
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    ("fc1",),
+    "fc2",
+    "self_attn",
+    ("fc1", "fc2"),
+    kind="OPTDecoderLayer",
+    neurons="ffn_dim",
+)
 
 FAMILIES = {
     "decoder": Family(
@@ -88,8 +111,56 @@ FAMILIES = {
         "attention",
         ("intermediate", "output"),
         post_norm=True,
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    ),
+    "gpt2": Family(
+        "attn.c_attn",
+        "attn.c_attn",
+        "attn.c_attn",
+        "attn.c_proj",
+        ("mlp.c_fc",),
+        "mlp.c_proj",
+        "attn",
+        ("mlp",),
+        kind="GPT2Block",
+        fused="parts",
+        neurons="n_inner",
+    ),
+    "gpt_neox": Family(
+        "attention.query_key_value",
+        "attention.query_key_value",
+        "attention.query_key_value",
+        "attention.dense",
+        ("mlp.dense_h_to_4h",),
+        "mlp.dense_4h_to_h",
+        "attention",
+        ("mlp",),
+        kind="GPTNeoXLayer",
+        fused="heads",
+    ),
+    "opt": OPT,
+    "opt, norms after": replace(OPT, post_norm=True),
+    "distilbert": Family(
+        "attention.q_lin",
+        "attention.k_lin",
+        "attention.v_lin",
+        "attention.out_lin",
+        ("ffn.lin1",),
+        "ffn.lin2",
+        "attention",
+        ("ffn",),
+        kind="TransformerBlock",
+        post_norm=True,
+        neurons="hidden_dim",
     ),
 }
+"""The layers that can be cut: any with these paths, unless `kind` names their class."""
+
+TABLES = ("Embedding", "OPTLearnedPositionalEmbedding")
+"""Classes of embeddings that look up rows of a table, and do nothing else."""
+
+WIDTHS = ("head_dim", "attention_head_size", "head_size")
+"""Names that attention modules have for the width of a head."""
 
 SIZES = {0: ("out_features", "normalized_shape"), 1: ("in_features", "embedding_dim")}
 """Attributes of modules that tell the size of each axis of their weights."""
@@ -101,15 +172,15 @@ NOT_OF_LAYERS = re.compile("token|architectures")
 class NoAttention(nn.Module):
     """Replacement for removed attention: returns 0. A cache still counts its tokens."""
 
-    def __init__(self, layer_idx: int) -> None:
+    def __init__(self, layer_idx: int | None) -> None:
         super().__init__()
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: Tensor, *_: Any, **more: Any) -> tuple[Tensor, None]:
-        from regard.integrations.transformers import CACHE
+        from regard.integrations.transformers.attending import CACHES
 
-        cache = more.get("cache", more.get(CACHE))
-        if cache is not None:
+        cache = next((more[name] for name in CACHES if more.get(name) is not None), None)
+        if cache is not None and self.layer_idx is not None:
             counted = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(counted, counted, self.layer_idx)
         return torch.zeros_like(hidden_states), None
@@ -137,6 +208,11 @@ class TransformersModel:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         check_whole(model)
+        if getattr(self.model.config, "scale_attn_by_inverse_layer_idx", False):
+            raise Unsupported(
+                f"taking heads, neurons or layers out of {an_instance(model)} whose scores are divided by the layer's number",
+                supported="scale_attn_by_inverse_layer_idx=False",
+            )
         found = [
             (name, family, stack)
             for name, stack in model.named_modules()
@@ -147,6 +223,7 @@ class TransformersModel:
             raise Unsupported(
                 f"taking heads, neurons or layers out of {an_instance(model)} with {len(found)} stacks of known layers",
                 supported=KNOWN,
+                nearest="find_host within conv1d_as_linear(model)" if has_conv1d(model) else "",
             )
         self.path, self.kind, self.stack = found[0]
         self.family = FAMILIES[self.kind]
@@ -160,27 +237,26 @@ class TransformersModel:
     def stream(self) -> Stream:
         model, tables, norms, reader = self.model, self._tables(), self._norms(), self._reader()
         width = model.config.hidden_size
+        if any(type(table).__name__ not in TABLES or table.embedding_dim != width for table in tables):
+            raise self._wide("its embeddings are multiplied, or of another width")
         if reader is None:
             raise self._wide("its answers are the hidden states, or a head has some of its own")
-        if any(type(table) is not nn.Embedding or table.embedding_dim != width for table in tables):
-            raise self._wide("its embeddings are multiplied, or of another width")
         shapes = [[parameter.shape for parameter in norm.parameters(recurse=False)] for norm in norms]
         if not all(found and set(found) == {(width,)} for found in shapes):
             raise self._wide("some of its norms have no weights, or another width")
         scales = [pair for layer in self.layers for linear in layer.last.values() for pair in rows_of(linear)]
-        start = None if self.family.post_norm else model.get_input_embeddings()
-        scaled = norms
-        if start is not None:
-            scales.append((start.weight, 1))
-            inside = set(self.stack.modules())
-            scaled = [norm for norm in norms if norm in inside or reader.weight is not start.weight]
-        scales += [pair for norm in scaled for pair in rows_of(norm)]
-        return Stream(width, start, norms, scales)
+        inside = set(self.stack.modules())
+        outside = [norm for norm in norms if norm not in inside]
+        starts = [] if self.family.post_norm and outside else tables
+        scales += [(table.weight, 1) for table in starts]
+        tied = any(reader.weight is table.weight for table in starts)
+        scales += [pair for norm in norms if norm in inside or not tied for pair in rows_of(norm)]
+        return Stream(width, starts, norms, scales)
 
     def _wide(self, reason: str) -> Unsupported:
         return Unsupported(
             f"a narrower residual stream in {an_instance(self.model)}: {reason}",
-            supported="causal language models, and classifiers, like Llama or BERT",
+            supported="causal language models, and classifiers, like Llama, GPT-2, OPT or BERT",
         )
 
     def _outside(self) -> list[nn.Module]:
@@ -211,7 +287,7 @@ class TransformersModel:
         places: list[tuple[Any, int]] = [(self._reader(), 1), *((table, 1) for table in self._tables())]
         places += [(norm, 0) for norm in self._norms()]
         for layer in self.stack:
-            places += [(layer.get_submodule(path), 1) for path in readers]
+            places += [(layer.get_submodule(path), 1) for path in dict.fromkeys(readers)]
             places += [(layer.get_submodule(path), 0) for path in writers]
         for module, axis in places:
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -249,13 +325,20 @@ class TransformersModel:
         module: Any = layer.module
         if cut.attention:
             old = module.get_submodule(family.attention)
-            new = NormAlone(old.output.LayerNorm, attention=True) if family.post_norm else NoAttention(old.layer_idx)
+            if family.norms:
+                new: nn.Module = NormAlone(module.get_submodule(family.norms[0]), attention=True)
+            else:
+                new = NoAttention(getattr(old, "layer_idx", None))
             yield put(module, family.attention, new.train(old.training))
         elif cut.heads:
             units, counts = left(layer.units, cut.heads)
-            own = module.get_submodule(family.key).out_features // layer.units
-            for path, size in ((family.query, own * layer.group), (family.key, own), (family.value, layer.width)):
-                yield put(module, path, smaller(module.get_submodule(path), rows=spans(units, size)))
+            for path, rows in _rows(layer, family, units).items():
+                yield put(module, path, smaller(module.get_submodule(path), rows=rows))
+            attention = module.get_submodule(_attends(family))
+            heads = len(units) * layer.group
+            for name, count in (("num_heads", heads), ("split_size", heads * layer.width)):
+                if hasattr(attention, name):
+                    yield assign(attention, name, count)
             output = smaller(layer.output, columns=layer.columns(units), silent=not counts)  # type: ignore[arg-type]
             yield put(module, family.output, output)
         if cut.feed_forward:
@@ -271,12 +354,11 @@ class TransformersModel:
             yield self.harden(number, cut.hard)
 
     def _without_network(self, module: Any) -> Iterator[Undo]:
-        if not self.family.post_norm:
-            yield put(module, "mlp", NoBranch())
-            return
-        norm = NormAlone(module.output.LayerNorm, attention=False).train(module.training)
-        yield put(module, "intermediate", nn.Identity())
-        yield put(module, "output", norm)
+        norms, (*first, last) = self.family.norms, self.family.feed_forward
+        new = NormAlone(module.get_submodule(norms[1]), attention=False) if norms else NoBranch()
+        for path in first:
+            yield put(module, path, nn.Identity())
+        yield put(module, last, new.train(module.training))
 
     def _keep_layers(self, kept: list[int]) -> list[Undo]:
         layers, config = self.stack, self.model.config
@@ -305,7 +387,7 @@ class TransformersModel:
         sized = own_width and (hidden or config.hidden_size) % heads == 0  # transformers refuses other configs
         resized = pruned or hidden is not None
         if same and whole and (sized or not resized):
-            undo = [assign(config, "intermediate_size", entries[0]["neurons"])]
+            undo = [assign(config, self.family.neurons, entries[0]["neurons"])]
             if hidden is not None:
                 undo.append(assign(config, "hidden_size", hidden))
             if pruned:
@@ -318,12 +400,29 @@ class TransformersModel:
         return [note(self.model, entries, hidden)]
 
 
-def _fits(layer: nn.Module, family: str) -> bool:
+def _fits(layer: nn.Module, name: str) -> bool:
+    family = FAMILIES[name]
     try:
-        found = [layer.get_submodule(path) for path in FAMILIES[family].paths]
+        found = [layer.get_submodule(path) for path in family.paths]
     except AttributeError:
         return False
-    return all(type(module) in (nn.Linear, Linear) for module in found) and not hasattr(layer, "crossattention")
+    if family.kind not in ("", type(layer).__name__) or hasattr(layer, "crossattention"):
+        return False
+    norms_before = getattr(layer, "do_layer_norm_before", not family.post_norm)
+    return norms_before is not family.post_norm and all(type(module) in (nn.Linear, Linear) for module in found)
+
+
+def _rows(layer: Layer, family: Family, units: Sequence[int]) -> dict[str, Tensor]:
+    """The rows of the projections of queries, keys and values that belong to units of attention, by path."""
+    if family.fused == "heads":
+        return {family.query: spans(units, 3 * layer.width)}
+    if family.fused:
+        own = spans(units, layer.width)
+        return {family.query: torch.cat([own + part * layer.units * layer.width for part in range(3)])}
+    key: Any = layer.module.get_submodule(family.key)
+    size = key.out_features // layer.units
+    sizes = {family.query: size * layer.group, family.key: size, family.value: layer.width}
+    return {path: spans(units, size) for path, size in sizes.items()}
 
 
 def _attends(family: Family) -> str:
@@ -332,15 +431,15 @@ def _attends(family: Family) -> str:
 
 def _layer(name: str, module: Any, family: Family) -> Layer:
     attention = module.get_submodule(_attends(family))
-    width = getattr(attention, "head_dim", None) or attention.attention_head_size
+    width = next(size for one in WIDTHS if (size := getattr(attention, one, None)))
     query, key, down = (module.get_submodule(path) for path in (family.query, family.key, family.down))
-    units = key.out_features // width
+    units = key.out_features // (3 * width if family.fused else width)
     output = module.get_submodule(family.output)
     networks = [module.get_submodule(path) for path in family.feed_forward]
     fixed: dict[str, str] = {}
     if family.post_norm and not attends_by_interface(attention):
         fixed["heads"] = f"{an_instance(attention)} does not attend through transformers' attention interface"
-    if family.post_norm and (reason := _unlike_bert(module)):
+    if family.norms and (reason := _unlike_bert(module)):
         fixed |= dict.fromkeys(BRANCHES, reason)
     last = dict(zip(BRANCHES, (output, down), strict=True))
     return Layer(

@@ -82,9 +82,8 @@ def stream_gated(host: Host, factors: Float[Tensor, " c"]) -> Iterator[None]:
         Unsupported: as :meth:`regard.compression.pruning.anatomy.Host.stream`.
     """
     stream = host.stream()
-    starts = [] if stream.start is None else [stream.start]
     with ExitStack() as hooks:
-        for module in [*starts, *(end for layer in host.layers for end in layer.ends.values())]:
+        for module in [*stream.starts, *(end for layer in host.layers for end in layer.ends.values())]:
             hooks.callback(module.register_forward_hook(_Output(factors)).remove)
         for norm in stream.norms:
             hooks.callback(replace_forward(norm, _over_open(norm, factors)))

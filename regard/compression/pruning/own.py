@@ -84,13 +84,14 @@ class OwnModel:
         scales = [pair for layer in self.layers for linear in layer.last.values() for pair in rows_of(linear)]
         start = model.embedding_norm
         if isinstance(start, nn.Identity):
+            starts = [start]
             scales += _start(model)
             scaled = norms[1:] if self._tied() else norms
         else:
-            start, norms = None, [*norms, start]
+            starts, norms = [], [*norms, start]
             scaled = norms
         scales += [pair for norm in scaled for pair in rows_of(norm)]
-        return Stream(model.config.dim, start, norms, scales)
+        return Stream(model.config.dim, starts, norms, scales)
 
     def _tied(self) -> bool:
         return self.model.head is None

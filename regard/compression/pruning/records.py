@@ -15,6 +15,7 @@ from torch import nn
 
 from regard.compression.pruning.anatomy import Cut, Layer, Undo, find_host, left
 from regard.contract import Unsupported
+from regard.integrations.conv1d import replace_conv1d
 
 RECORD = "_regard_structure"
 """Attribute of models that their config cannot describe: the record that :func:`structure` returns."""
@@ -41,6 +42,7 @@ def restore(model: nn.Module, record: Mapping[str, Any], *, source: str) -> None
     """Give a model built from its config the sizes of `record`; its weights are loaded afterwards.
 
     Args:
+        model: one of transformers within :func:`regard.integrations.conv1d.conv1d_as_linear`.
         source: where the record comes from, for error messages.
 
     Raises:
@@ -81,6 +83,7 @@ def why_not_built(model: Any) -> str | None:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), no_init_weights():
             built = type(model)(copy.deepcopy(model.config))
+            replace_conv1d(built)
             if (record := structure(model)) is not None:
                 restore(built, record, source="the record")
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import close, load, recorded_state, refused
-from test_cuts import batch, bert, encoder, language_model, llama, output
+from test_cuts import batch, bert, distilbert, encoder, gpt_neox, language_model, llama, open_gpt2, opt, output
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +35,7 @@ def losses_of(model: Any, batches: list[Batch]) -> Tensor:
     return torch.cat([F.cross_entropy(model(b.inputs).output, b.targets, reduction="none") for b in batches]).detach()
 
 
-@pytest.mark.parametrize("make", [language_model, encoder, llama, bert])
+@pytest.mark.parametrize("make", [language_model, encoder, llama, bert, open_gpt2, gpt_neox, opt, distilbert])
 def test_hard_layers_are_masked_compacted_saved_and_loaded_alike(make, tmp_path):
     model, ids = make(), batch()
     host = find_host(model)
@@ -71,7 +71,8 @@ def test_hard_layers_of_transformers_take_no_other_attention():
 
 
 def test_a_padded_batch_of_transformers_is_masked_in_hard_layers():
-    for model, options in ((bert(), {}), (llama(), {"use_cache": False})):
+    causal = [(make(), {"use_cache": False}) for make in (llama, open_gpt2, gpt_neox, opt)]
+    for model, options in ((bert(), {}), (distilbert(), {}), *causal):
         ids = batch()
         mask = torch.ones_like(ids)
         mask[1, 7:] = 0

@@ -14,6 +14,7 @@ from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.pruning.masks import Gates, gated, masked
 from regard.compression.pruning.records import restore, structure
 from regard.contract import Context
+from regard.integrations.conv1d import replace_conv1d
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
 
 VOCABULARY = 30
@@ -41,6 +42,42 @@ def bert() -> Any:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = transformers.BertConfig(vocab_size=VOCABULARY, num_labels=3, **sizes)
     return _spread(transformers.BertForSequenceClassification(config))
+
+
+def gpt2(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 16, "n_inner": 24, "n_layer": 4, "n_head": 4, "n_positions": 32}
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=None, **sizes, **options)
+    return _spread(transformers.GPT2LMHeadModel(config))
+
+
+def open_gpt2(**options: Any) -> Any:
+    """GPT-2 with linear layers for its Conv1D."""
+    model = gpt2(**options)
+    replace_conv1d(model)
+    return model
+
+
+def gpt_neox(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.GPTNeoXConfig(vocab_size=VOCABULARY, eos_token_id=None, **sizes, **options)
+    return _spread(transformers.GPTNeoXForCausalLM(config))
+
+
+def opt(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    config = transformers.OPTConfig(vocab_size=VOCABULARY, max_position_embeddings=32, **tokens, **sizes, **options)
+    return _spread(transformers.OPTForCausalLM(config))
+
+
+def distilbert() -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"dim": 16, "hidden_dim": 24, "n_layers": 4, "n_heads": 4, "max_position_embeddings": 32}
+    config = transformers.DistilBertConfig(vocab_size=VOCABULARY, num_labels=3, **sizes)
+    return _spread(transformers.DistilBertForSequenceClassification(config))
 
 
 def vit(**options: Any) -> Any:
@@ -80,8 +117,17 @@ MODELS = {
     "llama": llama,
     "grouped llama": lambda: llama(num_key_value_heads=2),
     "bert": bert,
+    "gpt2": open_gpt2,
+    "gpt-neox": gpt_neox,
+    "gpt-neox, one after another": lambda: gpt_neox(use_parallel_residual=False),
+    "opt": opt,
+    "opt, norms after": lambda: opt(do_layer_norm_before=False, word_embed_proj_dim=8),
+    "distilbert": distilbert,
     "timm": vit,
 }
+
+NAMED = ("gpt2", "gpt-neox", "opt", "opt, norms after", "distilbert")
+"""Models of transformers whose layers are known by their class."""
 
 CUTS = [
     Cut(heads=(0,), neurons=(1, 5, 20)),
@@ -129,7 +175,7 @@ def test_a_compacted_model_is_the_masked_one_and_undo_gives_the_model_back(name)
     assert [n for n, _ in model.named_parameters()] == names
 
 
-@pytest.mark.parametrize("name", ["language model", "llama", "bert", "timm"])
+@pytest.mark.parametrize("name", ["language model", "llama", "bert", *NAMED, "timm"])
 def test_whole_layers_go_and_the_others_stay_in_order(name):
     model, ids = MODELS[name](), batch(name)
     host = find_host(model)
@@ -139,7 +185,7 @@ def test_whole_layers_go_and_the_others_stay_in_order(name):
     undo = host.compact(cuts)
     close(output(model, ids), expected)
     assert len(find_host(model).layers) == 2
-    if name in ("language model", "llama"):
+    if name in ("language model", "llama", "gpt2", "gpt-neox", "opt"):
         options = {} if name == "language model" else {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 4}
         new = model.generate(ids, *([4] if name == "language model" else []), **options)
         assert new.shape[1] == (4 if name == "language model" else 15)
@@ -148,7 +194,11 @@ def test_whole_layers_go_and_the_others_stay_in_order(name):
 
 
 NARROW = {
-    name: MODELS[name] for name in ("language model", "grouped, gated", "encoder", "llama", "grouped llama", "bert")
+    name: MODELS[name]
+    for name in (
+        *("language model", "grouped, gated", "encoder", "llama", "grouped llama", "bert"),
+        *("gpt2", "gpt-neox", "opt", "distilbert"),
+    )
 } | {
     "convolutions, a sink": lambda: language_model(
         plan=[("gated_linear", {"short_convolution": 3}), ("softmax", {"learn_sink": True})] * 2
@@ -236,6 +286,7 @@ def test_a_stream_that_cannot_become_narrower_is_refused_with_the_reason():
         (foreign("GemmaForCausalLM"), "its embeddings are multiplied"),
         (foreign("OlmoForCausalLM"), "norms have no weights"),
         (foreign("ElectraForSequenceClassification", embedding_size=8), "or of another width"),
+        (MODELS["opt, norms after"](), "or of another width"),
     ):
         before = {key: value.clone() for key, value in model.state_dict().items()}
         host = find_host(model)
@@ -291,8 +342,9 @@ def test_a_smaller_model_of_regard_is_an_ordinary_one_that_decodes_and_loads(tmp
     assert again.config.num_layers == 3
 
 
-def test_generation_of_transformers_counts_tokens_where_the_first_attention_is_gone():
-    model, ids = llama(), batch()
+@pytest.mark.parametrize("make", [llama, open_gpt2, gpt_neox, opt])
+def test_generation_of_transformers_counts_tokens_where_the_first_attention_is_gone(make):
+    model, ids = make(), batch()
     find_host(model).compact([Cut(attention=True), Cut(), CUTS[1], Cut()])
     from regard.integrations.transformers import CACHE
 
@@ -314,9 +366,6 @@ def test_gates_are_differentiable_and_leave_the_weights_alone():
 
 
 def test_what_cannot_be_taken_is_refused_with_the_reason():
-    pytest.importorskip("transformers")
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     for options, words in (
         ({"plan": [("softmax", {"learn_sink": True})] * 4}, "has parameters in addition to its heads"),
         ({"positions": "alibi"}, "differ from head to head"),
@@ -326,7 +375,8 @@ def test_what_cannot_be_taken_is_refused_with_the_reason():
         refused(words, find_host(model).compact, [Cut(heads=(0,)), Cut(), Cut(), Cut()])
         find_host(model).compact([Cut(attention=True), Cut(), Cut(), Cut()])
     refused("share", find_host, language_model(stack={"share": "all"}))
-    refused("0 stacks", find_host, GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
+    refused("0 stacks of known layers.*within conv1d_as_linear", find_host, gpt2())
+    refused("divided by the layer's number", find_host, open_gpt2(scale_attn_by_inverse_layer_idx=True))
     refused("Linear", find_host, torch.nn.Linear(2, 2))
     refused("all heads say together", find_host(vit(scale_attn_norm=True)).compact, [Cut(heads=(0,)), *[Cut()] * 3])
     refused("hard attention in a model of timm", find_host(vit()).compact, [Cut(hard=2), *[Cut()] * 3])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import close, load, refused
-from test_cuts import NARROW, batch, bert, encoder, language_model, llama, output
+from test_cuts import NARROW, batch, bert, distilbert, encoder, gpt2, language_model, llama, open_gpt2, output
 from torch.nn import functional as F
 
 import regard
@@ -97,7 +97,7 @@ def test_the_chance_that_a_gate_stays_is_that_of_its_draws():
     assert ends.tolist() == [0.0, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("make", [encoder, llama, bert])
+@pytest.mark.parametrize("make", [encoder, llama, bert, open_gpt2, distilbert])
 def test_finished_gates_leave_the_model_that_had_them(make):
     model, ids = make(), batch()
     before = output(model, ids)
@@ -151,6 +151,17 @@ def test_branches_without_a_last_projection_have_no_gates_and_the_rest_is_cut():
     close(output(model, ids), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "opt", "learned positions"])
+def test_gates_multiply_the_sum_that_the_stream_starts_with(name):
+    model, ids, factors = NARROW[name](), batch(), torch.rand(16, dtype=torch.float64)
+    host, seen = find_host(model), list[torch.Tensor]()
+    host.layers[0].module.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    model(ids)
+    with stream_gated(host, factors):
+        model(ids)
+    close(seen[1], seen[0] * factors)
+
+
 @pytest.mark.parametrize("make", [llama, bert])
 def test_norms_under_gates_are_over_the_dimensions_that_are_open(make):
     host = find_host(make())
@@ -194,12 +205,12 @@ def test_gates_of_the_stream_are_learned_and_refused_before_anything_is_done():
     refused("under a GemmaRMSNorm", LearnedGates, find_host(other), hidden=True)
 
 
-@pytest.mark.parametrize("name", ["tied", "llama", "bert"])
+@pytest.mark.parametrize("name", ["tied", "llama", "bert", "gpt2", "distilbert"])
 def test_a_recipe_of_gates_writes_a_smaller_model_that_loads_and_can_be_undone(name, tmp_path):
-    model = NARROW[name]().float()
+    model = (gpt2 if name == "gpt2" else NARROW[name])().float()
     ids, numbers = torch.randint(30, (8, 7)), sum(p.numel() for p in model.parameters())
     data: Any = [ids, ids.flip(0)]
-    if name == "bert":
+    if name in ("bert", "distilbert"):
         data = [{"input_ids": ids, "labels": torch.randint(3, (8,))}]
     before, recipe = output(model, ids), "gates:share=0.4,steps=12,learning_rate=0.9,hidden=true"
     regard.compress(model, recipe, data).undo()

@@ -9,7 +9,21 @@ from typing import Any
 import pytest
 import torch
 from support import close, refused
-from test_cuts import VOCABULARY, batch, bert, encoder, language_model, llama, output, vit
+from test_cuts import (
+    VOCABULARY,
+    batch,
+    bert,
+    distilbert,
+    encoder,
+    gpt2,
+    gpt_neox,
+    language_model,
+    llama,
+    open_gpt2,
+    opt,
+    output,
+    vit,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +40,7 @@ from regard.models import from_pretrained
 from regard.tasks.protocol import Batch
 
 
-@pytest.mark.parametrize("make", [language_model, encoder, llama, bert])
+@pytest.mark.parametrize("make", [language_model, encoder, llama, bert, gpt2, gpt_neox, opt, distilbert])
 def test_a_model_is_made_smaller_saved_loaded_and_undone(make, tmp_path):
     model, ids = make().float(), batch()
     before = output(model, ids)
@@ -56,6 +70,14 @@ def test_what_is_left_alike_in_all_layers_loads_in_transformers_alone(tmp_path):
     small.save(tmp_path / "bert")
     kind = transformers.AutoModelForSequenceClassification
     close(output(kind.from_pretrained(tmp_path / "bert", local_files_only=True).eval(), ids), expected, 1e-6)
+    for make in (gpt2, gpt_neox, opt, distilbert):
+        other = make().float()
+        small = regard.compress(other, "structured:neurons=0.5,layers=1", [ids])
+        expected = output(other, ids)
+        small.save(tmp_path / make.__name__)
+        again, told = type(other).from_pretrained(tmp_path / make.__name__, output_loading_info=True)
+        close(output(again.eval(), ids), expected, 1e-6)
+        assert not any(told.values()), told
     assert any(
         "cannot represent" in note for note in regard.compress(bert(), "structured:heads=0.5", [ids]).report.notes
     )
@@ -120,14 +142,14 @@ def test_a_vision_transformer_of_timm_loses_parts_and_timm_loads_what_it_has_wor
 
 
 def test_taking_parts_and_rounding_go_together(tmp_path):
-    for make in (language_model, llama):
+    for make in (language_model, llama, gpt2):
         model, ids = make(dim=32).float() if make is language_model else make().float(), batch()
         small = regard.compress(model, "structured:heads=0.25,neurons=0.3 + wanda:ratio=0.2 + int8", [ids])
         expected = output(model, ids)
         small.save(tmp_path / make.__name__)
         close(output(load_compressed(tmp_path / make.__name__), ids), expected, 0.0)
     assert isinstance(from_pretrained(tmp_path / "language_model"), nn.Module)
-    for make in (language_model, llama):
+    for make in (language_model, llama, gpt2):
         model = make().float()
         before = output(model, ids)
         close(output(regard.compress(model, "structured:neurons=0.3,layers=1 + int8", [ids]).undo(), ids), before, 0.0)
@@ -214,6 +236,15 @@ def test_parts_that_more_belongs_to_are_refused_and_a_search_leaves_them(name, h
     expected = output(model, ids)
     small.save(tmp_path)
     close(output(load_compressed(tmp_path), ids), expected, 1e-6)
+
+
+def test_weights_of_gpt2_fit_what_its_config_and_record_describe():
+    model = open_gpt2()
+    assert records.why_not_built(model) is None
+    compact(find_host(model), [Cut(heads=(1,)), Cut(neurons=(2,)), Cut(attention=True), Cut()], (3,))
+    assert records.why_not_built(model) is None
+    del model._regard_structure
+    assert "another size of transformer.wte" in records.why_not_built(model)
 
 
 def test_what_a_config_cannot_say_is_recorded_or_refused(tmp_path):
