@@ -147,7 +147,8 @@ def train(
     distil: Annotated[
         str | None,
         typer.Option(
-            help="How the model learns from the teacher: response (its outputs), token (its classes, through a token of its own), or transkd (stages of SegFormer and MiT), optionally "
+            help="How the model learns from the teacher: response (its outputs); features, patient, attention or relation (what its "
+            "layers compute too); token (its classes, through a token of its own), or transkd (stages of SegFormer and MiT), optionally "
             "with options, such as transkd:variant=gl or response:temperature=2; response when not given."
         ),
     ] = None,

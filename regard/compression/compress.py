@@ -184,6 +184,9 @@ def compress(
         _check(model, chosen, keep, teachers)
         for step, (name, other) in teachers.items():
             check_teacher(model, other, name, partial(teaching_loss, model, other, step, taught[0], run))
+        for _, step in chosen.steps:
+            if isinstance(step, Distil) and step not in teachers and step.kind != "response":
+                teaching_loss(model, model, step, taught[0], run)  # refuses layers that cannot be read
         job = _Job(model, chosen, teachers, batches, taught, run, losses, keep, on_layer, undo)
         folder = None if work is None else Path(work)
         if folder is not None:

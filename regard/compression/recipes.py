@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from regard.compression.distillation.reading import OF_ATTENTION
 from regard.compression.pruning.steps import (
     AxFormer,
     GateLearning,
@@ -482,6 +483,12 @@ def _check_order(steps: list[tuple[str, Any]]) -> None:
                 "makes weights 0 or rounds, whose losses it wins back",
                 nearest="distil once" if before == name else f'"{name} + {before}"',
             )
+        if step.kind in OF_ATTENTION and one.stage == "structure" and _takes_heads(one):
+            raise Unsupported(
+                f"kind={step.kind} of {name} after {before}, which takes heads out that the teacher still has",
+                supported="kind=response, features or patient",
+                nearest=f'"{before} + {name}:kind=features"',
+            )
         if step.layers is not None:
             raise Unsupported(
                 f"layers={step.layers} of {name} after {before}",
@@ -494,6 +501,11 @@ def _check_order(steps: list[tuple[str, Any]]) -> None:
                 supported="int8, int4, gptq or lsq before it, or distil before the step that rounds",
                 nearest="int8",
             )
+
+
+def _takes_heads(step: Structured | AxFormer | GateLearning) -> bool:
+    """Return whether a step may take heads out of layers that stay."""
+    return not isinstance(step, Structured) or bool(step.heads)
 
 
 def _steps_in(path: Path) -> Any:

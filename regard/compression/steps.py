@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from regard.compression.distillation.losses import positive
+from regard.compression.distillation.reading import KINDS, OF_ATTENTION
 from regard.compression.sparse.catalogue import METHODS as SPARSE
 from regard.compression.tokens.reducers import METHODS as REDUCERS
 from regard.contract import Unsupported, at_least, one_of
 from regard.measurement.budget import Budget
 
-KINDS = ("response", "features")
 FORMATS = ("onnx", "torch")
 KEEP = 0.7
 """The usual share of tokens to keep."""
@@ -42,18 +42,22 @@ class Distil:
         layers: layers of the student, for a first step; when None half of them, or all with another teacher.
         teacher: the folder of another model with the same library, tokens, classes and inputs; the original model when
             None.
-        kind: ``response``: the answers alone; ``features``: hidden states after the layers too.
+        kind: ``response``: the answers alone; the others compare layers too, see
+            :mod:`regard.compression.distillation.reading`: ``features`` hidden states, ``patient`` their directions,
+            ``attention`` attention weights, ``relation`` attention weights and values of the last layer.
+        weight: weight of the loss on layers next to that on answers, above 0.
         temperature: divides the logits of both models, above 0.
         steps: training steps, a batch each; 1 or more.
         learning_rate: the initial rate, above 0.
         budget: a time limit, for when the steps take longer: ``90s``, ``5m``.
         cache: a folder for the teacher's answers, so that each batch is shown to the teacher once, in this run and later
-            ones; see :mod:`regard.compression.distillation.cached`.
+            ones; see :mod:`regard.compression.distillation.cached`. Not for ``attention`` and ``relation``.
     """
 
     layers: int | None = None
     teacher: str | None = None
     kind: str = "response"
+    weight: float = 1.0
     temperature: float = 1.0
     steps: int = 200
     learning_rate: float = 1e-4
@@ -64,7 +68,14 @@ class Distil:
 
     def __post_init__(self) -> None:
         one_of("kind", self.kind, KINDS)
+        positive("weight", self.weight)
         positive("temperature", self.temperature)
+        if self.kind == "response" and self.weight != 1:
+            raise Unsupported(
+                f"weight={self.weight} of distil, which compares answers alone",
+                supported="weight of a kind that compares layers",
+                nearest=f"kind=features,weight={self.weight}",
+            )
         at_least("steps", self.steps, 1)
         check_rate(self.learning_rate)
         if self.layers is not None:
@@ -73,6 +84,12 @@ class Distil:
             place = getattr(self, name)
             if place is not None and (not isinstance(place, str) or not place):
                 raise Unsupported(f"{name}={place!r} of distil", supported="a folder", nearest=f"{name}={example}")
+        if self.cache is not None and self.kind in OF_ATTENTION:
+            raise Unsupported(
+                f"cache={self.cache} of distil:kind={self.kind}, which would hold a number for each pair of tokens",
+                supported="a cache for kind=response, features and patient",
+                nearest=f"kind={self.kind} without a cache",
+            )
         self.seconds  # noqa: B018  refuses what is no time
 
     @property

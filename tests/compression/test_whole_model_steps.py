@@ -89,7 +89,7 @@ def test_distillation_wins_back_a_part_of_what_the_step_before_it_lost(recipe):
     assert all(torch.equal(answers(model, x), y) for x, y in zip(data, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["response", "features"])
+@pytest.mark.parametrize("kind", ["response", "features", "patient"])
 @pytest.mark.parametrize(
     ("make", "kept"), [(lambda: language_model(4), "head"), (lambda: llama(4), "head"), (bert, "answers")]
 )
@@ -107,7 +107,7 @@ def test_a_cache_of_the_teachers_answers_changes_no_weight_and_is_read_by_later_
     with sqlite3.connect(tmp_path / FILE) as table:
         rows = [load(blob) for (blob,) in table.execute("SELECT tensors FROM answers")]
     table.close()
-    assert len(rows) == 2 and all((kept in row) and (len(row) > 1) == (kind == "features") for row in rows)
+    assert len(rows) == 2 and all((kept in row) and (len(row) > 1) == (kind != "response") for row in rows)
 
 
 def test_a_cache_that_is_no_folder_is_refused_before_anything_is_done(tmp_path):

@@ -1,8 +1,8 @@
 """Distillation: a small model learns from a large one.
 
-:mod:`losses` compares tensors of any models; :mod:`transkd` is TransKD for multi-stage transformers; :class:`Taught`
-combines a student and its teacher in one module that every training loop here can train. Distillation of attention
-weights between layers is in :mod:`regard.training.distillation`.
+:mod:`losses` compares tensors of any models, :mod:`reading` what layers compute; :mod:`transkd` is TransKD for
+multi-stage transformers; :class:`Taught` combines a student and its teacher in one module that every training loop here
+can train. Layers that learn to attend as softmax does are taught by :mod:`regard.training.distillation`.
 """
 
 from __future__ import annotations

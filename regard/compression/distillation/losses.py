@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from regard.contract import Unsupported, at_least, one_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 POOLED = (4, 2, 1)
 """Sizes of the pooled maps that :func:`context_loss` compares in addition to the maps themselves."""
@@ -52,22 +52,29 @@ def feature_loss(
     return F.mse_loss(own, teacher.detach())
 
 
-def attention_transfer_loss(student: Float[Tensor, "b h n m"], teacher: Float[Tensor, "b h n m"]) -> Float[Tensor, ""]:
+def attention_transfer_loss(
+    student: Float[Tensor, "b h n m"], teacher: Float[Tensor, "b h n m"], queries: Bool[Tensor, "b n"] | None = None
+) -> Float[Tensor, ""]:
     """KL(teacher, student) of attention weights, averaged over queries and heads (MobileBERT, arXiv 2004.02984).
 
     Args:
         student, teacher: weights after the softmax, with the same number of heads; a key without weight costs nothing
             if the teacher gives it none either.
+        queries: the queries that count; all when None.
     """
     _alike(student, teacher)
-    told, least = teacher.detach(), torch.finfo(student.dtype).tiny
-    return F.kl_div(student.clamp(min=least).log(), told, reduction="sum") / max(1, told[..., 0].numel())
+    own, told = student, teacher.detach()
+    if queries is not None:
+        own, told = (x.transpose(1, 2)[queries] for x in (own, told))
+    logs = own.clamp(min=torch.finfo(own.dtype).tiny).log()
+    return F.kl_div(logs, told, reduction="sum") / max(1, told[..., 0].numel())
 
 
 def relation_loss(
     student: Float[Tensor, "b h n d"],
     teacher: Float[Tensor, "b h n e"],
     mask: Float[Tensor, "b #h #n n"] | None = None,
+    queries: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, ""]:
     """KL(teacher, student) of value relations softmax(V V^T / sqrt(width)), by query and head (MiniLM, arXiv 2002.10957).
 
@@ -77,6 +84,7 @@ def relation_loss(
     Args:
         student, teacher: values, or queries or keys (MiniLMv2), by head.
         mask: added to the relations, -inf for padded tokens.
+        queries: the tokens whose relations to all others count; all when None.
     """
     if student.shape[:3] != teacher.shape[:3]:
         raise Unsupported(
@@ -85,7 +93,7 @@ def relation_loss(
         )
     related = [x @ x.mT * x.shape[-1] ** -0.5 for x in (student, teacher.detach())]
     own, told = ((x if mask is None else x + mask).softmax(-1) for x in related)
-    return attention_transfer_loss(own, told)
+    return attention_transfer_loss(own, told, queries)
 
 
 def patient_loss(

@@ -1,9 +1,8 @@
 """The recipe step ``distil``: a changed model learns from the outputs of the original model, or of another one.
 
 The loss of a batch is T^2 KL(softmax(teacher / T), softmax(student / T)) over its answers (:func:`response_loss`),
-excluding padding; if outputs are real numbers rather than classes, the mean squared difference. ``features`` adds, over
-pairs of layers at the same relative depth, the mean squared difference of hidden states divided by the mean square of
-the teacher's.
+excluding padding; if outputs are real numbers rather than classes, the mean squared difference. All kinds but ``response``
+add a loss on the layers, see :mod:`regard.compression.distillation.reading`.
 
 The original model shares its tensors with the model: trained parameters are copied first.
 """
@@ -11,8 +10,7 @@ The original model shares its tensors with the model: trained parameters are cop
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from regard.compression.descent import by_path, descend, mean_loss
 from regard.compression.distillation.cached import AnswerCache
 from regard.compression.distillation.losses import feature_loss, response_loss
+from regard.compression.distillation.reading import Seen, first_projection, layers_loss, reading
 from regard.compression.layers import Run, language_head
 from regard.compression.pruning.anatomy import Undo
 from regard.contract import Unsupported, an_instance
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from regard.compression.steps import Distil
 
 KEPT = "distilled.safetensors"
+PROJECTION = "projection of hidden states"
 
 
 def same_weights(model: nn.Module) -> nn.Module:
@@ -81,11 +81,16 @@ def win_back(
             "distil of a model that has nothing in floating point", supported="distil before it is rounded"
         )
 
+    beside: dict[str, nn.Parameter] = {}
+
     def loss_of(number: int) -> Tensor:
         batch = batches[number % len(batches)]
-        if cache is None:
-            return teaching_loss(model, teacher, step, batch, run)
-        return _distance(model, _cached_lesson(cache, teacher, step.kind, batch, run), step, batch, run)
+        told = (
+            _lesson(teacher, step.kind, batch, run)
+            if cache is None
+            else _cached_lesson(cache, teacher, step.kind, batch, run)
+        )
+        return _distance(model, told, step, batch, run, beside)
 
     def mask() -> None:
         for weight, stays in masks:
@@ -98,9 +103,10 @@ def win_back(
         for parameter in trained.values():
             parameter.requires_grad_(True)
         before = mean_loss(loss_of, len(batches))
+        learned = trained | beside
         done, seconds = descend(
-            by_path(trained),
-            [{"params": list(trained.values()), "factor": 1.0}],
+            by_path(learned),
+            [{"params": list(learned.values()), "factor": 1.0}],
             loss_of,
             what="distil",
             steps=step.steps,
@@ -117,7 +123,7 @@ def win_back(
     finally:
         for parameter, needed in required.items():
             parameter.requires_grad_(needed)
-    numbers = sum(parameter.numel() for parameter in trained.values())
+    numbers = sum(parameter.numel() for parameter in learned.values())
     said = (
         f"distilled from {name} in {done} steps on {len(batches)} batches, {units.duration(seconds)}, {numbers:,} numbers "
         f"trained: {step.kind} loss {units.number(before)} before, {units.number(after)} after"
@@ -131,35 +137,39 @@ def win_back(
 
 
 class Lesson(NamedTuple):
-    """What a teacher says about a batch: its answers, and the outputs of its layers, none for ``response``."""
+    """What a teacher says about a batch: its answers, and what its layers computed, nothing for ``response``."""
 
     answers: Tensor
-    hidden: list[Tensor]
+    layers: Seen
 
 
 def teaching_loss(model: nn.Module, teacher: nn.Module, step: Distil, batch: Any, run: Run) -> Tensor:
-    """The training loss: the distance of a model's answers on a batch from the teacher's, which is in evaluation mode.
+    """The training loss: the distance of a model's answers on a batch, and of its layers, from the teacher's. Both are in
+    evaluation mode.
 
     Raises:
-        Unsupported: for answers and hidden states that cannot be compared.
+        Unsupported: for answers and layers that cannot be compared, or not be read.
     """
-    return _distance(model, _lesson(teacher, step.kind, batch, run), step, batch, run)
+    return _distance(model, _lesson(teacher, step.kind, batch, run), step, batch, run, {})
 
 
-def _distance(model: nn.Module, lesson: Lesson, step: Distil, batch: Any, run: Run) -> Tensor:
-    with _hidden(model, step.kind) as own:
+def _distance(
+    model: nn.Module, lesson: Lesson, step: Distil, batch: Any, run: Run, beside: dict[str, nn.Parameter]
+) -> Tensor:
+    """The loss; a first batch on which hidden states have another width than the teacher's adds their projection to what
+    is trained `beside` the model."""
+    with reading(model, step.kind) as own:
         found = run(model, batch)
     loss = _answers_loss(found, lesson.answers, batch, step.temperature)
-    for i, state in enumerate(own):
-        goal = lesson.hidden[(i + 1) * len(lesson.hidden) // len(own) - 1]
-        loss = loss + feature_loss(wide(state), wide(goal)) / (wide(goal).square().mean() * len(own))
-    return loss
+    if not beside and (first := first_projection(step.kind, own, lesson.layers)) is not None:
+        beside[PROJECTION] = nn.Parameter(first)
+    return loss + step.weight * layers_loss(step.kind, own, lesson.layers, beside.get(PROJECTION))
 
 
 def _lesson(teacher: nn.Module, kind: str, batch: Any, run: Run) -> Lesson:
-    with torch.no_grad(), evaluation_mode(teacher), _hidden(teacher, kind) as hidden:
+    with torch.no_grad(), evaluation_mode(teacher), reading(teacher, kind) as layers:
         answers, _ = _answers(run(teacher, batch), batch)
-    return Lesson(answers, hidden)
+    return Lesson(answers, layers)
 
 
 def _cached_lesson(cache: AnswerCache, teacher: nn.Module, kind: str, batch: Any, run: Run) -> Lesson:
@@ -174,7 +184,7 @@ def _cached_lesson(cache: AnswerCache, teacher: nn.Module, kind: str, batch: Any
         finally:
             if hook is not None:
                 hook.remove()
-        found = {f"hidden.{i}": state for i, state in enumerate(lesson.hidden)}
+        found = {f"hidden.{i}": state for i, state in enumerate(lesson.layers.hidden)}
         if len(given) == 1 and torch.equal(wide(_applied(head, given[0])), lesson.answers):
             return [found | {"head": given[0]}]
         return [found | {"answers": lesson.answers}]
@@ -182,7 +192,8 @@ def _cached_lesson(cache: AnswerCache, teacher: nn.Module, kind: str, batch: Any
     some = next(teacher.parameters())
     (told,) = cache.answers([(kind, batch)], compute, some.device)
     answers = told["answers"] if "answers" in told else wide(_applied(head, told["head"]))
-    return Lesson(answers, [told[f"hidden.{i}"] for i in range(sum(name.startswith("hidden.") for name in told))])
+    states = [told[f"hidden.{i}"] for i in range(sum(name.startswith("hidden.") for name in told))]
+    return Lesson(answers, Seen(hidden=states))
 
 
 @torch.no_grad()
@@ -217,42 +228,6 @@ def _own_parameters(model: nn.Module, keep: Callable[[str, nn.Module], bool]) ->
 def _weight(model: nn.Module, name: str) -> nn.Parameter | None:
     weight = model.get_submodule(name)._parameters.get("weight")
     return weight if isinstance(weight, nn.Parameter) else None
-
-
-@contextmanager
-def _hidden(model: nn.Module, kind: str) -> Iterator[list[Tensor]]:
-    """Collect the outputs of a model's layers while it runs; none for ``response``."""
-    found: list[Tensor] = []
-    if kind == "response":
-        yield found
-        return
-
-    def note(module: nn.Module, given: Any, output: Any) -> None:
-        output = getattr(output, "output", output)
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [layer.register_forward_hook(note) for layer in _layers(model)]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The largest sequence of modules of one class."""
-    rows = [
-        list(row)
-        for row in model.modules()
-        if isinstance(row, nn.ModuleList | nn.Sequential) and len({type(layer) for layer in row}) == 1
-    ]
-    if not rows:
-        raise Unsupported(
-            f"features of {an_instance(model)} without a row of layers",
-            supported="kind=response",
-            nearest="kind=response",
-        )
-    return max(rows, key=lambda row: sum(parameter.numel() for layer in row for parameter in layer.parameters()))
 
 
 def _answers_loss(found: Any, told: Tensor, batch: Any, temperature: float) -> Tensor:

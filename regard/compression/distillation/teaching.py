@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,12 @@ from torch.nn import functional as F
 
 from regard.compression.distillation.cached import AnswerCache
 from regard.compression.distillation.losses import positive, response_loss
+from regard.compression.distillation.reading import OF_STATES, Seen, first_projection, layers_loss, reading
 from regard.compression.distillation.transkd import Stages, TransKD, TransKDConfig, encoder_of, recorded
 from regard.contract import Context, Result, Unsupported, an_instance, at_least, check_options, closest, read_options
 from regard.models.evaluating import evaluation_mode
 from regard.tasks import Task
+from regard.training.step import batch_context, run_model
 
 LOSS = "teacher"
 """Name of the loss that :class:`Taught` adds."""
@@ -42,10 +44,55 @@ class ResponseConfig:
 
     temperature: float = 4.0
     weight: float = 1.0
+    kind: ClassVar[str] = "response"
 
     def __post_init__(self) -> None:
         at_least("weight", self.weight, 0.0)
         positive("temperature", self.temperature)
+
+
+@dataclass(frozen=True)
+class LayersConfig(ResponseConfig):
+    """The student learns the teacher's answers and what its layers compute, as `kind` says; see
+    :mod:`regard.compression.distillation.reading`.
+
+    Attributes:
+        layers: weight of the loss on layers, which `weight` does not change.
+    """
+
+    layers: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("layers", self.layers)
+
+
+@dataclass(frozen=True)
+class FeaturesConfig(LayersConfig):
+    """Hidden states too."""
+
+    kind: ClassVar[str] = "features"
+
+
+@dataclass(frozen=True)
+class PatientConfig(LayersConfig):
+    """Directions of hidden states too (PKD, arXiv 1908.09355)."""
+
+    kind: ClassVar[str] = "patient"
+
+
+@dataclass(frozen=True)
+class AttentionConfig(LayersConfig):
+    """Attention weights too (MobileBERT, arXiv 2004.02984)."""
+
+    kind: ClassVar[str] = "attention"
+
+
+@dataclass(frozen=True)
+class RelationConfig(LayersConfig):
+    """Attention weights and relations of values of the last layers too (MiniLM, arXiv 2002.10957)."""
+
+    kind: ClassVar[str] = "relation"
 
 
 @dataclass(frozen=True)
@@ -67,7 +114,7 @@ class TokenConfig:
 
 Method = ResponseConfig | TokenConfig | TransKDConfig
 METHODS: Mapping[str, type[Method]] = {
-    "response": ResponseConfig,
+    **{each.kind: each for each in (ResponseConfig, FeaturesConfig, PatientConfig, AttentionConfig, RelationConfig)},
     "token": TokenConfig,
     "transkd": TransKDConfig,
 }
@@ -123,17 +170,27 @@ class Taught(nn.Module):
         if not (of_images or isinstance(method, ResponseConfig)):
             raise Unsupported(
                 f"distillation of stages or by a token on the task {task.name}",
-                supported="response",
+                supported="response, features, patient, attention, relation",
+                nearest="response",
+            )
+        if isinstance(method, LayersConfig) and cache is not None:
+            raise Unsupported(
+                f"a cache of the teacher's layers for {method.kind}",
+                supported="a cache with response, token and transkd",
                 nearest="response",
             )
         self.student, self.method, self.classes = student, method, task.num_classes
         self.cache = cache
         self._teacher = (teacher,)  # in a tuple, so that it is not registered as a submodule
         some = next(student.parameters())
-        self.beside: TransKD | None = None
+        self.beside: nn.Module | None = None
         if isinstance(method, TransKDConfig):
             own, told = (encoder_of(model).config for model in (student, teacher))
-            self.beside = TransKD(own, told, method).to(some.device, some.dtype)  # type: ignore[arg-type]
+            self.beside = TransKD(own, told, method)  # type: ignore[arg-type]
+        if isinstance(method, LayersConfig):
+            self.beside = self._projection(method.kind, task)
+        if self.beside is not None:
+            self.beside.to(some.device, some.dtype)
         if isinstance(method, TokenConfig) and getattr(_backbone(student), "distillation_head", None) is None:
             raise Unsupported(
                 f"distillation by a token of {an_instance(_backbone(student))} without one",
@@ -155,18 +212,19 @@ class Taught(nn.Module):
         """The student's result, in training with the added loss ``teacher``."""
         if not self.training:
             return self.student(inputs, context=context)
-        learn = {TransKDConfig: self._stages, TokenConfig: self._token, ResponseConfig: self._responses}
-        result, loss = learn[type(self.method)](inputs, context)
+        learn = {TransKDConfig: self._stages, TokenConfig: self._token}
+        result, loss = learn.get(type(self.method), self._responses)(inputs, context)
         return Result(
             result.output, result.state, {**result.losses, LOSS: (loss, torch.ones_like(loss))}, result.extras
         )
 
     def _told(self, inputs: Tensor, context: Context | None) -> dict[str, Tensor]:
         """What the teacher says about each item: its logits, or its stages for TransKD."""
+        of_stages = isinstance(self.beside, TransKD)
 
         def ask(inputs: Tensor) -> dict[str, Tensor]:
             with torch.no_grad(), evaluation_mode(self.teacher):
-                if self.beside is None:
+                if not of_stages:
                     return {"output": self.teacher(inputs, context=context).output}
                 with recorded(encoder_of(self.teacher)) as stages:
                     self.teacher(inputs, context=context)
@@ -182,11 +240,11 @@ class Taught(nn.Module):
             return [{name: x[i] for name, x in found.items()} for i in range(len(rows))]
 
         grid = None if context is None else context.grid
-        rows = self.cache.answers([(self.beside is None, grid, row) for row in inputs], compute, inputs.device)
+        rows = self.cache.answers([(not of_stages, grid, row) for row in inputs], compute, inputs.device)
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _stages(self, inputs: Tensor, context: Context | None) -> tuple[Result, Tensor]:
-        assert self.beside is not None
+        assert isinstance(self.beside, TransKD)
         found = self._told(inputs, context)
         stages = range(len(encoder_of(self.teacher).stages))
         told = Stages(**{name: [found[f"{name}.{i}"] for i in stages] for name in vars(Stages())})
@@ -203,12 +261,37 @@ class Taught(nn.Module):
 
     def _responses(self, inputs: Tensor, context: Context | None) -> tuple[Result, Tensor]:
         assert isinstance(self.method, ResponseConfig)
-        told = self._told(inputs, context)["output"]
-        result = self.student(inputs, context=context)
+        with reading(self.teacher, self.method.kind) as theirs:
+            told = self._told(inputs, context)["output"]
+        with reading(self.student, self.method.kind) as ours:
+            result = self.student(inputs, context=context)
         own = result.output
         if self.classes is not None:  # a patch has the classes of several pixels
             own, told = (x.unflatten(-1, (-1, self.classes)) for x in (own, told))
-        return result, self.method.weight * response_loss(own, told, self.method.temperature)
+        loss = self.method.weight * response_loss(own, told, self.method.temperature)
+        if isinstance(self.method, LayersConfig):
+            projection = self.beside.weight.mT if isinstance(self.beside, nn.Linear) else None
+            loss = loss + self.method.layers * layers_loss(self.method.kind, ours, theirs, projection)
+        return result, loss
+
+    def _projection(self, kind: str, task: Task) -> nn.Linear | None:
+        """A map from the student's hidden states to the teacher's; None if they have one width, or are not compared.
+
+        Raises:
+            Unsupported: for layers that cannot be compared, as a batch of the task shows.
+        """
+        batch = task.training_batch(0, 0, 2).to(next(self.student.parameters()).device)
+        seen: list[Seen] = []
+        for model in (self.student, self.teacher):
+            with torch.no_grad(), evaluation_mode(model), reading(model, kind) as layers:
+                run_model(model, batch, batch_context(batch))
+            seen.append(layers)
+        own, told = seen
+        layers_loss(kind, own, told, first_projection(kind, own, told))
+        if kind not in OF_STATES:
+            return None
+        width, wanted = (layers.hidden[-1].shape[-1] for layers in (own, told))
+        return None if width == wanted else nn.Linear(width, wanted, bias=False)
 
 
 def _backbone(model: nn.Module) -> Any:
