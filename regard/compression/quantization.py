@@ -66,6 +66,7 @@ def quantize(
     percentile: float | None = None,
     weight_p: float | None = None,
     activation_p: float | None = None,
+    activation_kl: bool = False,
     points: str = "linear",
     keep: Callable[[str, nn.Module], bool] = keeps_precision,
     run: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
@@ -88,6 +89,7 @@ def quantize(
         momentum, percentile: for the activations' ranges; see :class:`RunningRange`.
         weight_p, activation_p: p > 0 of ranges with the least L_p error, 2 for the mean squared error; None for ranges
             of all numbers. Each batch takes about 90 roundings of each activation.
+        activation_kl: ranges of the activations whose histogram changes least; see :func:`regard.compression.ranges.least_divergence_range`.
         points: ``linear``, or ``all`` for regard's models of `softmax`, `clipped_softmax` and `gated_softmax`, whose
             attention then computes all scores as a tensor, without kernels.
         keep: called with the name and the module; returns whether a module stays as it is, with everything in it.
@@ -107,7 +109,7 @@ def quantize(
     handles: dict[str, Any] = {}
 
     def make(name: str) -> Point:
-        found[name] = Point(RunningRange(momentum, percentile, activation_p, activation_bits))
+        found[name] = Point(RunningRange(momentum, percentile, activation_p, activation_bits, activation_kl))
         return found[name]
 
     if points == "all":

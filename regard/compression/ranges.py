@@ -6,8 +6,9 @@ With b bits and a range from low <= 0 to high >= 0
     activations:  scale = (max(high, 1e-8) - low) / (2^b - 1),   integers 0 ... 2^b - 1,   zero = round(-low / scale)
     q(x) = scale (clip(round(x / scale) + zero) - zero)
 
-so that 0 is on every grid. The range holds all numbers (min-max), all between two percentiles, or is the one with the
-least mean |q(x) - x|^p (L_p; p = 2 is the mean squared error), found by golden-section search.
+so that 0 is on every grid. The range holds all numbers (min-max), all between two percentiles, is the one with the least
+mean |q(x) - x|^p (L_p; p = 2 is the mean squared error), found by golden-section search, or the one that changes the
+histogram of sizes least (KL).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regard.compression.weights.limits import BINS, least_divergence
 from regard.contract import Unsupported, at_least
 from regard.core.precision import wide
 
@@ -144,6 +146,27 @@ def least_error_range(x: Float[Tensor, "..."], bits: int, p: float) -> tuple[flo
     return low * least, high * largest
 
 
+def least_divergence_range(x: Float[Tensor, "..."], bits: int) -> tuple[float, float]:
+    """The range from low <= 0 to high >= 0 without the sizes beyond the end at which the histogram of |x| changes least in
+    Kullback-Leibler divergence, as in pytorch-quantization; see :func:`regard.compression.weights.limits.least_divergence`.
+
+    The histogram has 2048 bins, of which the first is given the count of the second, since numbers near 0 lose nothing;
+    a sixteenth of them or more stay.
+    The steps are those of one side of the grid, or of all of it if no number is negative.
+    """
+    least, largest = (float(end) for end in wide(x.detach()).aminmax())
+    least, largest = min(least, 0.0), max(largest, 0.0)
+    size = max(-least, largest)
+    if not 0 < size < math.inf:
+        return least, largest
+    counts = torch.histc(wide(x.detach()).abs() / size, BINS, 0.0, 1.0).double()
+    counts[0] = counts[1]
+    if not bool(counts.any()):
+        return least, largest
+    end = size * least_divergence(counts, 2 ** (bits - (least < 0)), BINS // 16)
+    return max(least, -end), min(largest, end)
+
+
 def _error(x: Tensor, grid: Grid, p: float) -> float:
     precise = wide(x.detach())
     return float((simulate(precise, grid) - precise).abs().pow(p).mean())
@@ -153,20 +176,23 @@ def _error(x: Tensor, grid: Grid, p: float) -> float:
 class RunningRange:
     """Running means of the ends of each batch's range, starting with those of the first batch.
 
-    A batch's range is from its least number to its largest unless `percentile` or `p` is given.
+    A batch's range is from its least number to its largest unless one of `percentile`, `p` and `kl` is given.
 
     Attributes:
         momentum: weight of the past at each batch, in [0, 1).
         percentile: the upper end is this percentile of a batch's numbers, above 50; the lower end is the percentile 100
             less it.
         p: the ends are those with the least L_p error on a grid of `bits`, see :func:`least_error_range`.
-        bits: only used with `p`.
+        bits: only used with `p` and `kl`.
+        kl: whether the ends are those of :func:`least_divergence_range` on a grid of `bits`. The public code makes one
+            histogram of all batches; here each has its own.
     """
 
     momentum: float = 0.9
     percentile: float | None = None
     p: float | None = None
     bits: int = 8
+    kl: bool = False
     low: float | None = None
     high: float | None = None
 
@@ -178,10 +204,10 @@ class RunningRange:
                 f"percentile={self.percentile}", supported="50 < percentile <= 100", nearest="percentile=99.999"
             )
         check_power(self.p)
-        if self.p is not None and self.percentile is not None:
-            raise Unsupported(
-                f"percentile={self.percentile} with p={self.p}", supported="one of them", nearest="percentile=None"
-            )
+        given = {"percentile": self.percentile, "p": self.p, "kl": self.kl or None}
+        chosen = [f"{name}={value}" for name, value in given.items() if value is not None]
+        if len(chosen) > 1:
+            raise Unsupported(" with ".join(chosen), supported="one of them", nearest=chosen[0])
 
     def update(self, x: Float[Tensor, "..."]) -> None:
         """Update the range with a batch."""
@@ -192,6 +218,8 @@ class RunningRange:
             low, high = (float(end) for end in np.percentile(numbers, [100 - self.percentile, self.percentile]))
         elif self.p is not None:
             low, high = least_error_range(x, self.bits, self.p)
+        elif self.kl:
+            low, high = least_divergence_range(x, self.bits)
         else:
             low, high = (float(end) for end in x.detach().aminmax())
         if self.low is None or self.high is None:

@@ -73,3 +73,9 @@ def test_the_end_with_the_least_divergence_is_that_of_pytorch_quantization(name,
     best = round(float(found[f"{name}_most_{bits}"]) * BINS)
     assert divergence[best - 128] == divergence.min()
     assert divergence[round(float(share[0]) * BINS) - 128] < 1.05 * divergence.min()
+    activations = rows / rows.abs().amax(1, keepdim=True)  # with the same histogram
+    running = RunningRange(kl=True, bits=bits)
+    running.update(activations)
+    ends = torch.linspace(128, BINS, STEPS).round().long()
+    share = ends[divergence[ends - 128].argmin()] / BINS
+    close(torch.tensor([running.low, running.high]), torch.stack([-share, share]), 0.0)

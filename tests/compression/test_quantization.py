@@ -11,7 +11,7 @@ from support import read_in_pieces
 from torch import nn
 
 from regard.compression import Grid, RunningRange, asymmetric_grid, keeps_precision, quantize, simulate, symmetric_grid
-from regard.compression.ranges import least_error_range
+from regard.compression.ranges import least_divergence_range, least_error_range
 from regard.contract import Context, Mask, Unsupported
 from regard.models import EncoderDecoder, EncoderDecoderConfig, LanguageModel, LanguageModelConfig
 
@@ -103,7 +103,7 @@ def test_half_precision_is_rounded_in_float32():
 
 def test_ranges_are_running_means_of_the_batches_ends_or_percentiles_or_ranges_of_least_error():
     batches = [normals(40, 5) for _ in range(4)]
-    for options in ({}, {"percentile": 90.0}, {"p": 2.4, "bits": 3}):
+    for options in ({}, {"percentile": 90.0}, {"p": 2.4, "bits": 3}, {"kl": True, "bits": 3}):
         found = RunningRange(momentum=0.75, **options)
         for batch in batches:
             found.update(batch)
@@ -112,10 +112,27 @@ def test_ranges_are_running_means_of_the_batches_ends_or_percentiles_or_ranges_o
         pairs = [np.percentile(batch.numpy(), own) for batch in batches]
         if "p" in options:
             pairs = [np.array(least_error_range(batch, 3, 2.4)) for batch in batches]
+        if "kl" in options:
+            pairs = [np.array(least_divergence_range(batch, 3)) for batch in batches]
         expected = pairs[0]
         for pair in pairs[1:]:
             expected = 0.75 * expected + 0.25 * pair
         assert (found.low, found.high) == pytest.approx(tuple(expected))
+
+
+def test_the_range_of_least_divergence_leaves_outliers_out_and_does_not_see_zeros():
+    x = normals(4000)
+    x[0] = 50.0
+    low, high = least_divergence_range(x, 4)
+    assert high < 25 and low == max(float(x.min()), -high)
+    assert least_divergence_range(-x, 4) == (-high, -low)
+    assert least_divergence_range(3 * x, 4) == pytest.approx((3 * low, 3 * high))
+    assert least_divergence_range(torch.cat([x, torch.zeros(10000).double()]), 4) == (low, high)
+    positive = x.abs()
+    low, high = least_divergence_range(positive, 3)
+    assert low == 0 and high == least_divergence_range(torch.cat([positive, -positive[1:]]), 4)[1]  # steps of one side
+    assert least_divergence_range(torch.zeros(5), 8) == (0, 0)
+    assert least_divergence_range(torch.ones(5), 8) == (0, 1)
 
 
 @pytest.mark.parametrize("p", [None, 2.4])
@@ -245,17 +262,18 @@ def test_on_grids_fine_enough_a_model_is_itself_in_every_pattern():
     torch.testing.assert_close(found.model(*given).output, both(*given).output, rtol=0, atol=1e-5)
 
 
-def test_one_outlier_takes_its_bits_from_all_other_activations_unless_a_percentile_leaves_it_out():
+def test_one_outlier_takes_its_bits_from_all_other_activations_unless_the_range_leaves_it_out():
     layer = nn.Sequential(nn.Linear(8, 8)).double()
-    x = normals(500, 8)
+    x = normals(4000, 8)
     spiked = x.clone()
     spiked[7, 3] = 300.0
     errors = []
-    for batch, percentile in ((x, None), (spiked, None), (spiked, 99.9)):
-        found = quantize(layer, [batch], percentile=percentile)
+    for batch, options in ((x, {}), (spiked, {}), (spiked, {"percentile": 99.95}), (spiked, {"activation_kl": True})):
+        found = quantize(layer, [batch], **options)
         errors.append(float((found.model(x) - layer(x)).detach().square().mean().sqrt()))
     assert errors[1] > 20 * errors[0]
     assert errors[2] < 2 * errors[0]
+    assert errors[3] < errors[1] / 4  # a sixteenth of the largest is the least end
 
 
 def test_tied_tables_are_rounded_where_they_are_looked_up_and_not_as_the_head():
@@ -291,6 +309,7 @@ def first_norm(one, ids):
         (lambda: quantize(model(), [IDS], momentum=1.0), "momentum < 1"),
         (lambda: quantize(model(), [IDS], percentile=50.0), "50 < percentile"),
         (lambda: quantize(model(), [IDS], percentile=99.0, activation_p=2.0), "percentile=99.0 with p=2.0"),
+        (lambda: quantize(model(), [IDS], activation_p=2.0, activation_kl=True), "p=2.0 with kl=True"),
         (lambda: quantize(model(), [IDS], activation_p=0.0), "finite p > 0"),
         (lambda: quantize(model(), [IDS], weight_p=math.inf), "finite p > 0"),
         (lambda: quantize(model(), [IDS], points="scores"), "linear, all"),

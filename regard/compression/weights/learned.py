@@ -8,6 +8,8 @@ Gradients go straight through the rounding: to w where it is not clipped, and to
 -Q_n or Q_p where it is clipped. The gradient of a step is multiplied by 1 / sqrt(n Q_p), n the weights of its group, so
 that its size relative to the step is like that of the weights' gradients relative to the weights (the paper's Section
 2.2). A step starts at 2 mean|w| / sqrt(Q_p).
+
+Deviation: the paper learns the steps of activations too; no format here has fixed scales of inputs.
 """
 
 from __future__ import annotations

@@ -72,21 +72,32 @@ def kl(rows: Float[Tensor, "r c"], lost: Loss, bits: int) -> Float[Tensor, " r"]
     if not relative.numel():
         return rows.new_ones(len(rows))
     counts = torch.histc(relative.float(), BINS, 0.0, 1.0).double()
-    levels = 2 ** (bits - 1)
-    ends = torch.linspace(max(levels, BINS // 5), BINS, STEPS).round().long().unique().tolist()
-    best, least = BINS, float("inf")
+    return rows.new_full((len(rows),), least_divergence(counts, 2 ** (bits - 1), BINS // 5))
+
+
+def least_divergence(counts: Float[Tensor, " bins"], levels: int, first: int) -> float:
+    """The share of a histogram's range at which it changes least, in Kullback-Leibler divergence, when all that is beyond
+    is moved to the last bin that stays and the rest is quantized to `levels` steps.
+
+    Args:
+        counts: of sizes from 0 up, in bins of equal width.
+        first: the fewest bins that may stay; :data:`STEPS` numbers of them are tried, up to all.
+    """
+    bins = len(counts)
+    ends = torch.linspace(max(levels, first), bins, STEPS).round().long().unique().tolist()
+    best, least = bins, float("inf")
     for end in ends:
         kept = counts[:end].clone()
         kept[-1] += counts[end:].sum()
-        step = (torch.arange(end) * levels) // end
+        step = (torch.arange(end, device=counts.device) * levels) // end
         there = counts[:end] > 0
-        mass = torch.zeros(levels, dtype=torch.double).index_add_(0, step, counts[:end])
-        places = torch.zeros(levels, dtype=torch.double).index_add_(0, step, there.double())
+        empty = counts.new_zeros(levels)
+        mass, places = empty.index_add(0, step, counts[:end]), empty.index_add(0, step, there.double())
         coarse = torch.where(there, (mass / places.clamp(min=1))[step], 0.0)
         divergence = _divergence(kept, coarse)
         if divergence < least:
             best, least = end, divergence
-    return rows.new_full((len(rows),), best / BINS)
+    return best / bins
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:
