@@ -1,7 +1,9 @@
 """Attention transfer: each new layer learns the output of the old one on the user's data.
 
 The teacher runs once per batch; after each of its attention modules, the new one answers the same call, learns from
-the difference, and both outputs are discarded: nothing is stored, and layers are independent.
+the difference, and both outputs are discarded: nothing is stored, and layers are independent. A mechanism with a loss
+from a teacher's attention (sea) learns from the weights and heads of that module too, which is called once more for
+them; they are discarded with the outputs.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Host
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Stage, Watch, train_stage
+from regard.retrofit.teaching import learns_from_attention, original_attention
 
 LOSS_WEIGHTS = {"distillation": 1.0}
-"""Weights of auxiliary losses, such as that of sea's attention map; other losses have the weight of regard's models."""
+"""Weights of auxiliary losses: sea's ``distillation`` from the teacher's attention; other losses have the weight of regard's models."""
 SMALLEST_SHARE = 0.1
 """The least initial size of an output, as a share of the size that it should have."""
 
@@ -91,12 +94,16 @@ def _distance(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def transfer_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor) -> list[float]:
-    """The loss of each module on some inputs; leaves the gradients in their parameters."""
+    """The loss of each module on some inputs, without the mechanisms' auxiliary losses; leaves the gradients of both in
+    their parameters."""
     losses: dict[int, float] = {}
+    originals = {n: original_attention(host, n) for n, module in modules.items() if learns_from_attention(module)}
 
     def learn(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        with torch.enable_grad(), collect_losses(modules[number]) as collected:
-            found = _first(modules[number](*args, **given))
+        module = modules[number]
+        teachers = {"": originals[number](args, given)} if number in originals else None
+        with torch.enable_grad(), collect_losses(module, teachers=teachers) as collected:
+            found = _first(module(*args, **given))
             loss = _distance(found, expected)
             (loss + collected.total(LOSS_WEIGHTS)).backward()
         losses[number] = loss.item()

@@ -18,6 +18,7 @@ from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Batch, Host
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Stage, Watch, train_stage
+from regard.retrofit.teaching import Taught, learning_layers, with_attention_of
 from regard.retrofit.transfer import LOSS_WEIGHTS
 
 
@@ -124,26 +125,39 @@ def _peft() -> Any:
 def held_out_loss(host: Host, student: Any, batch: Batch, distil: float) -> float:
     """The loss of :func:`tune_losses` on held-out data, with the student in evaluation mode."""
     with evaluation_mode(student):
-        losses = [float(_loss(host, host.answers(student, part), part, distil)) for part in host.parts(batch)]
+        losses = list[float]()
+        for part in host.parts(batch):
+            expected = host.answers(host.model, part) if distil > 0 else None
+            losses.append(float(_loss(host, host.answers(student, part), part, expected, distil)))
     return math.fsum(losses) / len(losses)
 
 
-def _loss(host: Host, found: Tensor, part: Batch, distil: float) -> Tensor:
+def _loss(host: Host, found: Tensor, part: Batch, expected: Tensor | None, distil: float) -> Tensor:
     """`distil` times the distance from the teacher's answers, plus 1 - `distil` times that from the right ones."""
     loss = found.new_zeros(())
     if distil < 1:
         loss = loss + (1 - distil) * host.own_loss(found, part)
-    if distil > 0:
-        with torch.no_grad():
-            expected = host.answers(host.model, part)
+    if expected is not None:
         loss = loss + distil * host.distance(found, expected)
     return loss
+
+
+def _taught(host: Host, student: Any, part: Batch, distil: float) -> tuple[Tensor | None, dict[str, Taught]]:
+    """The teacher's answers, None where they have no weight, and what the student's layers, by path, learn from its
+    attention."""
+    learning = learning_layers(host, student)
+    if not learning and not distil:
+        return None, {}
+    teacher = host.by_regard if learning else host.model
+    expected, taught = with_attention_of(host, learning, lambda: host.answers(teacher, part))
+    return expected if distil else None, {host.layers[number].path: its for number, its in taught.items()}
 
 
 def tune_losses(host: Host, student: Any, batch: Batch, distil: float) -> list[float]:
     """`distil` times the student's distance from the teacher's answers, plus 1 - `distil` times its distance from the
     right ones; in nats (or as a share of the squared hidden states). The mechanisms' auxiliary losses are trained on
-    too, but not included in the result.
+    too, but not included in the result; those of layers that learn from the teacher's attention (sea) do so with any
+    `distil`.
 
     Leaves the gradients in the student's parameters. Where answers are large, rows are processed one by one, so that
     only one row's answers are in memory.
@@ -151,9 +165,10 @@ def tune_losses(host: Host, student: Any, batch: Batch, distil: float) -> list[f
     total = 0.0
     parts = host.parts(batch)
     for part in parts:
-        with collect_losses(student) as collected:
+        expected, teachers = _taught(host, student, part, distil)
+        with collect_losses(student, teachers=teachers) as collected:
             found = host.answers(student, part)
-        loss = _loss(host, found, part, distil)
+        loss = _loss(host, found, part, expected, distil)
         ((loss + collected.total(LOSS_WEIGHTS).to(found)) / len(parts)).backward()
         total += loss.item() / len(parts)
     return [total]

@@ -81,7 +81,7 @@ def test_mamba2_is_its_recurrence_on_the_queries_keys_and_values_that_are_there(
 @torch.no_grad()
 def test_the_original_with_the_softmax_of_regard_says_the_same_and_is_no_second_set_of_weights():
     host, ids = open_host(llama(2)), tokens(40).view(2, 20)
-    plain, made = host.model(ids).logits, host.by_regard()
+    plain, made = host.model(ids).logits, host.by_regard
     torch.testing.assert_close(made(ids).logits, plain, rtol=0, atol=1e-4 * float(plain.abs().max()))
     assert {id(p) for p in made.parameters()} == {id(p) for p in host.model.parameters()}
     assert torch.equal(host.model(ids).logits, plain) and made.config is not host.model.config

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -171,6 +172,15 @@ class Host(ABC):
     def placed(self, model: Any, number: int) -> HeadAttention | None:
         """The mechanism in a layer of a model; None if the layer has its own attention."""
         return mechanism_in(model.get_submodule(self.layers[number].path))
+
+    @cached_property
+    def by_regard(self) -> Any:
+        """The original with regard's own softmax attention: the same answers, on the same weights, with regard's timing,
+        and attention weights for those who collect them."""
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        made = copy.deepcopy(self.model, shared)
+        swap(made, "softmax")
+        return made.eval()
 
     def with_model(self, model: Any) -> Self:
         """The same host with another model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -89,13 +88,6 @@ class LanguageHost(TextHost):
             settings.kept(len(self.layers))
             return self.settled(settings)
         return super().begun(settings)
-
-    def by_regard(self) -> Any:
-        """The original with regard's own softmax attention: the same answers and weights, with regard's timing."""
-        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        made = copy.deepcopy(self.model, shared)
-        swap(made, "softmax")
-        return made.eval()
 
     def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:
         if not inserts_tokens(mechanism):

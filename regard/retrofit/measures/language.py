@@ -46,7 +46,7 @@ def parts(
         found[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, windows, length))
     for length in lengths:
         found[f"recall at {length}"] = partial(recall, models, corpus.held_out, _with_room(host, length), settings.seed)
-    timed = {**models, SOFTMAX: host.by_regard()}
+    timed = {**models, SOFTMAX: host.by_regard}
     for length in lengths:
         found[f"prefill of {length}"] = partial(prefill, timed, corpus.held_out, length)
         found[f"decoding after {length}"] = partial(decoding, timed, corpus.held_out, _with_room(host, length))
