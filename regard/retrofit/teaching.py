@@ -30,9 +30,7 @@ def learns_from_attention(module: nn.Module) -> bool:
 def learning_layers(host: Host, student: nn.Module) -> list[int]:
     """Numbers of the layers of a student that learn from a teacher's weights."""
     numbers = {layer.path: layer.number for layer in host.layers}
-    return [
-        numbers[path] for path, part in student.named_modules() if path in numbers and learns_from_attention(part)
-    ]
+    return [numbers[path] for path, part in student.named_modules() if path in numbers and learns_from_attention(part)]
 
 
 @torch.no_grad()

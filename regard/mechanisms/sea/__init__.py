@@ -33,7 +33,8 @@ mean over pairs or features:
 
 The teacher is `teacher={"weights": (B, H, N, M), "output": (B, H, N, V)}`, right-padded, "output" optional. In training
 without a teacher, the layer's own exact weights, without gradient, replace A, and only the first two terms remain
-(`self_teacher`). :func:`regard.training.distillation_loss` distils a whole model.
+(`self_teacher`). :func:`regard.training.distillation_loss` distils a whole model; ``regard retrofit`` teaches each new
+layer the weights and head outputs of the one that it replaces, by itself first and then in the whole model.
 
 | paper | here |
 |---|---|

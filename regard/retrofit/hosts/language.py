@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported, an_instance
-from regard.integrations.swap import swap
 from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.hosts.base import SAME, Batch, apart
 from regard.retrofit.hosts.text import TextHost
