@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from support import load, refused
 
-from regard import Context, Mask, Unsupported
+from regard import Context, Mask, Unsupported, compress
 from regard.compression.sparse import METHODS, Method, Place, at_compression, read_method, sparsely, sparsify, written
 from regard.compression.sparse.cache import HeadCache
 from regard.compression.sparse.catalogue import ALWAYS, block_share
@@ -17,7 +18,6 @@ from regard.compression.sparse.cost import (
     decode_bytes,
     decode_flops,
     decode_index,
-    decode_pages,
     prefill_flops,
     prefill_index,
 )
@@ -598,11 +598,73 @@ def test_costs_by_formula_are_those_that_were_counted(text):
             kept, of = (sum(x[i] for x in after) - sum(x[i] for x in before) for i in range(2))
             sparsity = 1 - kept / of
             formula += decode_flops(sizes, n + i + 1, sparsity, decode_index(method, sizes, n + i + 1))
-            read += decode_bytes(sizes, n + i + 1, sparsity, decode_pages(method, sizes, n + i + 1)) - 8 * sizes.weights
+            read += decode_bytes(method, sizes, n + i + 1, sparsity) - 8 * sizes.weights
         assert measured("decode") == pytest.approx(formula, rel=0.01)
-        assert 8 * sparse.measured()["read"] == pytest.approx(read, rel=0.01)
+        assert sparse.measured()["read"] == pytest.approx(read, rel=0.01)
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("n", [5, 100])
+@pytest.mark.parametrize("text", ["int8:block=32,window=20", "block_sparse:size=8,blocks=4 + int8:window=9"])
+@pytest.mark.parametrize("make", [own_model, lambda: causal_model().float()])
+def test_a_token_reads_the_codes_and_steps_of_a_cache_in_8_bits(make, text, n):
+    model, method = make(), read_method(text)
+    sizes, ids = Sizes.of(model), torch.randint(40, (1, n + 1))
+    with sparsely(model, method) as sparse, torch.no_grad():
+        if isinstance(model, LanguageModel):
+            state = model(ids[:, :n], context=Context(want=frozenset({"state"}))).state
+            state = model(ids[:, n:], state=state).state
+            caches = [layer.mechanism for layer in state.layers]
+        else:
+            from regard.integrations.transformers import CACHE
+
+            cache = getattr(model(ids[:, :n], use_cache=True), CACHE)
+            model(ids[:, n:], **{CACHE: cache})
+            caches = [layer.state.mechanism for layer in cache.layers]
+        held = sum(block.nbytes for cache in caches for block in cache.blocks)
+        held += sum(2 * 2 * 8 * cache.used * cache.k.element_size() for cache in caches)
+    assert decode_bytes(method, sizes, n + 1) - sizes.weight_bytes == held == sparse.measured()["read"]
+    dense = decode_bytes(Method(), sizes, n + 1) - sizes.weight_bytes
+    assert dense == sizes.bytes * 2 * 2 * 2 * 8 * (n + 1) and (held == dense if n == 5 else held < 0.7 * dense)
+
+
+@pytest.mark.parametrize("make", [own_model, causal_model])
+@pytest.mark.parametrize(
+    ("recipe", "each"),
+    [
+        ("int8", lambda rows, columns: rows * (columns + 2)),
+        ("int4:group=32", lambda rows, columns: rows * -(-columns // 32) * (16 + 2)),
+        ("int4:group=32,symmetric=false", lambda rows, columns: rows * -(-columns // 32) * (16 + 4)),
+    ],
+)
+def test_weights_in_codes_count_like_others_and_take_the_bytes_of_their_format(make, recipe, each):
+    model = make().float()
+    before = Sizes.of(model)
+    layers = {name: x.weight.shape for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)}
+    assert before.weight_bytes == 4 * before.weights == 4 * sum(map(math.prod, layers.values()))
+    compress(model, recipe)
+    head = next(layers.pop(name) for name in ("head", "lm_head") if name in layers)
+    expected = sum(each(*shape) for shape in layers.values()) + head[0] * (head[1] + 2)
+    assert Sizes.of(model) == dataclasses.replace(before, weight_bytes=expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_that_is_looked_up_counts_only_where_it_is_the_output_too(tied):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 50}
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(tie_word_embeddings=tied, **sizes))
+    assert Sizes.of(gpt).weights == 12 * 32 * 32 + 40 * 32
+    own = LanguageModel(LanguageModelConfig(40, dim=32, num_layers=1, num_heads=2, tie_embeddings=tied))
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(num_attention_heads=2, tie_word_embeddings=tied, **sizes)
+    )
+    for model in (own, llama.eval()):
+        before = Sizes.of(model).weights
+        assert before == sum(p.numel() for p in model.parameters() if p.ndim == 2) - (not tied) * 40 * 32
+        compress(model, "int8")
+        assert Sizes.of(model).weights == before
 
 
 def test_fidelity_is_whole_of_everything_and_less_of_a_part():

@@ -1,14 +1,17 @@
 """Costs of dense and sparse inference: floating-point operations and bytes, from model sizes and measured sparsity.
 
-P weights, L layers, H query heads and G kv heads of width d, N tokens, I = N (N + 1) / 2 pairs, s sparsity::
+P weights in W bytes, L layers, H query heads and G kv heads of width d, N tokens, I = N (N + 1) / 2 pairs, s sparsity::
 
     prefill   2 P N + 4 L H d I (1 - s) + index
     decode    2 P + 4 L H d n (1 - s) + index               a token with n in the cache
-    bytes     e P + 2 e L G d n (1 - s) + e pages           that a token reads, with e bytes a number
+    bytes     W + 2 e L G d n (1 - s) + e pages             that a token reads, with e bytes a number of the cache
 
 The index is the cost of choosing: 2 L H d A N for the weights of the last A queries (vertical-slash, FlexPrefill,
 SnapKV once), 2 L H d (N / c)^2 / 2 for the means of blocks, 4 L H d n / page for Quest's bounds, which are two numbers
 per feature, page and kv head.
+
+Of a cache in 8 bits a token reads L G (2 d m + e (m + d blocks)) bytes for the m tokens in blocks, codes and steps, and
+2 e L G d for each of the others.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from regard.compression.sparse.evicting import H2O, TOVA, SnapKV
 from regard.compression.sparse.method import Combined, Method
 from regard.compression.sparse.paging import Quest
 from regard.compression.sparse.prefilling import BlockSparse, FlexPrefill, VerticalSlash
+from regard.compression.sparse.rounding import RoundedKeys
 from regard.contract import Unsupported, an_instance
+from regard.layers.quantized import QuantizedLinear
 from regard.models import LanguageModel
 
 
@@ -33,11 +38,13 @@ class Sizes:
 
     Attributes:
         weights: number of matrix entries that each token is multiplied by, including the output projection.
+        weight_bytes: bytes of them all; of quantized layers those of their codes, scales and offsets.
         layers, heads, kv_heads, width: sizes of the attention.
-        bytes: bytes per number.
+        bytes: bytes per number of keys and values.
     """
 
     weights: int
+    weight_bytes: int
     layers: int
     heads: int
     kv_heads: int
@@ -51,20 +58,19 @@ class Sizes:
         Raises:
             Unsupported: for other models.
         """
-        outputs: Any = getattr(model, "get_output_embeddings", None)
-        head = None if outputs is None else outputs()
-        looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        tied = isinstance(model, LanguageModel) and model.head is None
-        if tied or (head is not None and id(head.weight) in looked_up):
-            looked_up = set()
-        matrices = {id(p): p for p in model.parameters() if p.ndim == 2 and id(p) not in looked_up}
-        weights = sum(p.numel() for p in matrices.values())
-        size = next(iter(matrices.values())).element_size() if matrices else 4
+        weights, weight_bytes = _weights_of(model)
+        size = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
         if isinstance(model, LanguageModel):
             own = model.config
             heads = own.num_heads
             return cls(
-                weights, own.num_layers or 1, heads, own.num_kv_heads or heads, own.head_dim or own.dim // heads, size
+                weights,
+                weight_bytes,
+                own.num_layers or 1,
+                heads,
+                own.num_kv_heads or heads,
+                own.head_dim or own.dim // heads,
+                size,
             )
         config: Any = getattr(model, "config", None)
         if getattr(config, "num_attention_heads", None) is None or getattr(config, "num_hidden_layers", None) is None:
@@ -72,12 +78,28 @@ class Sizes:
         heads = config.num_attention_heads
         return cls(
             weights,
+            weight_bytes,
             config.num_hidden_layers,
             heads,
             getattr(config, "num_key_value_heads", None) or heads,
             getattr(config, "head_dim", None) or config.hidden_size // heads,
             size,
         )
+
+
+def _weights_of(model: nn.Module) -> tuple[int, int]:
+    """Number and bytes of the matrix entries of a model, without tables that are only looked up."""
+    outputs: Any = getattr(model, "get_output_embeddings", None)
+    head = None if outputs is None else outputs()
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    if isinstance(model, LanguageModel) and model.head is None:
+        looked_up = set()
+    elif head is not None and head not in quantized:
+        looked_up.discard(id(head.weight))
+    matrices = {id(p): p for p in model.parameters() if p.ndim == 2 and id(p) not in looked_up}.values()
+    weights = sum(p.numel() for p in matrices) + sum(m.in_features * m.out_features for m in quantized)
+    return weights, sum(x.nbytes for x in (*matrices, *(x for m in quantized for x in m.buffers())))
 
 
 def prefill_flops(sizes: Sizes, n: int, sparsity: float = 0.0, index: float = 0.0) -> float:
@@ -91,14 +113,18 @@ def decode_flops(sizes: Sizes, n: int, sparsity: float = 0.0, index: float = 0.0
     return 2.0 * sizes.weights + 4.0 * sizes.layers * sizes.heads * sizes.width * n * (1 - sparsity) + index
 
 
-def decode_bytes(sizes: Sizes, n: int, sparsity: float = 0.0, pages: float = 0.0) -> float:
-    """Bytes that a token reads.
-
-    Args:
-        pages: number of page-bound entries that all layers read together.
-    """
-    cache = 2.0 * sizes.layers * sizes.kv_heads * sizes.width * n * (1 - sparsity)
-    return sizes.bytes * (sizes.weights + cache + pages)
+def decode_bytes(method: Method, sizes: Sizes, n: int, sparsity: float = 0.0) -> float:
+    """Bytes that a token reads which sees n tokens, including itself: the first after a prompt."""
+    if isinstance(method, Combined):
+        return decode_bytes(method.second, sizes, n, sparsity)
+    lines = sizes.layers * sizes.kv_heads
+    if isinstance(method, RoundedKeys):
+        coded = max(n - 1 - method.window, 0)
+        steps = lines * (coded + math.ceil(coded / method.block) * sizes.width)
+        cache = 2.0 * lines * sizes.width * (coded + sizes.bytes * (n - coded)) + sizes.bytes * steps
+    else:
+        cache = sizes.bytes * (2.0 * lines * sizes.width * n * (1 - sparsity) + decode_pages(method, sizes, n))
+    return sizes.weight_bytes + cache
 
 
 def prefill_index(method: Method, sizes: Sizes, n: int) -> float:

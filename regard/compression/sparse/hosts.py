@@ -42,7 +42,8 @@ class Sparse:
         return sum(meter.sparsity(phase) for meter in self.meters) / max(len(self.meters), 1)
 
     def measured(self) -> dict[str, float]:
-        """Sparsity by phase, the mean share of prompts kept in caches, and the amounts read and spent on choosing."""
+        """Sparsity by phase, the mean share of prompts kept in caches, the bytes read of caches in decoding, and the
+        multiplications spent on choosing."""
         caches = [share for meter in self.meters for share in meter.cache]
         return {
             **{phase: self.sparsity(phase) for phase in PHASES},

@@ -30,7 +30,7 @@ class Meter:
             phase; summed over rows and query heads.
         index: multiplications spent on estimating importance, by phase, as :mod:`regard.compression.sparse.cost` counts
             them.
-        read: numbers read from keys, values and pages in decoding.
+        read: bytes read of keys, values, their steps and the bounds of pages in decoding.
         cache: for each prompt, the share of its tokens that stayed in the cache.
     """
 
@@ -182,7 +182,7 @@ def count_reads(cache: HeadCache, place: Place, heads: int, tokens: float, lines
     A line is a (row, kv head) if the query `heads` read together, else a (row, query head)."""
     batch = len(cache.length)
     place.meter.count("decode", tokens * (batch * heads / max(lines, 1)), float(sum(cache.length.tolist())) * heads)
-    place.meter.read += tokens * (cache.k.shape[-1] + cache.v.shape[-1]) + more
+    place.meter.read += (tokens * (cache.k.shape[-1] + cache.v.shape[-1]) + more) * cache.k.element_size()
 
 
 def count_whole(cache: HeadCache, place: Place, heads: int) -> None:

@@ -190,8 +190,9 @@ class RoundedKeys(Method):
         (batch, groups), used = cache.k.shape[:2], cache.used
         at = int(cache.length[0]) - used if batch else 0
         place.meter.count("decode", float(batch * heads * (at + used)), float(batch * heads * (at + used)))
-        # a code is a quarter of a number
-        place.meter.read += batch * groups * (at / 4 + used) * (cache.k.shape[-1] + cache.v.shape[-1])
+        width, size = cache.k.shape[-1] + cache.v.shape[-1], cache.k.element_size()
+        steps = at + len(cache.blocks) * cache.k.shape[-1]
+        place.meter.read += batch * groups * (at * width + (used * width + steps) * size)
 
 
 def _by_codes(x: Float[Tensor, "b g m k"], codes: Int8[Tensor, "b g n k"]) -> Float[Tensor, "b g m n"]:

@@ -15,7 +15,6 @@ from regard.compression.sparse.cost import (
     decode_bytes,
     decode_flops,
     decode_index,
-    decode_pages,
     prefill_flops,
     prefill_index,
 )
@@ -415,7 +414,7 @@ def _cell(sizes: Sizes, method: str, ratio: float, task: str, length: int, paylo
         statistics.median(tokens) if tokens else None,
         prefill_flops(sizes, n, prefill, prefill_index(chosen, sizes, n)),
         decode_flops(sizes, n + 1, decode, decode_index(chosen, sizes, n + 1)),
-        decode_bytes(sizes, n + 1, decode, decode_pages(chosen, sizes, n + 1)),
+        decode_bytes(chosen, sizes, n + 1, decode),
     )
 
 

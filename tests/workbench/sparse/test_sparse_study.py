@@ -174,6 +174,25 @@ def test_a_method_that_always_compresses_by_the_same_is_left_out_at_other_ratios
     assert code == 2 and "which it always is" in said
 
 
+def test_the_bytes_of_a_token_are_those_of_codes_where_the_model_or_its_cache_has_them(causal, tmp_path, capsys):
+    folder, text = causal
+    line = "sparse --lengths 128 --tasks text --samples 1 --methods int8 --ratios 4"
+    assert run(capsys, f"compress --recipe int8 --output {tmp_path}/small", folder)[0] == 0
+    found = {}
+    for place in (folder, tmp_path / "small"):
+        told = answer(capsys, line, "--data", text, "--output", tmp_path / f"{place.name}.out", place)
+        found[place.name] = told["weights"], *(cell["token_bytes"] for cell in told["cells"])
+    entries = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)  # of the layers
+    rows = 2 * (2 * 32 + 2 * 16 + 2 * 64 + 32)
+    weights = {"model": 4 * (entries + 256 * 32), "small": entries + 256 * 32 + 2 * (rows + 256)}
+    for name, (count, dense, rounded) in found.items():
+        assert count == entries + 256 * 32
+        n = (dense - weights[name]) / (2 * 2 * 2 * 8 * 4)  # the tokens that it sees
+        assert n == int(n) and n - 65 > 20  # those in codes
+        steps = 2 * 2 * (n - 65 + 8) * 4
+        assert rounded - weights[name] == 2 * 2 * 2 * 8 * (n - 65 + 4 * 65) + steps
+
+
 @pytest.mark.parametrize(
     ("line", "match"),
     [
