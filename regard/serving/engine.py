@@ -168,7 +168,8 @@ class Reader(Protocol):
         page_bytes: bytes of a page.
         held_bytes: bytes of the states outside the pages.
         holds: whether it has states outside the pages, which are saved and restored as a whole.
-        whole: whether it runs on the whole sequence again for each new token.
+        at_once: whether it reads a prompt in one call, with no part of it from another request: because it runs on the
+            whole sequence again for each new token, or because what its cache keeps depends on the whole prompt.
         device: device of the logits and of sampling.
     """
 
@@ -178,7 +179,7 @@ class Reader(Protocol):
     page_size: int
     page_bytes: int
     holds: bool
-    whole: bool
+    at_once: bool
     device: torch.device
 
     @property
@@ -229,7 +230,7 @@ class Engine:
         if reader.pages:
             self.pages = Pages(reader.pages, reader.page_size, self._evict)
             self.context = min(self.context, self.pages.count * self.pages.size)
-        if self.limits.prefix_cache and (reader.pages or reader.holds):
+        if self.limits.prefix_cache and (reader.pages or reader.holds) and not reader.at_once:
             self.prefixes = Prefixes(reader.page_size, self.pages)
         self.prompt_tokens = self.shared_tokens = self.new_tokens = self.preempted = 0
         self._numbers = itertools.count()
@@ -361,7 +362,7 @@ class Engine:
             return [], []
         self._turn += 1
         chosen = rows[0] if self._turn % 2 else min(rows, key=lambda row: row.length)
-        if self.reader.whole:
+        if self.reader.at_once:
             return [chosen], [chosen.unread]
         self._look_again(chosen)
         count = self._until_stop(chosen, min(chosen.unread, self.limits.chunk))

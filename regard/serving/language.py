@@ -1,5 +1,6 @@
 """regard's language models for the scheduler: keys and values of softmax layers in pages, the states of all other
-layers as they are."""
+layers as they are. With a sparse method (:mod:`regard.compression.sparse`) each sequence is read alone, its prompt in one
+call."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.compression.sparse import is_sparse
 from regard.contract import Mask, Mechanism, State, Unsupported
 from regard.engines.cache import KeyValueState
 from regard.layers.attention import LayerState
@@ -48,6 +50,8 @@ class LanguageReader:
         self.vocab_size, self.device = model.config.vocab_size, model.embedding.weight.device
         self.context = context_of(model, context)
         self.whole = not all(block.continues for block in model.blocks)
+        self.alone = is_sparse(model)
+        self.at_once = self.whole or self.alone
         self._read = model.reader(not self.whole)
         self._held = Held()
         self._texts: dict[int, list[int]] = {}  # tokens read so far, for models that run on whole sequences
@@ -71,6 +75,8 @@ class LanguageReader:
 
     @torch.no_grad()
     def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
+        if self.alone and len(rows) > 1:
+            return torch.cat([self.read([row], [new]) for row, new in zip(rows, tokens, strict=True)])
         if self.whole:
             for row, new in zip(rows, tokens, strict=True):
                 self._texts.setdefault(row.number, []).extend(new)

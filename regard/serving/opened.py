@@ -65,7 +65,6 @@ def open_model(
         Unsupported: for a folder of another kind; the error says what can be served.
     """
     sizes["offload"] = offload
-    _refuse_fewer_tokens(place)
     if (place / RECORD).is_file():
         return _open_trained(place, device, template, dtype, sizes)
     if _model_type(place) in ("mamba", "mamba2"):
@@ -138,18 +137,6 @@ def _recipe(place: Path) -> str:
     from regard.compression.folders import is_compressed, read_record
 
     return f"compressed by {read_record(place)['report']['recipe']}" if is_compressed(place) else ""
-
-
-def _refuse_fewer_tokens(place: Path) -> None:
-    from regard.compression.folders import is_compressed, read_record
-
-    tokens = read_record(place).get("tokens") if is_compressed(place) else None
-    if tokens is not None:
-        raise Unsupported(
-            f"serving {place}, whose cache keeps a part of a prompt ({tokens['method']})",
-            supported="models that keep every token, whose pages requests share",
-            nearest="the recipe without tokens",
-        )
 
 
 def _model_type(place: Path) -> str | None:

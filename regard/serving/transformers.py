@@ -2,7 +2,8 @@
 in by :func:`regard.swap`.
 
 An unchanged model runs softmax attention on pages. A model with swapped mechanisms reads each sequence alone, with a
-cache for that sequence; if a mechanism keeps no state, it runs on the whole sequence again for each token.
+cache for that sequence; if a mechanism keeps no state, it runs on the whole sequence again for each token. With a sparse
+method each prompt is read in one call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from regard.compression.sparse import is_sparse
 from regard.contract import Call, Pattern, Unsupported, an_instance
 from regard.core.visibility import Visibility
 from regard.engines import attention_forms
@@ -71,6 +73,7 @@ class TransformersReader:
         accelerate(model)
         self.alone, self.pages = any(map(is_swapped, model.modules())), 0
         self.whole = bool(needing_whole_sequences(model))
+        self.at_once = self.whole or is_sparse(model)
         self.page_bytes = 0
         if self.alone:
             return

@@ -18,7 +18,7 @@ def following(tokens):
 class HashReader:
     """Keeps tokens in pages as a model keeps keys and values, so that a page freed too early changes the answer."""
 
-    vocab_size, whole, device, page_bytes, held_bytes = VOCABULARY, False, torch.device("cpu"), 32, 0
+    vocab_size, at_once, device, page_bytes, held_bytes = VOCABULARY, False, torch.device("cpu"), 32, 0
 
     def __init__(self, context=64, pages=40, page_size=4, holds=False):
         self.context, self.pages, self.page_size, self.holds = context, pages, page_size, holds

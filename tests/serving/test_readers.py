@@ -7,6 +7,7 @@ import torch
 from readers import drain
 
 from regard import swap
+from regard.compression.sparse import sparsely
 from regard.contract import Unsupported
 from regard.engines.paged_cache import PagedState
 from regard.models import LanguageModel, LanguageModelConfig
@@ -25,6 +26,15 @@ PLANS = {
     "inserted tokens": [("landmark", {"block": 5}), "softmax"],
     "convolutions beside pages": [("softmax", {"short_convolution": 3})],
 }
+
+CACHES = (
+    "snapkv:capacity=9,window=4,local=3,prefix=1,kernel=3",
+    "ada_snapkv:capacity=9,window=4,local=3,prefix=1,kernel=3",
+    "h2o:capacity=8",
+    "streaming:capacity=7",
+    "quest:budget=4,page=2",
+    "int8:block=4,window=3",
+)
 
 
 def requests(count=7, sampled=True):
@@ -60,6 +70,13 @@ def test_answers_of_a_language_model_equal_generate_alone(plan):
     check(language_model(plan))
 
 
+@pytest.mark.parametrize("method", CACHES)
+def test_answers_through_a_cheaper_cache_equal_generate_alone(method):
+    model = language_model(["softmax", "mamba2", "softmax"])
+    with sparsely(model, method):
+        check(model)
+
+
 def test_a_model_with_a_layer_that_has_no_state_is_read_anew():
     model = language_model(["softmax"])
     model.blocks[0].continues = False
@@ -73,7 +90,7 @@ def check(model):
     tokens, _ = drain(engine, asked, every=2)
     for request in asked:
         assert tokens[request.key] == own_answer(model, request, use_state=not reader.whole)
-    assert reader.whole or engine.shared_tokens > 0
+    assert (engine.prefixes is None) == reader.at_once != (engine.shared_tokens > 0)
     assert not reader._held._where and not reader._texts
 
 
@@ -145,11 +162,21 @@ MODELS = {
 
 @pytest.mark.parametrize(("make", "mechanism"), MODELS.values(), ids=MODELS.keys())
 def test_answers_of_a_model_of_transformers_equal_its_own(make, mechanism):
-    from regard.serving.transformers import TransformersReader
-
     model = make().double().eval()
     if mechanism is not None:
         swap(model, mechanism)
+    check_of_transformers(model, alone=mechanism is not None)
+
+
+@pytest.mark.parametrize("method", CACHES)
+def test_answers_of_a_model_of_transformers_through_a_cheaper_cache_equal_its_own(method):
+    with sparsely(MODELS["llama"][0]().double().eval(), method) as sparse:
+        check_of_transformers(sparse.model, alone=True)
+
+
+def check_of_transformers(model, alone):
+    from regard.serving.transformers import TransformersReader
+
     asked = requests(sampled=False)
     wanted = {}
     for request in asked:
@@ -161,7 +188,7 @@ def test_answers_of_a_model_of_transformers_equal_its_own(make, mechanism):
     assert reader.context == 64
     tokens, _ = drain(Engine(reader, Limits(rows=3, chunk=9)), asked, every=2)
     assert tokens == wanted
-    assert reader.alone == (mechanism is not None)
+    assert reader.alone == alone
     assert not reader._caches and not reader._texts
 
 

@@ -15,7 +15,7 @@ options for a given compression, :mod:`.cost` their costs.
 from __future__ import annotations
 
 from regard.compression.sparse.catalogue import METHODS, at_compression, compresses, read_method, written
-from regard.compression.sparse.hosts import Sparse, sparsely, sparsify
+from regard.compression.sparse.hosts import Sparse, is_sparse, sparsely, sparsify
 from regard.compression.sparse.method import Combined, Meter, Method, Place
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Sparse",
     "at_compression",
     "compresses",
+    "is_sparse",
     "read_method",
     "sparsely",
     "sparsify",

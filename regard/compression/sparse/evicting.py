@@ -267,7 +267,7 @@ class H2O(Evicting):
         if n > self.capacity:
             j = torch.arange(n, device=k.device)
             kept = top(sums.masked_fill(j >= n - self.last, math.inf), self.capacity)
-        place.meter.cache.append(1.0 if kept is None else self.capacity / n)
+        place.meter.count_prompt(1.0 if kept is None else self.capacity / n)
         cache = HeadCache.of(k, v, kept)
         used = int(cache.counts.max()) if cache.counts.numel() else 0
         weight = sums.gather(2, cache.ranks[..., :used])

@@ -44,10 +44,10 @@ class Sparse:
     def measured(self) -> dict[str, float]:
         """Sparsity by phase, the mean share of prompts kept in caches, the bytes read of caches in decoding, and the
         multiplications spent on choosing."""
-        caches = [share for meter in self.meters for share in meter.cache]
+        prompts = sum(meter.prompts for meter in self.meters)
         return {
             **{phase: self.sparsity(phase) for phase in PHASES},
-            "cache": sum(caches) / len(caches) if caches else 1.0,
+            "cache": sum(meter.cache for meter in self.meters) / prompts if prompts else 1.0,
             "read": sum(meter.read for meter in self.meters),
             "index": sum(sum(meter.index.values()) for meter in self.meters),
         }
@@ -77,7 +77,7 @@ def sparsify(model: nn.Module, method: Method | str) -> Sparse:
             cap).
     """
     method = read_method(method) if isinstance(method, str) else method
-    if any(isinstance(getattr(getattr(module, "config", None), "method", None), Method) for module in model.modules()):
+    if is_sparse(model):
         raise Unsupported("a second sparse method in a model", supported="one at a time", nearest="undo() of the first")
     if isinstance(model, LanguageModel):
         return _in_own(model, method)
@@ -94,6 +94,13 @@ def sparsely(model: nn.Module, method: Method | str) -> Iterator[Sparse]:
         yield sparse
     finally:
         sparse.undo()
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Return whether a sparse method is in a model."""
+    return any(
+        isinstance(getattr(getattr(module, "config", None), "method", None), Method) for module in model.modules()
+    )
 
 
 def _in_own(model: LanguageModel, method: Method) -> Sparse:
@@ -130,6 +137,8 @@ def _in_transformers(model: Any, method: Method) -> Sparse:
     from regard.integrations.transformers.placing import place
 
     check_interface(model)
+    if model.config.is_encoder_decoder:
+        raise Unsupported(f"sparse attention in {an_instance(model)}, which has an encoder", supported=KNOWN)
     if getattr(model.config, RECORD, None) is not None:
         raise Unsupported(
             f"sparse attention in {an_instance(model)} whose attention was swapped",

@@ -31,19 +31,26 @@ class Meter:
         index: multiplications spent on estimating importance, by phase, as :mod:`regard.compression.sparse.cost` counts
             them.
         read: bytes read of keys, values, their steps and the bounds of pages in decoding.
-        cache: for each prompt, the share of its tokens that stayed in the cache.
+        prompts: number of prompts that were kept in caches.
+        cache: the shares of these prompts that stayed, added up.
     """
 
     kept: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     all: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     index: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     read: float = 0.0
-    cache: list[float] = field(default_factory=list)
+    prompts: int = 0
+    cache: float = 0.0
 
     def count(self, phase: str, kept: float, of: float) -> None:
         """Add computed pairs, and the pairs that dense attention would compute."""
         self.kept[phase] += kept
         self.all[phase] += of
+
+    def count_prompt(self, share: float) -> None:
+        """Add a prompt of which this share stayed in the cache."""
+        self.prompts += 1
+        self.cache += share
 
     def sparsity(self, phase: str) -> float:
         """The share of causal pairs that was skipped; 0 if nothing ran."""
@@ -106,7 +113,7 @@ class Method:
         """The second hook: the cache after a prompt."""
         kept = self.keep(q, k, place)
         share = 1.0 if kept is None else float(kept.sum()) / max(kept.numel(), 1)
-        place.meter.cache.append(share)
+        place.meter.count_prompt(share)
         return HeadCache.of(k, v, kept)
 
     def decode(

@@ -156,7 +156,7 @@ class RoundedKeys(Method):
         recent = HeadCache.of(k[:, :, old:], v[:, :, old:])
         whole = (k[:1].numel() + v[:1].numel()) * k.element_size()
         left = (k[:1, :, old:].numel() + v[:1, :, old:].numel()) * k.element_size()
-        place.meter.cache.append((sum(block.bytes for block in blocks) + left) / max(whole, 1))
+        place.meter.count_prompt((sum(block.bytes for block in blocks) + left) / max(whole, 1))
         length = torch.full((k.shape[0],), n, dtype=torch.int64, device=k.device)
         return RoundedCache(blocks, recent, length, self.block, self.window)
 

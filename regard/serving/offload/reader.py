@@ -92,7 +92,7 @@ class OffloadedReader:
         Unsupported: for layers that keep keys and values in another way than plain softmax attention.
     """
 
-    pages, page_size, page_bytes, holds, whole = 0, PAGE_SIZE, 0, False, False
+    pages, page_size, page_bytes, holds, at_once = 0, PAGE_SIZE, 0, False, False
 
     def __init__(
         self,
