@@ -105,6 +105,7 @@ def generate(
     """
     import torch
 
+    from regard.compression.folders import check_no_tokens
     from regard.models import exit_layers
     from regard.models.generation import check_sampling
     from regard.workbench.trained.folder import beyond, trained_length
@@ -121,6 +122,10 @@ def generate(
         raise Unsupported("both --draft and --cache", supported="one of them", nearest=f"--cache {cache}")
     if shorten_by is not None and shorten is None:
         raise Unsupported("--shorten-by without --shorten", supported="a share", nearest="--shorten 0.5")
+    if cache is not None:
+        check_no_tokens(folder, f"--cache {cache}")
+    for place in [] if draft is None else [folder, Path(draft)]:
+        check_no_tokens(place, "speculation")
     model, tokenizer = _opened(folder, device)
     shortened: dict[str, int] = {}
     kept: Tensor | None = None

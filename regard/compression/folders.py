@@ -237,6 +237,20 @@ def is_compressed(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / RECORD).is_file()
 
 
+def check_no_tokens(place: Path, asked: str) -> None:
+    """Raise Unsupported if a folder's recipe has a step ``tokens``, beside which `asked` cannot be done."""
+    record = read_record(place) if is_compressed(place) else {}
+    if record.get("tokens") is None:
+        return
+    recipe = record["report"]["recipe"]
+    rest = " + ".join(step for step in recipe.split(" + ") if step.partition(":")[0] != "tokens")
+    raise Unsupported(
+        f"{asked} of {place}, whose recipe ({recipe}) has a step tokens already",
+        supported="folders of recipes without this step, and models that are not compressed",
+        nearest=f'regard compress ORIGINAL --recipe "{rest}" --output FOLDER' if rest else "the original model",
+    )
+
+
 def is_of_transformers(place: Path) -> bool:
     """Return whether a folder or file has a transformers model, compressed or not; False for folders of `regard train`.
 

@@ -159,8 +159,11 @@ def open_reader(path: Path) -> Reader:
     """Open the model in a folder or a GGUF file.
 
     Raises:
-        Unsupported: for anything else, and for models that are quantized or do not read text.
+        Unsupported: for anything else, for models that do not continue a text, and for those with a cheaper cache by a
+            recipe's step ``tokens``.
     """
+    from regard.compression.folders import check_no_tokens, load_causal_model
+
     if not path.exists():
         raise Unsupported(f"{path}, which does not exist", supported=MODELS)
     if (path / RECORD).is_file():
@@ -168,11 +171,12 @@ def open_reader(path: Path) -> Reader:
         model, tokenizer = trained.model(), trained.tokenizer
         if not isinstance(model, LanguageModel):
             raise Unsupported(f"{path}, which holds {an_instance(model)}", supported=MODELS)
+        check_no_tokens(path, "sparse attention")
         return OfRegard(model, tokenizer, f"{path.name} ({trained.record['mechanism']})", trained_length(path, model))
-    from regard.compression.folders import load_causal_model
     from regard.integrations.transformers.folders import load_tokenizer
 
     _check_writes(path)
+    check_no_tokens(path, "sparse attention")
     tokenizer = load_tokenizer(path, supported=MODELS)
     return OfTransformers(load_causal_model(path, supported=MODELS), tokenizer, path.name)
 
