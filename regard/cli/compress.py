@@ -69,14 +69,15 @@ def compress(
 ) -> None:
     """Make a model smaller and faster, with fewer bits, heads, neurons, layers or tokens, and measure what that costs.
 
-    With --recipe, one model is written, which regard generate, evaluate, predict, serve and sparse read just like the
-    original. With --recipes, each recipe is scored on held-out data and timed against the original.
+    With --recipe, one model is written, which regard generate, evaluate, predict, serve and (without a step tokens)
+    sparse read just like the original. With --recipes, each recipe is scored on held-out data and timed against the
+    original.
 
     A recipe has at most one step of each kind, in this order: structured, axformer or gates, which remove parts;
     magnitude, wanda or sparsegpt, which set weights to 0; smoothquant or awq; int8, int4, gptq, lsq, w8a8 or llm_int8;
-    tokens, which keeps fewer tokens; export, which writes a program next to the weights. distil comes first, to train a
-    student with half the layers, or after a step, to recover its losses by learning from the original's outputs; with
-    teacher=FOLDER it learns from a larger model with the same tokens, classes and inputs.
+    tokens, which keeps fewer tokens or makes the cache cheaper; export, which writes a program next to the weights.
+    distil comes first, to train a student with half the layers, or after a step, to recover its losses by learning from
+    the original's outputs; with teacher=FOLDER it learns from a larger model with the same tokens, classes and inputs.
 
     Examples:
 
@@ -90,6 +91,7 @@ def compress(
         regard compress my_model --recipes "int8,int4:group=64,awq + gptq" --json
         regard compress smollm2/ --data my_corpus.txt --recipe "structured:layers=4 + distil:budget=10m + int8" --output small/
         regard compress smollm2/ --data my_corpus.txt --recipe "int8 + tokens:method=snapkv,capacity=256" --output small/
+        regard compress smollm2/ --recipe "int8 + tokens:method=int8" --output small/
         regard compress my_images --recipe "int8 + tokens:method=evit,keep=0.7 + export" --output small/
         regard compress smollm2/ --data my_corpus.txt --recipes "int8,int4" --effects 12
         regard compress all-MiniLM-L6-v2/ --data my_corpus.txt --recipes "int8,w8a8,structured:layers=2"

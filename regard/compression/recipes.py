@@ -7,6 +7,7 @@
     axformer:focus=size             heads, neurons and layers removed for good
     gates:share=0.6,hidden=true     heads, neurons, layers and dimensions removed that gates have learned to close
     structured:layers=2 + distil    layers removed, then quality recovered from the answers of the original model
+    int8 + tokens:method=int8       the weights and the cache in 8 bits
     int8 + tokens:keep=0.5 + export tokens dropped on their way through it, and an ONNX program next to the saved model
     my_recipe.yaml                  a file: a list of steps, each a name as above or {name: {option: value}}; JSON too
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from regard.compression.distillation.losses import positive
 from regard.compression.distillation.reading import KINDS, OF_ATTENTION
 from regard.compression.sparse.catalogue import METHODS as SPARSE
+from regard.compression.sparse.catalogue import make
+from regard.compression.sparse.method import Method
 from regard.compression.tokens.reducers import METHODS as REDUCERS
 from regard.contract import Unsupported, at_least, one_of
 from regard.measurement.budget import Budget
@@ -19,14 +21,18 @@ KEEP = 0.7
 
 IMAGES = tuple(name for name in REDUCERS if "random" not in name)
 TEXTS = ("power_bert", "ltp")
-CACHES = tuple(name for name, kind in SPARSE.items() if hasattr(kind, "capacity"))
+CACHES = tuple(name for name, kind in SPARSE.items() if "decode" in kind.phases)
 METHODS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(IMAGES, ("keep", "remove")),
     "power_bert": ("keep",),
     "ltp": ("threshold",),
     **dict.fromkeys(CACHES, ("keep", "capacity")),
+    "quest": ("keep", "budget", "page", "share"),
+    "int8": ("block", "window"),
 }
-"""Methods for dropping tokens, with the options that set how many."""
+"""Methods for dropping tokens, and for reading or storing the cache of all of them, with their options."""
+OWN = ("budget", "page", "share", "block", "window")
+"""Options that are those of the method in :mod:`regard.compression.sparse`; several may be given together."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +111,21 @@ class Distil:
 
 @dataclass(frozen=True)
 class FewerTokens:
-    """Drop tokens on their way through the model, or from its cache; see :mod:`regard.compression.tokens.applied`.
+    """Drop tokens on their way through the model or from its cache, or read or store the cache in a cheaper way; see
+    :mod:`regard.compression.tokens.applied`.
 
     Attributes:
         method: one of :data:`METHODS`; when None the first that the model supports: ``tome``, ``power_bert`` or
             ``snapkv``.
         keep: the share of tokens to keep: for images at each of a quarter, half and three quarters of the blocks; for
-            texts in the last layer, at the length of the data; for caches of prompts of half that length. :data:`KEEP`
-            when nothing is given.
+            texts in the last layer, at the length of the data; for caches of prompts of half that length, with
+            ``quest`` the share of them that a new token reads. :data:`KEEP` when nothing is given.
         remove: for images, patches to drop at each block; a number, or a list of them.
         capacity: for caches, tokens of a prompt that each layer keeps.
         threshold: for ``ltp``, the mean attention below which the last layer drops tokens; earlier layers rise evenly
             to it.
+        budget, page, share: of :class:`regard.compression.sparse.paging.Quest`.
+        block, window: of :class:`regard.compression.sparse.rounding.RoundedKeys`, ``int8``.
     """
 
     method: str | None = None
@@ -124,13 +133,18 @@ class FewerTokens:
     remove: int | Sequence[int] | None = None
     capacity: int | None = None
     threshold: float | None = None
+    budget: int | None = None
+    page: int | None = None
+    share: bool | None = None
+    block: int | None = None
+    window: int | None = None
     stage: ClassVar = "tokens"
 
     def __post_init__(self) -> None:
         if self.method is not None:
             one_of("method", self.method, METHODS)
-        given = [name for name in ("keep", "remove", "capacity", "threshold") if getattr(self, name) is not None]
-        if len(given) > 1:
+        given = self._given
+        if len(given) > 1 and not set(given) <= set(OWN):
             raise Unsupported(f"{' and '.join(given)} of tokens", supported="one of them")
         taken = METHODS[self.named or "tome"] if self.named or given != ["keep"] else ("keep",)
         for name in given:
@@ -150,19 +164,32 @@ class FewerTokens:
             at_least("capacity", self.capacity, 2)
         if self.threshold is not None:
             at_least("threshold", self.threshold, 0.0)
+        self.sparse  # noqa: B018  refuses values that the method does not have
+
+    @property
+    def _given(self) -> list[str]:
+        """The options that were given, without the method."""
+        return [f.name for f in fields(self) if f.name != "method" and getattr(self, f.name) is not None]
 
     @property
     def named(self) -> str | None:
         """The method, if the options determine it."""
         if self.method is not None:
             return self.method
-        options = {"remove": "tome", "capacity": "snapkv", "threshold": "ltp"}
-        return next((name for option, name in options.items() if getattr(self, option) is not None), None)
+        own = [option for option in self._given if option != "keep"]
+        return next((name for name, taken in METHODS.items() if own and own[0] in taken), None)
+
+    @property
+    def sparse(self) -> Method | None:
+        """The method for the cache, if its options are given; None for others and if they follow from a number of tokens."""
+        own = {option: getattr(self, option) for option in self._given if option in OWN}
+        return make(SPARSE[self.named], own) if self.named == "int8" or (self.named and own) else None
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Data, if a share is relative to their length, or if answers for single tokens must be detected."""
-        return () if self.named in IMAGES or self.capacity is not None else ("data",)
+        known = self.named in IMAGES or self.capacity is not None or self.sparse is not None
+        return () if known else ("data",)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -14,6 +15,12 @@ from torch import Tensor, nn
 import regard
 from regard.compression import load_compressed
 from regard.compression.distillation.cached import FILE
+from regard.compression.recipes import read_recipe
+from regard.compression.sparse import METHODS as SPARSE
+from regard.compression.sparse import at_compression
+from regard.compression.sparse.catalogue import make
+from regard.compression.sparse.paging import Quest
+from regard.compression.sparse.rounding import RoundedKeys
 from regard.compression.tokens.applied import read_in_turn, tokens_record
 from regard.contract import Context
 from regard.layers.quantized import QuantizedLinear
@@ -181,6 +188,10 @@ def test_distillation_that_was_stopped_goes_on_to_the_same_weights(tmp_path):
         (bert, windows, "tokens:threshold=0.04"),
         (language_model, windows, "int8 + tokens:keep=0.5"),
         (llama, windows, "tokens:method=h2o,capacity=6"),
+        (language_model, windows, "int8 + tokens:method=int8,block=4,window=2"),
+        (llama, windows, "int4 + tokens:method=int8,window=3"),
+        (language_model, windows, "tokens:method=quest,keep=0.5"),
+        (llama, windows, "int8 + tokens:budget=4,page=2,share=false"),
     ],
 )
 def test_fewer_tokens_are_saved_loaded_and_undone(make, data, recipe, tmp_path):
@@ -199,6 +210,27 @@ def test_fewer_tokens_are_saved_loaded_and_undone(make, data, recipe, tmp_path):
     before = answers(model, batches[0])
     assert torch.equal(answers(regard.compress(model, recipe, batches).undo(), batches[0]), before)
     assert tokens_record(model) is None
+
+
+def test_methods_for_a_cache_have_their_own_options_and_need_no_data_for_them():
+    expected = {
+        "tokens:method=int8": RoundedKeys(),
+        "tokens:block=32": RoundedKeys(block=32),
+        "tokens:method=int8,block=32,window=8": RoundedKeys(32, 8),
+        "tokens:budget=64": Quest(64),
+        "tokens:method=quest,page=8": Quest(page=8),
+        "tokens:budget=8,page=4,share=false": Quest(8, 4, False),
+    }
+    for recipe, method in expected.items():
+        small = regard.compress(language_model(1), f"int8 + {recipe}")
+        assert make(SPARSE[small.report.tokens["method"]], small.report.tokens["options"]) == method
+        assert read_recipe(small.report.recipe).name == small.report.recipe == f"int8 + {recipe}"
+    refused("without data", regard.compress, language_model(1), "tokens:method=quest")
+    shared = regard.compress(language_model(1), "tokens:method=quest,keep=0.5", windows(length=64)).report.tokens
+    assert shared == {"method": "quest", "options": asdict(at_compression("quest", 2, 32))}
+    for name in (name for name, kind in SPARSE.items() if "decode" in kind.phases):
+        small = regard.compress(language_model(1), f"tokens:method={name}", windows(length=64))
+        assert small.report.tokens["method"] == name
 
 
 def test_a_sequence_read_in_turn_is_decoded_token_by_token_through_the_smaller_cache():
@@ -255,12 +287,34 @@ def test_a_program_of_fewer_patches_is_that_of_the_reduced_model_for_any_number_
         close(program(more).detach(), answers(model, more), 1e-5)
 
 
+def test_a_causal_model_whose_cache_cannot_be_made_cheaper_is_refused_with_the_reason():
+    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "num_key_value_heads": 1, **SIZES}
+    gemma = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(head_dim=16, **sizes)).eval()
+    for step in ("tokens:capacity=8", "int8 + tokens:method=int8"):
+        refused("a Gemma3Attention; supported: .* no window", regard.compress, gemma, step)
+    assert not any(isinstance(module, QuantizedLinear) for module in gemma.modules())
+    swapped = llama()
+    regard.swap(swapped, "sigmoid")
+    refused(r"attention was swapped; .*unswap", regard.compress, swapped, "tokens:capacity=8")
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, num_layers=1, num_heads=2, d_ff=8)
+    translator = transformers.T5ForConditionalGeneration(config)
+    refused("which has an encoder", regard.compress, translator, "tokens:capacity=8")
+
+
 def test_what_a_model_does_not_take_is_refused_with_what_it_takes_and_nothing_is_changed():
     data = windows()
     refused("tome in a LanguageModel.*snapkv", regard.compress, language_model(), "tokens:remove=2")
     refused("snapkv in a Bert.*power_bert", regard.compress, bert(), "tokens:capacity=5")
     refused("vision transformers", regard.compress, nn.Sequential(nn.Linear(3, 3)), "tokens:remove=1")
     refused("keeps no cache", regard.compress, language_model(), "tokens + export", data)
+    refused("keeps no cache", read_recipe, "tokens:budget=16 + export")
+    refused("keep of int8; supported: block or window", read_recipe, "tokens:method=int8,keep=0.5")
+    refused("capacity of quest; supported: keep or budget", read_recipe, "tokens:method=quest,capacity=8")
+    refused("keep and budget of tokens; supported: one", read_recipe, "tokens:keep=0.5,budget=16")
+    refused("block of quest", read_recipe, "tokens:budget=16,block=8")
+    refused("budget=15 with pages of 16; .*budget=16", read_recipe, "tokens:budget=15")
+    refused("block=0", read_recipe, "tokens:block=0")
+    refused("page of snapkv", read_recipe, "tokens:method=snapkv,page=8")
     refused("without data", regard.compress, language_model(), "export")
     tagger = bert("BertForTokenClassification")
     before = answers(tagger, data[0])

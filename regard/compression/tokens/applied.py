@@ -1,4 +1,5 @@
-"""Fewer tokens as a property of a model: set by a recipe, saved with its weights, and set again on loading.
+"""Fewer tokens, or a cheaper cache of all of them, as a property of a model: set by a recipe, saved with its weights, and
+set again on loading.
 
 A record is ``{"method": name, "options": {...}}`` with values that no longer depend on data.
 
@@ -6,7 +7,7 @@ A record is ``{"method": name, "options": {...}}`` with values that no longer de
 |---|---|---|
 | vision transformers with a class token, of regard and timm | :data:`regard.compression.steps.IMAGES` | patches after blocks |
 | encoders of transformers with layers like BERT's | `TEXTS` | tokens after layers |
-| causal language models of regard and transformers | `CACHES` | tokens of a prompt from the cache, before the next token is written |
+| causal language models of regard and transformers | `CACHES` | tokens of a prompt from the cache, before the next token is written; with ``quest`` tokens that a new one reads; with ``int8`` bits |
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from regard.compression.sparse import METHODS as SPARSE
 from regard.compression.sparse import at_compression, sparsely, sparsify
 from regard.compression.sparse.catalogue import make
 from regard.compression.steps import CACHES, IMAGES, KEEP, TEXTS, FewerTokens
-from regard.compression.tokens.hosts import Reduction, blocks_of, reduce_tokens
+from regard.compression.tokens.hosts import HOSTS, Reduction, blocks_of, reduce_tokens
 from regard.compression.tokens.text import PrunedTokens, layers_of
 from regard.contract import Context, Result, Unsupported, an_instance
 from regard.models import LanguageModel
@@ -60,21 +61,26 @@ def kind_of(model: Any) -> str:
             "fewer tokens in a model that has fewer already", supported="one step `tokens`", nearest="undo()"
         )
     if isinstance(model, LanguageModel) or (comes_from_transformers(model) and model.can_generate()):
-        with sparsely(model, "streaming"):
-            return "cache"
+        try:
+            with sparsely(model, "dense"):
+                return "cache"
+        except Unsupported as error:
+            asked = f"tokens in the cache of {an_instance(model)}: {error.asked}"
+            raise Unsupported(asked, supported=error.supported, nearest=error.nearest) from None
     if comes_from_transformers(model):
         layers_of(model)
         return "text"
-    blocks_of(_backbone(model))
+    try:
+        blocks_of(_backbone(model))
+    except Unsupported as error:
+        supported = KNOWN if error.supported == HOSTS else error.supported
+        raise Unsupported(error.asked, supported=supported, nearest=error.nearest) from None
     return "image"
 
 
 def settle(model: nn.Module, step: FewerTokens) -> str:
     """The method of a step for this model; raises Unsupported, naming the supported ones, for other methods."""
-    try:
-        kind = kind_of(model)
-    except Unsupported as error:
-        raise Unsupported(error.asked, supported=KNOWN, nearest=error.nearest) from None
+    kind = kind_of(model)
     method = step.named or KINDS[kind][0]
     if method not in KINDS[kind]:
         raise Unsupported(
@@ -104,6 +110,8 @@ def record_of(model: nn.Module, step: FewerTokens, batches: Sequence[Any]) -> di
     elif method == "power_bert":
         layers, n = len(layers_of(model)), _longest(batches)
         options = {"counts": [max(1, round(n * (1 - (1 - keep) * (i + 1) / layers))) for i in range(layers)]}
+    elif step.sparse is not None:
+        options = asdict(step.sparse)
     elif step.capacity is not None:
         options = asdict(at_compression(method, 2.0, 2 * step.capacity))
     else:
@@ -211,8 +219,8 @@ def _check_kept(model: nn.Module, expected: Tensor, answers: Callable[[], Tensor
 
 
 class InTurn(nn.Module):
-    """A causal language model whose cache keeps part of a prompt, run in a way that makes this count: the first half of
-    a sequence as the prompt, the rest token by token. It returns the model's outputs for every token."""
+    """A causal language model with a method for its cache, run in a way that makes this count: the first half of a
+    sequence as the prompt, the rest token by token. It returns the model's outputs for every token."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -244,24 +252,30 @@ class InTurn(nn.Module):
 
 
 def read_in_turn(model: nn.Module) -> nn.Module:
-    """Wrap the model as :class:`InTurn` if its cache keeps only part of a prompt."""
+    """Wrap the model as :class:`InTurn` if it has a method for its cache."""
     record = tokens_record(model)
     return InTurn(model).eval() if record is not None and record["method"] in CACHES else model
 
 
 def _words(applied: Applied, ran: bool) -> str:
-    method, at_work = applied.record["method"], applied.at_work
+    method, options, at_work = applied.record["method"], applied.record["options"], applied.at_work
+    if method in CACHES:
+        return f"{_cache_words(method, options)}. Quality is measured with the first half of a window as the prompt"
     if isinstance(at_work, Reduction):
         left = f": {_listed(at_work.counts)} tokens behind the blocks" if ran else ""
-    elif isinstance(at_work, PrunedTokens):
-        left = f": {_listed([f'{n:.3g}' for n in at_work.kept])} tokens behind the layers, the mean of a batch"
     else:
-        capacity = applied.record["options"]["capacity"]
-        return (
-            f"fewer tokens by {method}: of a prompt about {capacity} stay in the cache of a layer. Quality is measured with the "
-            "first half of a window as the prompt"
-        )
+        left = f": {_listed([f'{n:.3g}' for n in at_work.kept])} tokens behind the layers, the mean of a batch"
     return f"fewer tokens by {method}{left}"
+
+
+def _cache_words(method: str, options: Mapping[str, Any]) -> str:
+    if "capacity" in options:
+        return f"fewer tokens by {method}: of a prompt about {options['capacity']} stay in the cache of a layer"
+    if "budget" in options:
+        return (
+            f"a new token reads about {options['budget'] + options['page']} tokens of the cache of a layer, by {method}"
+        )
+    return f"the cache of a layer is in 8 bits except for its newest tokens, {options['window']} or more of them"
 
 
 def _listed(numbers: Sequence[Any]) -> str:

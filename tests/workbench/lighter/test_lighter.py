@@ -14,8 +14,10 @@ from byte_tokenizer import save_byte_tokenizer
 from command_line import answer, run
 
 from regard.backends.native import library
-from regard.compression import compress
+from regard.compression import compress, text_windows
 from regard.compression.recipes import read_recipes
+from regard.compression.sparse import at_compression, sparsely, written
+from regard.compression.tokens.applied import InTurn
 from regard.contract import Unsupported
 from regard.measurement.budget import Budget
 from regard.workbench.lighter import evaluated
@@ -23,7 +25,7 @@ from regard.workbench.lighter import study as studies
 from regard.workbench.lighter.report import cells
 from regard.workbench.lighter.study import Row, Study, caution, loss_of, recommend, study
 from regard.workbench.lighter.subjects import open_subject
-from regard.workbench.lighter.subjects.language import CausalModel
+from regard.workbench.lighter.subjects.language import CausalModel, perplexity
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs\n" * 400
 
@@ -290,6 +292,54 @@ def test_a_compressed_model_of_transformers_is_itself_wherever_models_are_read(c
     assert code == 2 and "which is compressed" in said
     code, _, said = run(capsys, "compress --recipe int8", trained[0], "--output", tmp_path / "small")
     assert code == 2 and "another library" in said
+
+
+@pytest.mark.parametrize("kind", ["trained", "causal"])
+@pytest.mark.parametrize(
+    ("step", "cache"),
+    [
+        ("tokens:capacity=12", written(at_compression("snapkv", 2, 24))),
+        ("tokens:method=int8,block=8,window=4", "int8:block=8,window=4"),
+        ("tokens:budget=8,page=4,share=false", "quest:budget=8,page=4,share=False"),
+    ],
+)
+def test_the_cache_of_a_recipe_is_that_of_text_that_is_written_and_served(kind, step, cache, capsys, request, tmp_path):
+    pytest.importorskip("starlette")
+    from regard.cli.generate import _opened, _read
+    from regard.serving.engine import Engine, Limits, Request
+    from regard.serving.opened import open_model
+
+    original, _ = request.getfixturevalue(kind)
+    for name, recipe in (("plain", "int8"), ("small", f"int8 + {step}")):
+        answer(capsys, "compress --output", tmp_path / name, "--recipe", recipe, original)
+    line, prompt = "generate --temperature 0 --tokens 9", TEXT[:70]
+    expected = answer(capsys, f"{line} --cache {cache}", tmp_path / "plain", prompt)["text"]
+    assert answer(capsys, line, tmp_path / "small", prompt)["text"] == expected
+    model, tokenizer = _opened(tmp_path / "small", "cpu")
+    ids = _read(model, tokenizer, prompt, "cpu")[0].tolist()
+    engine = Engine(open_model(tmp_path / "small", rows=2, context=200).reader, Limits(chunk=16))
+    tokens: dict[str, list[int]] = {"a": [], "b": []}
+    for key in tokens:  # beside each other, with a prompt that could be shared
+        engine.submit(Request(key, ids, 9))
+    while engine.busy:
+        for event in engine.step():
+            tokens[event.key].append(event.token)
+    assert tokenizer.decode(tokens["a"]) == tokenizer.decode(tokens["b"]) == expected
+    for refused in (f"{line} --cache quest", f"{line} --draft lookup", "sparse --lengths 16"):
+        code, out, said = run(capsys, refused, tmp_path / "small", *([prompt] if "generate" in refused else []))
+        assert (code, out) == (2, "") and f"whose recipe (int8 + {step}) has a step tokens" in said
+        assert 'try regard compress ORIGINAL --recipe "int8" --output FOLDER' in said
+
+
+def test_recipes_for_the_cache_are_compared_by_what_is_decoded_through_it(causal, tmp_path):
+    subject = open_subject(causal[0], [str(causal[1])], 64)
+    methods = ("int8:block=8,window=4", "quest:budget=4,page=4")
+    recipes = read_recipes("tokens:method=int8,block=8,window=4,tokens:method=quest,budget=4,page=4")
+    found = study(subject, recipes, tmp_path, Budget.parse("1h"))
+    for row, method in zip(found.rows, methods, strict=True):
+        with sparsely(subject.load(), method) as sparse:
+            expected = perplexity(InTurn(sparse.model), text_windows(subject.held_out, 64, found.items))
+        assert row.quality == pytest.approx(expected, rel=1e-6) != found.original.quality
 
 
 def test_a_table_of_positions_is_not_read_beyond_its_end(capsys, causal, tmp_path):
