@@ -357,7 +357,9 @@ def test_a_cache_of_integers_attends_to_the_nearest_codes_and_rounds_what_grows_
     first = cache
     k[:, :, 0::16] *= 9  # a block's step sizes follow its own numbers
     _, cache = call(method, *(x[:, :, :50] for x in (q, k, v)), None, place, keeps=True)
-    assert place.meter.cache / place.meter.prompts < 0.5 and not torch.equal(first.blocks[0].k_step, cache.blocks[0].k_step)
+    assert place.meter.cache / place.meter.prompts < 0.5 and not torch.equal(
+        first.blocks[0].k_step, cache.blocks[0].k_step
+    )
     assert all(x.is_contiguous() for block in cache.blocks for x in (block.k, block.v)), "products read rows"
     blocks, seen = [(0, 16), (16, 32), (32, 45)], 50
     for t in range(50, 90):
