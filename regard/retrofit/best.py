@@ -56,13 +56,17 @@ class Best:
         self.looks.append((done, losses))
 
     def put_back(self) -> None:
-        """Restore the best weights of every part; the last weights stay where no loss was ever finite."""
+        """Restore the best weights of every part; the last weights stay where no loss was ever finite. The files stay, for
+        a process that has to do this again."""
         with torch.no_grad():
             for i, last in enumerate(self.looks[-1][1]):
                 if last > self._least(i):
                     kept, now = load_file(self.files[i]), self._kept(i)
                     for name, tensor in kept.items():
                         now[name].copy_(tensor)
+
+    def discard(self) -> None:
+        """Remove the files, once the restored weights are saved elsewhere."""
         for file in self.files:
             file.unlink(missing_ok=True)
 

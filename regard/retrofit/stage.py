@@ -156,6 +156,8 @@ def train_stage(
         return stage.seconds is not None and elapsed() > PATIENCE * stage.seconds and len(curve) > 0
 
     if finished:
+        if best is not None:
+            best.discard()
         return curve
     try:
         with torch.random.fork_rng(devices=[]):
@@ -188,8 +190,11 @@ def train_stage(
                     saved = time.monotonic()
             if best is not None:
                 best.look(len(curve))
+                updating = True  # from here on the weights are not those of the last step
                 best.put_back()
         save(finished=True)
+        if best is not None:
+            best.discard()
     except KeyboardInterrupt:
         if not updating:
             save()
