@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ class Folder:
     """The output folder of one retrofit.
 
     Args:
-        path: created if missing.
+        path: the folder; nothing is written before :meth:`alone`.
         identity: everything that the retrofit depends on, as JSON.
 
     Raises:
@@ -29,16 +29,18 @@ class Folder:
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path, self.work = path, path / WORK
-        identity = json.loads(json.dumps(identity))
+        self.identity = json.loads(json.dumps(identity))
+        self._check()
+
+    def _check(self) -> None:
+        path, identity = self.path, self.identity
         check_folder(path)
         known = self.read("identity")
         if known is None and path.is_dir() and any(path.iterdir()):
             raise Unsupported(
                 f"{path}, which holds other files, as the output of a retrofit", supported="a new or empty folder"
             )
-        if known is None:
-            self.write("identity", identity)
-        elif known != identity:
+        if known is not None and known != identity:
             differing = [name for name in {**known, **identity} if known.get(name) != identity.get(name)]
             told = "; ".join(f"{name} {known.get(name)!r}, now {identity.get(name)!r}" for name in differing)
             raise Unsupported(
@@ -47,11 +49,15 @@ class Folder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Lock the folder within the context against other processes; the lock of a killed process is released.
+        """Make the folder if it is new, and lock it within the context against other processes; the lock of a killed
+        process is released.
 
         Raises:
-            Unsupported: if another process holds the lock.
+            Unsupported: if another process holds the lock, or has put something else into the folder.
         """
+        self._check()
+        if self.read("identity") is None:
+            self.write("identity", self.identity)
         try:
             import fcntl
         except ImportError:  # on Windows
@@ -78,22 +84,14 @@ class Folder:
         text = json.dumps(value, indent=1, ensure_ascii=False)
         write_text_atomically(self.work / f"{name}.json", text)
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of a part, computed if there is none yet."""
-        found = self.read(name)
-        if found is None:
-            self.write(name, make())
-            found = self.read(name)
-        return found
-
     def checkpoint(self, name: str) -> Path:
         """Path of the checkpoint of a training stage."""
         return self.work / f"{name}.safetensors"
 
     def discard_empty(self) -> None:
-        """Remove the folder and its identity if nothing was done in it."""
+        """Remove the folder with its identity and plan if nothing was trained in it."""
         files = list(self.work.iterdir())
-        if {file.name for file in files} <= {"identity.json", LOCK}:
+        if {file.name for file in files} <= {"identity.json", "plan.json", LOCK}:
             for file in files:
                 file.unlink()
             self.work.rmdir()

@@ -107,27 +107,20 @@ def retrofit(
         Unsupported: before any training, for a model, mechanism, text, budget or folder that is not suitable.
     """
     started = time.monotonic()
-    chosen = _settings(mechanism, keep_layers, budget, settings)
+    asked = read_settings(mechanism, keep_layers, budget, settings)
     place = Path(output)
     if isinstance(model, (str, os.PathLike)) and is_same_place(Path(model), place):
         raise Unsupported(f"{place} as both model and output", supported="an output folder of its own")
     host = open_host(model, tokenizer, say)
-    chosen = host.begun(chosen)
-    if chosen.mechanism != mechanism:
-        say(told_of_start(mechanism, chosen.mechanism))
-    read = host.read(data, validation, chosen)
-    folder = Folder(place, _identity(host, read, chosen))
-    with folder.alone():
-        try:
-            return _Run(host, read, chosen, folder, watch, say, started).finish()
-        except Unsupported:
-            folder.discard_empty()
-            raise
+    spent = time.monotonic() - started
+    (run,) = planned(host, [asked], [place], data=data, validation=validation, watch=watch, say=say, spent=spent)
+    return run.finish()
 
 
-def _settings(
+def read_settings(
     mechanism: str, keep_layers: str | Sequence[int], budget: str | Budget, others: Mapping[str, Any]
 ) -> RetrofitSettings:
+    """The settings of a retrofit as :func:`retrofit` takes them; raises Unsupported for those that do not exist."""
     keep = keep_layers if isinstance(keep_layers, str) else tuple(keep_layers)
     parsed = budget if isinstance(budget, Budget) else Budget.parse(budget)
     unknown = set(others) - set(RetrofitSettings.__dataclass_fields__)
@@ -138,30 +131,70 @@ def _settings(
     return RetrofitSettings(mechanism, keep, parsed, **others)
 
 
-def check_retrofits(
+def planned(
     host: Host,
-    mechanisms: Sequence[str],
+    asked: Sequence[RetrofitSettings],
+    places: Sequence[Path],
     *,
     data: Paths | Tensor,
-    keep_layers: str | Sequence[int] = "auto:0.5",
-    budget: str | Budget = "60m",
     validation: Paths | Tensor | None = None,
-    **settings: Any,
-) -> None:
-    """Check that a model can be retrofitted with each of several mechanisms, without training anything.
+    watch: Watch,
+    say: Say,
+    spent: float = 0.0,
+) -> list[Run]:
+    """Check and plan retrofits of a model, which differ in their mechanism alone, without writing or training anything.
 
     Args:
-        host: the model.
-        mechanisms: the mechanisms; all have the same settings, as in :func:`retrofit`.
+        asked: the settings of each.
+        places: the output folder of each.
+        spent: seconds that each has taken so far.
 
     Raises:
-        Unsupported: for a mechanism, text or setting that is not suitable.
+        Unsupported: for a mechanism, setting, text, budget or folder that is not suitable, whichever it is of.
     """
-    chosen = [host.begun(_settings(name, keep_layers, budget, settings)) for name in mechanisms]
-    if chosen:
-        read = host.read(data, validation, chosen[0])
-        for each in chosen:
-            _look_at(host, read, each)
+    started = time.monotonic()
+    begun = [host.begun(each) for each in asked]
+    read = host.read(data, validation, begun[0])
+    given = {"model": host.fingerprint(), "data": read.digest()}
+    folders = [Folder(place, {**given, **each.identity()}) for place, each in zip(places, begun, strict=True)]
+    spent += (time.monotonic() - started) / len(asked)
+    runs = []
+    for before, settings, folder in zip(asked, begun, folders, strict=True):
+        if settings.mechanism != before.mechanism:
+            say(told_of_start(before.mechanism, settings.mechanism))
+        watch(Progress("looking at the model", math.nan, 0, 0, 0.0))
+        its_plan = _plan(host, read, settings, folder, say, spent)
+        runs.append(Run(host, read, settings, folder, its_plan, watch, say))
+    return runs
+
+
+def _plan(host: Host, data: Any, settings: RetrofitSettings, folder: Folder, say: Say, spent: float) -> Plan:
+    """The plan in a folder; for a new one, made after a look at the model with new layers."""
+    every = settings.changeable(len(host.layers))
+    if (known := folder.read("plan")) is not None:
+        return Plan(**{"changeable": every, **known})  # folders of earlier versions do not name them
+    started = time.monotonic()
+    difference, able = _look_at(host, data, settings)
+    if difference <= EQUAL:
+        say(_nothing_new(settings))
+    found = plan(host, data, settings, spent + time.monotonic() - started, able)
+    if others := [number for number in every if number not in able]:
+        say(f"kept, since {settings.mechanism} cannot replace their attention: layers {card.numbers(others)}")
+    return found
+
+
+def _nothing_new(settings: RetrofitSettings) -> str:
+    """A message for new layers that initially compute the same as the old ones."""
+    told = (
+        f"new layers of {settings.mechanism} compute the same as the old ones here, so there is nothing to learn from the "
+        "original"
+    )
+    if settings.length is None:
+        return told
+    return (
+        f"in blocks of {settings.length} tokens {told}; use a longer --length if they read less than the old ones in longer "
+        "texts"
+    )
 
 
 def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, list[int]]:
@@ -199,82 +232,62 @@ def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, 
         return tried(able), able
 
 
-def _identity(host: Host, data: Any, settings: RetrofitSettings) -> dict[str, Any]:
-    return {"model": host.fingerprint(), "data": data.digest(), **settings.identity()}
-
-
 @dataclass(frozen=True)
-class _Run:
-    """A retrofit in progress."""
+class Run:
+    """A retrofit that is planned; see :func:`planned`."""
 
     host: Host
     data: Any
     settings: RetrofitSettings
     folder: Folder
+    plan: Plan
     watch: Watch
     say: Say
-    started: float
 
     def finish(self) -> Retrofit:
-        """Do everything that is not done yet."""
+        """Do everything that is not done yet.
+
+        Raises:
+            Unsupported: if another process works in the folder, and where training fails.
+        """
+        with self.folder.alone():
+            try:
+                return self._finish()
+            except Unsupported:
+                self.folder.discard_empty()
+                raise
+
+    def _finish(self) -> Retrofit:
         done = Folder.finished(self.folder.path)
         if done is not None:
             return Retrofit(self.folder.path, self.host.load(self.folder.path), self.host.tokenizer, done)
         record = self.folder.read("record")
-        plan = self._plan()
-        swapped = self._swapped(plan)
+        self.folder.write("plan", self.plan.record())
+        swapped = self._swapped()
         student, learned = self.host.copy_with(swapped, self.settings.mechanism, self.settings.seed)
-        losses = self._trained(student, learned, swapped, plan)
+        losses = self._trained(student, learned, swapped)
         if record is None:
-            record = self._record(student, learned, swapped, plan, losses)
+            record = self._record(student, learned, swapped, losses)
             self.folder.write("record", record)
         self._save(student, record)
         return Retrofit(self.folder.path, student, self.host.tokenizer, record)
 
-    def _plan(self) -> Plan:
-        def make() -> dict[str, Any]:
-            self.watch(Progress("looking at the model", math.nan, 0, 0, 0.0))
-            difference, able = _look_at(self.host, self.data, self.settings)
-            if difference <= EQUAL:
-                self.say(self._nothing_new())
-            spent = time.monotonic() - self.started
-            found = plan(self.host, self.data, self.settings, spent, able).record()
-            if others := [n for n in self.settings.changeable(len(self.host.layers)) if n not in able]:
-                self.say(
-                    f"kept, since {self.settings.mechanism} cannot replace their attention: layers {card.numbers(others)}"
-                )
-            return found
+    def _stage(self, name: str, doing: str, steps: int, rate: float, seed: int) -> Stage:
+        seconds = self.plan.seconds.get(name)
+        return Stage(name, doing, steps, rate, self.settings.seed + seed, seconds, self._after(name))
 
-        every = self.settings.changeable(len(self.host.layers))  # in folders of earlier versions
-        return Plan(**{"changeable": every, **self.folder.once("plan", make)})
+    def _after(self, stage: str) -> float:
+        """Seconds planned for the stages after the given one."""
+        return self.plan.after(stage) if self.plan.seconds else 0.0
 
-    def _nothing_new(self) -> str:
-        """A message for new layers that initially compute the same as the old ones."""
-        told = (
-            f"new layers of {self.settings.mechanism} compute the same as the old ones here, so there is nothing to learn "
-            "from the original"
-        )
-        if self.settings.length is None:
-            return told
-        return (
-            f"in blocks of {self.settings.length} tokens {told}; use a longer --length if they read less than the old ones in "
-            "longer texts"
-        )
-
-    def _stage(self, name: str, doing: str, steps: int, rate: float, plan: Plan, seed: int) -> Stage:
-        seconds = plan.seconds.get(name)
-        return Stage(
-            name, doing, steps, rate, self.settings.seed + seed, seconds, plan.after(name) if plan.seconds else 0.0
-        )
-
-    def _swapped(self, plan: Plan) -> list[int]:
+    def _swapped(self) -> list[int]:
         """The layers that get new attention, chosen once."""
         layers = range(len(self.host.layers))
         kept = self.settings.kept(len(layers))
         if isinstance(kept, int):
             known = self.folder.read("kept")
             if known is None:
-                sensitivity = self._sensitivity(plan)
+                sensitivity = self._sensitivity()
                 others = [number for number in layers if number not in sensitivity]
                 known = sorted([*others, *choose(sensitivity, max(kept - len(others), 0))])
                 self.folder.write("kept", known)
@@ -283,40 +296,37 @@ class _Run:
             kept = tuple(known)
         return [number for number in layers if number not in kept]
 
-    def _warm(self, plan: Plan) -> tuple[dict[int, nn.Module], list[str]]:
-        student, learned = self.host.copy_with(plan.changeable, self.settings.mechanism, self.settings.seed)
-        return self._modules(student, plan.changeable), learned
+    def _warm(self) -> tuple[dict[int, nn.Module], list[str]]:
+        student, learned = self.host.copy_with(self.plan.changeable, self.settings.mechanism, self.settings.seed)
+        return self._modules(student, self.plan.changeable), learned
 
     def _modules(self, student: Any, numbers: Sequence[int]) -> dict[int, nn.Module]:
         return {number: student.get_submodule(self.host.layers[number].path) for number in numbers}
 
-    def _sensitivity(self, plan: Plan) -> dict[int, float]:
-        modules, learned = self._warm(plan)
-        self._transfer("warm", modules, learned, plan)
-        held_out = self.host.held_out(self.data, plan.tried, self.settings)
-        return measure_sensitivity(
-            self.host, modules, held_out, self.folder, self.watch, plan.after("sensitivity") if plan.seconds else 0.0
-        )
+    def _sensitivity(self) -> dict[int, float]:
+        modules, learned = self._warm()
+        self._transfer("warm", modules, learned)
+        held_out = self.host.held_out(self.data, self.plan.tried, self.settings)
+        return measure_sensitivity(self.host, modules, held_out, self.folder, self.watch, self._after("sensitivity"))
 
     def _transfer(
-        self, name: str, modules: dict[int, nn.Module], learned: list[str], plan: Plan, best: Best | None = None
+        self, name: str, modules: dict[int, nn.Module], learned: list[str], best: Best | None = None
     ) -> list[list[float]]:
         doing = "first steps of all layers" if name == "warm" else "attention transfer"
-        steps = plan.warm if name == "warm" else plan.transfer
-        stage = self._stage(name, doing, steps, self.settings.transfer_rate, plan, 0 if name == "warm" else 1)
+        steps = self.plan.warm if name == "warm" else self.plan.transfer
+        stage = self._stage(name, doing, steps, self.settings.transfer_rate, 0 if name == "warm" else 1)
         return transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch, best)
 
-    def _trained(self, student: Any, learned: list[str], swapped: list[int], plan: Plan) -> dict[str, Any]:
+    def _trained(self, student: Any, learned: list[str], swapped: list[int]) -> dict[str, Any]:
         """Train the student, and return the losses of the stages."""
-        moved, looks = self._moved(student, learned, swapped, plan)
+        moved, looks = self._moved(student, learned, swapped)
         stage = self._stage(
             "tune",
             f"training on the teacher's {'logits' if self.host.distributes else 'hidden states'}"
             if self.settings.distil
             else "training",
-            plan.tune,
+            self.plan.tune,
             self.settings.rate,
-            plan,
             2,
         )
         held_out, distil = self.host.held_out(self.data, TRIED, self.settings), self.settings.distil
@@ -324,7 +334,7 @@ class _Run:
         tuned = tune(
             self.host, student, swapped, learned, self.data, self.settings, stage, self.folder, self.watch, best
         )
-        self.say(f"training: held-out loss {_best_of(best)}, {_counted(tuned, plan.tune)}")
+        self.say(f"training: held-out loss {_best_of(best)}, {_counted(tuned, self.plan.tune)}")
         if best.steps() == [0]:
             self.say(
                 f"no step of the training was better there, so its start is kept; --rate {stage.rate / 4:.1g} may learn"
@@ -335,37 +345,33 @@ class _Run:
             "held_out": {"transfer": looks, "tune": best.record()},
         }
 
-    def _moved(
-        self, student: Any, learned: list[str], swapped: list[int], plan: Plan
-    ) -> tuple[list[list[float]], list[Any]]:
+    def _moved(self, student: Any, learned: list[str], swapped: list[int]) -> tuple[list[list[float]], list[Any]]:
         """The losses of the attention transfer, on training and on held-out data; empty if that is not a stage."""
         if "transfer" not in self.settings.stages:
             return [], []
         modules = self._modules(student, swapped)
         if self.settings.chosen and not self.folder.checkpoint("transfer").exists():
-            self._begin_warm(modules, plan)
+            self._begin_warm(modules)
         held_out = [part.inputs for part in self.host.parts(self.host.held_out(self.data, TRIED, self.settings))]
         best = Best(
             list(modules.values()), lambda: held_out_losses(self.host, modules, held_out), self.folder, "transfer"
         )
-        moved = self._transfer("transfer", modules, learned, plan, best)
+        moved = self._transfer("transfer", modules, learned, best)
         self.say(
             f"attention transfer: held out, {_best_of(best)} of the outputs' square, {len(swapped)} layers, "
-            f"{_counted(moved, plan.transfer)}"
+            f"{_counted(moved, self.plan.transfer)}"
         )
         return moved, best.record()
 
-    def _begin_warm(self, modules: dict[int, nn.Module], plan: Plan) -> None:
+    def _begin_warm(self, modules: dict[int, nn.Module]) -> None:
         """Start from the modules that the first steps of all layers trained."""
-        warm, names = self._warm(plan)
-        self._transfer("warm", warm, names, plan)
+        warm, names = self._warm()
+        self._transfer("warm", warm, names)
         for number, module in modules.items():
             module.load_state_dict(warm[number].state_dict())
 
-    def _record(
-        self, student: Any, learned: list[str], swapped: list[int], plan: Plan, losses: dict[str, Any]
-    ) -> dict[str, Any]:
-        results = evaluate(self.host, student, self.data, self.settings, plan.windows, self.folder, self.watch)
+    def _record(self, student: Any, learned: list[str], swapped: list[int], losses: dict[str, Any]) -> dict[str, Any]:
+        results = evaluate(self.host, student, self.data, self.settings, self.plan.windows, self.folder, self.watch)
         work = self.host.work(self.settings)
         return {
             "regard": VERSION,
@@ -391,11 +397,11 @@ class _Run:
                 self.host.counts: self.data.size,
             },
             "trained_tokens": {
-                "all layers": plan.warm * work,
+                "all layers": self.plan.warm * work,
                 "transfer": len(losses["transfer"]) * work,
                 "tune": len(losses["tune"]) * work,
             },
-            "plan": plan.record(),
+            "plan": self.plan.record(),
             "losses": losses,
             "results": results,
             "recommendation": KINDS[self.host.kind].recommend(results),
@@ -440,4 +446,4 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-__all__ = ["Retrofit", "read_record", "retrofit"]
+__all__ = ["Retrofit", "Run", "planned", "read_record", "read_settings", "retrofit"]

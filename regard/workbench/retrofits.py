@@ -14,13 +14,11 @@ from regard.core.files import write_text_atomically
 from regard.measurement import units
 from regard.measurement.budget import Budget
 from regard.models.variants import Variant
-from regard.retrofit import card, open_host, retrofit
-from regard.retrofit.folder import Folder
+from regard.retrofit import card, open_host
 from regard.retrofit.measures import ORIGINAL, RETROFIT, change, kind_of, measures_of
 from regard.retrofit.measures.language import mean_recall
 from regard.retrofit.measures.verdict import state_at
-from regard.retrofit.run import Say, check_retrofits
-from regard.retrofit.settings import check_mechanism
+from regard.retrofit.run import Say, planned, read_settings
 from regard.retrofit.stage import Progress, Watch
 from regard.workbench.reports.pages import pages
 from regard.workbench.reports.section_pages import parts_of_page
@@ -36,6 +34,8 @@ def compare_retrofits(
     data: Any,
     output: str | os.PathLike[str],
     budget: Budget,
+    keep_layers: str | Sequence[int] = "auto:0.5",
+    validation: Any = None,
     tokenizer: Any = None,
     watch: Watch = lambda progress: None,
     say: Say = lambda sentence: None,
@@ -44,7 +44,7 @@ def compare_retrofits(
     """Retrofit a model with each of several mechanisms, each in its own folder, and recommend one.
 
     Args:
-        model, data, tokenizer, settings: as in :func:`regard.retrofit.retrofit`.
+        model, data, keep_layers, validation, tokenizer, settings: as in :func:`regard.retrofit.retrofit`.
         variants: the mechanisms, each for one kind of layer; the retrofit itself chooses which layers change.
         output: folder for the results. If a run is killed, the same call resumes it.
         budget: a total time, shared equally; or tokens or steps for each mechanism.
@@ -54,27 +54,23 @@ def compare_retrofits(
         The contents of ``retrofits.json``: `model`, `retrofits` (one record per mechanism) and `recommendation`.
 
     Raises:
-        Unsupported: before any training, for a mechanism that cannot be used in the model; and as for
-            :func:`regard.retrofit.retrofit`.
+        Unsupported: before any training, for whatever :func:`regard.retrofit.retrofit` would refuse with any of the
+            mechanisms, such as a folder of another retrofit or a budget that is too small for one of them.
     """
-    names = [variant.name for variant in variants]
-    for name in names:
-        check_mechanism(name)
-    host = open_host(model, tokenizer, say)
+    names, place = [variant.name for variant in variants], Path(output)
     share = Budget("seconds", budget.amount / len(names)) if budget.unit == "seconds" else budget
-    place, records = Path(output), dict[str, Any]()
-    left = [name for name in names if Folder.finished(place / folder_of(name)) is None]
-    check_retrofits(host, left, data=data, budget=share, **settings)
-    for at, name in enumerate(names):
+    asked = [read_settings(name, keep_layers, share, settings) for name in names]
+    host, records = open_host(model, tokenizer, say), dict[str, Any]()
+    runs = planned(
+        host, asked, [place / folder_of(name) for name in names], data=data, validation=validation, watch=watch, say=say
+    )
+    for at, (name, run) in enumerate(zip(names, runs, strict=True)):
 
         def watched(progress: Progress, at: int = at, name: str = name) -> None:
             watch(dataclasses.replace(progress, doing=f"{name} ({at + 1} of {len(names)}): {progress.doing}"))
 
         say(f"{name}, {at + 1} of {len(names)}")
-        made = retrofit(
-            host, name, data=data, output=place / folder_of(name), budget=share, watch=watched, say=say, **settings
-        )
-        records[name] = made.record
+        records[name] = dataclasses.replace(run, watch=watched).finish().record
     first = next(iter(records.values()))
     told = {"model": first["from"]["name"], "retrofits": records, "recommendation": recommend(records)}
     text = json.dumps(told, indent=1, ensure_ascii=False)

@@ -92,7 +92,7 @@ def test_the_folder_loads_gives_the_same_and_generates(done):
     loaded = AutoModelForCausalLM.from_pretrained(made.folder)
     ids = tokens(20)[None]
     assert torch.equal(loaded(ids).logits, made.model(ids).logits)
-    assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 23)
+    assert loaded.generate(ids, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 23)
 
 
 def test_the_folder_says_where_it_comes_from(done):

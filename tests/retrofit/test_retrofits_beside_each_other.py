@@ -131,6 +131,31 @@ def test_a_mechanism_that_cannot_enter_is_refused_before_anything_is_trained(tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [("12 steps", "a budget of 12 steps.*attention transfer"), ("60 steps", r"linear, which holds other files")],
+)
+def test_what_a_later_mechanism_lacks_is_refused_before_anything_is_trained_or_written(
+    tmp_path, monkeypatch, budget, said
+):
+    (tmp_path / "out" / "linear").mkdir(parents=True)
+    (tmp_path / "out" / "linear" / "letter.txt").write_text("dear")
+    mechanisms = "landmark:block=7,top_k=1,chunk=8," + ("gated_linear" if budget == "12 steps" else "linear")
+    monkeypatch.setattr("regard.retrofit.run.tune", None)
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(Unsupported, match=said):
+        compare_retrofits(
+            llama(2),
+            read_variants(mechanisms),
+            data=tokens(),
+            output=tmp_path / "out",
+            budget=Budget.parse(budget),
+            keep_layers=(),
+            **WORK,
+        )
+    assert sorted(tmp_path.rglob("*")) == files
+
+
 def test_the_command_takes_the_options_of_a_retrofit(capsys, monkeypatch):
     def taken(*_, **settings):
         raise Unsupported(json.dumps({name: settings.get(name) for name in (*OF_RETROFITS, "length")}))
