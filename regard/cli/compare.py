@@ -61,7 +61,7 @@ def compare(
             "--train, --distil, --transfer-rate, --rate and --evaluation-blocks.",
         ),
     ] = None,
-    keep_layers: KEEP_LAYERS = "auto:0.5",
+    keep_layers: KEEP_LAYERS = None,
     batch_size: BATCH_SIZE = None,
     train: TRAIN = "all",
     distil: DISTIL = 1.0,

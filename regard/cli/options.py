@@ -91,8 +91,11 @@ ADDRESS = Annotated[
 ]
 
 KEEP_LAYERS = Annotated[
-    str,
-    typer.Option(help="Layers that keep their attention: auto:SHARE or auto:NUMBER by sensitivity, 0,5,29 or none."),
+    str | None,
+    typer.Option(
+        help="Layers that keep their attention: auto:SHARE or auto:NUMBER by sensitivity, 0,5,29 or none. auto:0.5 when not "
+        "given, none for landmark."
+    ),
 ]
 BATCH_SIZE = Annotated[int | None, typer.Option(help="Blocks (4 when not given) or images (32) in a training step.")]
 TRAIN = Annotated[str, typer.Option(help="Weights trained in the last stage: all, new (swapped layers) or lora:RANK.")]

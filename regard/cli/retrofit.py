@@ -43,7 +43,7 @@ def retrofit(
         typer.Option(help="Your text, a file or folder (repeatable), or a folder of images; a tenth is held out."),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the result; the same command resumes from it.")],
-    keep_layers: KEEP_LAYERS = "auto:0.5",
+    keep_layers: KEEP_LAYERS = None,
     budget: Annotated[
         str, typer.Option(help="Time for everything (60m, 8h), or amount of training: '2M tokens', '500 steps'.")
     ] = "60m",

@@ -19,6 +19,7 @@ from regard.contract.card import (
     Mechanism,
     Paper,
     Shape,
+    TrainedModel,
     Waiver,
 )
 from regard.contract.context import WANTS, BlockMask, Context, Mask, Role, check_mask
@@ -67,6 +68,7 @@ __all__ = [
     "Shape",
     "State",
     "Tensors",
+    "TrainedModel",
     "Types",
     "Unsupported",
     "Waiver",

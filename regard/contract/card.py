@@ -131,6 +131,23 @@ class LayerSpec:
     linear: Callable[..., nn.Module] = nn.Linear
 
 
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a mechanism's options depend on where it replaces softmax in a model that is already trained.
+
+    Attributes:
+        length: number of tokens of a training text.
+        heads: number of heads of a layer.
+        pattern: pattern of its attention.
+        given: options that are given, which stay as they are.
+    """
+
+    length: int
+    heads: int
+    pattern: Pattern = Pattern.CAUSAL_SELF
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
 FORMS = ("reference", "parallel", "chunked", "step", "absorb", "read")
 """Names of the forms."""
 
@@ -212,8 +229,8 @@ class Mechanism:
             where the mechanism must see layer inputs again.
         prepare: inserts the tokens that the mechanism needs: ids -> (ids, roles).
         layer_defaults: shell options that are part of the mechanism.
-        in_trained_models: from a training length and a number of heads, the options with which the mechanism replaces
-            softmax in an already trained model; None for the defaults.
+        in_trained_models: the options with which the mechanism replaces softmax in an already trained model; None for
+            the defaults. Raises Unsupported for given options that cannot work there.
         engine: the engine that computes its fast forms, as in :func:`regard.which_backend`; ``""`` for plain PyTorch.
         waivers: properties that do not hold, with reasons.
         tolerances: largest error for each dtype, relative to the largest output.
@@ -257,7 +274,7 @@ class Mechanism:
     module: type[nn.Module] | None = None
     prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
     layer_defaults: Mapping[str, Any] = field(default_factory=dict)
-    in_trained_models: Callable[[int, int], Mapping[str, Any]] | None = None
+    in_trained_models: Callable[[TrainedModel], Mapping[str, Any]] | None = None
     engine: str = ""
     waivers: tuple[Waiver, ...] = ()
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)

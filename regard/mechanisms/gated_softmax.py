@@ -324,7 +324,7 @@ MECHANISM = Mechanism(
         "mean gate": (Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS),
     },
     layer_defaults={"output_norm": None},  # the size of an output shows how much of the head is kept
-    in_trained_models=lambda length, heads: {"initial_gate": 0.25, "fine_tune": True, "initial_std": 0.001},
+    in_trained_models=lambda model: {"initial_gate": 0.25, "fine_tune": True, "initial_std": 0.001},
     engine="attention",
     state=KeyValueState,
     cost=cost,

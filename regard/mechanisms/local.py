@@ -35,7 +35,7 @@ cached keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ from regard.contract import (
     Pattern,
     Result,
     Shape,
+    TrainedModel,
     Unsupported,
     Waiver,
     at_least,
@@ -173,6 +174,14 @@ def cost(shape: Shape, config: Config) -> Cost:
     )
 
 
+def in_trained_models(model: TrainedModel) -> dict[str, Any]:
+    """A layer that reads about half of a training text, at most 1024 tokens on a side, as MASFormer's blocks."""
+    form = model.given.get("form", "window")
+    reach = min(1024, max(1, model.length // (2 if model.pattern.causal else 4)))
+    width = {"window": reach} if form == "window" else {"block": max(1, reach // 2)}
+    return {name: value for name, value in width.items() if name not in model.given}
+
+
 MECHANISM = Mechanism(
     name="local",
     aliases=("masformer", "sliding_window", "window", "block_local"),
@@ -201,6 +210,7 @@ MECHANISM = Mechanism(
     },
     engine="attention",
     state=WindowState,
+    in_trained_models=in_trained_models,
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
     weights="exact",

@@ -345,7 +345,7 @@ MECHANISM = Mechanism(
         "window": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
         "window by position": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
     },
-    in_trained_models=lambda length, heads: {"length": length},
+    in_trained_models=lambda model: {"length": model.length},
     engine="attention",
     state=KeyValueState,
     cost=cost,

@@ -22,10 +22,11 @@ from regard.retrofit.best import Best
 from regard.retrofit.folder import RECORD, Folder
 from regard.retrofit.hosts import Host, open_host
 from regard.retrofit.hosts.base import EQUAL
+from regard.retrofit.inserting import inserts_tokens
 from regard.retrofit.measures import KINDS, evaluate
 from regard.retrofit.pace import TRIED, Plan, plan
 from regard.retrofit.sensitivity import choose, measure_sensitivity
-from regard.retrofit.settings import RetrofitSettings, told_of_start
+from regard.retrofit.settings import RetrofitSettings, advising, told_of_start
 from regard.retrofit.stage import Progress, Stage, Watch
 from regard.retrofit.transfer import held_out_losses, transfer
 from regard.retrofit.tune import check_train, held_out_loss, tune
@@ -73,7 +74,7 @@ def retrofit(
     *,
     data: Paths | Tensor,
     output: str | os.PathLike[str],
-    keep_layers: str | Sequence[int] = "auto:0.5",
+    keep_layers: str | Sequence[int] | None = None,
     budget: str | Budget = "60m",
     validation: Paths | Tensor | None = None,
     tokenizer: Any = None,
@@ -95,7 +96,8 @@ def retrofit(
             with or without a sub-folder for each class, or images (n, c, h, w) normalised for the model. A tenth is
             held out.
         output: the output folder, new or from the same retrofit.
-        keep_layers: layers that keep their attention: ``auto:0.5``, ``auto:22``, numbers, or ``none``.
+        keep_layers: layers that keep their attention: ``auto:0.5``, ``auto:22``, numbers, or ``none``; ``auto:0.5`` when
+            None, and ``none`` for a mechanism that inserts tokens.
         budget: time for everything (``60m``), or tokens (``2M tokens``) or steps of training.
         validation: data from another source, evaluated separately.
         tokenizer: a tokenizer of transformers; the folder's when None.
@@ -118,9 +120,11 @@ def retrofit(
 
 
 def read_settings(
-    mechanism: str, keep_layers: str | Sequence[int], budget: str | Budget, others: Mapping[str, Any]
+    mechanism: str, keep_layers: str | Sequence[int] | None, budget: str | Budget, others: Mapping[str, Any]
 ) -> RetrofitSettings:
     """The settings of a retrofit as :func:`retrofit` takes them; raises Unsupported for those that do not exist."""
+    if keep_layers is None:
+        keep_layers = "none" if inserts_tokens(mechanism) else RetrofitSettings.keep_layers
     keep = keep_layers if isinstance(keep_layers, str) else tuple(keep_layers)
     parsed = budget if isinstance(budget, Budget) else Budget.parse(budget)
     unknown = set(others) - set(RetrofitSettings.__dataclass_fields__)
@@ -208,7 +212,8 @@ def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, 
     first, numbers = host.batch(data, 0, settings.seed, settings, rows=1), settings.changeable(len(host.layers))
 
     def tried(numbers: list[int]) -> float:
-        difference = host.check(first, settings.mechanism, numbers)
+        with advising(settings.mechanism):
+            difference = host.check(first, settings.mechanism, numbers)
         host.check_longest(data, settings, numbers)
         return difference
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from regard.catalogue import get_mechanism, resolve
-from regard.contract import Kind, Pattern, Unsupported, at_least
+from regard.contract import Kind, Pattern, TrainedModel, Unsupported, at_least
 from regard.integrations.swap import Choice
 from regard.measurement.budget import Budget
 from regard.models.variants import read_variant, written_layers
@@ -207,29 +209,56 @@ def told_of_start(written: str, begun: str) -> str:
             f"{written} has a layer of its own: the new layers are {begun}, its recurrence with the model's queries, keys and "
             "values as its C, B and x, without its convolution, skip and gated norm"
         )
-    return f"the new layers are {begun}, as its paper has it for trained models"
+    return f"the new layers are {begun}, its settings for trained models; options that you give are kept"
 
 
-def as_papers_begin(written: str, length: int, heads: int, pattern: Pattern = Pattern.CAUSAL_SELF) -> str:
-    """The mechanism with its card's options for trained models. Given options are kept; if the two do not go together,
-    only the given ones are used.
+def as_papers_begin(
+    written: str, length: int, heads: int, pattern: Pattern = Pattern.CAUSAL_SELF, longest: int = 0
+) -> str:
+    """The mechanism with its card's options for trained models, made for the longest text if its length is limited.
+    Given options are kept; if the two do not go together, only the given ones are used.
 
     Args:
         length: tokens that a layer reads in training.
         heads: number of heads of a layer.
         pattern: the pattern of its attention.
+        longest: tokens of the longest text that it has to read.
+
+    Raises:
+        Unsupported: for given options that the card refuses for such a model.
     """
     written = on_heads(written)
     ((name, given),) = read_variant(written).layers
-    card = get_mechanism(name)
-    if card.in_trained_models is None:
+    card, options = get_mechanism(name), dict[str, Any]()
+    if card.in_trained_models is not None:
+        options.update(card.in_trained_models(TrainedModel(length, heads, pattern, given)))
+    if card.length == "max" and longest > (card.options().length or longest):
+        options["length"] = longest
+    if options.keys() <= given.keys():
         return written
-    options = {**card.in_trained_models(length, heads), **given}
+    options |= given
     try:
-        Choice.of((name, options), pattern)
+        if card.prepare is None:
+            Choice.of((name, options), pattern)
+        else:
+            card.options(**options)
     except Unsupported:
         return written
     return written_layers(((name, options),))
+
+
+@contextmanager
+def advising(written: str) -> Iterator[None]:
+    """Within the context, advice about a mechanism's own `length` names the mechanism: alone it is a block's length."""
+    try:
+        yield
+    except Unsupported as error:
+        found = re.match(r"length=(\d+)", error.nearest)
+        if found is None:
+            raise
+        ((name, given),) = read_variant(written).layers
+        nearest = written_layers(((name, {**given, "length": int(found[1])}),))
+        raise Unsupported(error.asked, supported=error.supported, nearest=nearest) from error
 
 
 def check_mechanism(written: str, pattern: Pattern | None = None) -> None:

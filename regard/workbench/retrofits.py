@@ -34,7 +34,7 @@ def compare_retrofits(
     data: Any,
     output: str | os.PathLike[str],
     budget: Budget,
-    keep_layers: str | Sequence[int] = "auto:0.5",
+    keep_layers: str | Sequence[int] | None = None,
     validation: Any = None,
     tokenizer: Any = None,
     watch: Watch = lambda progress: None,

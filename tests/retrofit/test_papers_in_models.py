@@ -8,16 +8,19 @@ from small_llama import WORK, llama, tokens
 
 import regard
 from regard import Unsupported
+from regard.contract import Pattern
 from regard.integrations.transformers import AutoModelForCausalLM, RegardForCausalLM
+from regard.models.variants import read_variant
 from regard.retrofit.best import Best
 from regard.retrofit.hosts import open_host
 from regard.retrofit.inserting import rebuilt
+from regard.retrofit.run import planned, read_settings
 from regard.retrofit.settings import as_papers_begin
 from regard.retrofit.stage import relative_groups
 from regard.workbench.reports.retrofit_report import write_retrofit_report
 
 SHORT = {**WORK, "lengths": (64,), "evaluation_blocks": 1}
-LANDMARK = "landmark:block=7,top_k=2,chunk=24"
+LANDMARK = "landmark:block=3,top_k=2,chunk=8"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,55 @@ def test_options_that_are_given_stay_as_they_begin():
     assert nine == "mixture_of_heads:router=query_norm,shared_heads=4,active_heads=3"
     assert "position_start=-2" in as_papers_begin("selective_temperature:position_start=-2", 128, 4)
     assert as_papers_begin("local:window=8", 128, 4) == "local:window=8"
+    assert as_papers_begin("masformer", 128, 4) == "masformer"
+    assert as_papers_begin("core_context:group=8", 4096, 4) == "core_context:group=8,window=1024"
+    assert as_papers_begin("sea:top_k=9", 512, 4) == "sea:top_k=9,feature_divisor=8"
+
+
+def test_a_name_alone_begins_with_what_a_trained_model_can_learn_from():
+    assert as_papers_begin("local", 512, 4) == "local:window=256"
+    assert as_papers_begin("local", 512, 4, Pattern.NONCAUSAL_SELF) == "local:window=128"  # on each side
+    assert as_papers_begin("block_local", 512, 4) == "local:block=128,form=block"
+    assert as_papers_begin("core_context", 2048, 4) == "core_context:group=16,window=1024"
+    assert as_papers_begin("sea", 512, 4, longest=2060) == "sea:top_k=64,feature_divisor=8,length=2060"
+    assert as_papers_begin("linformer", 512, 4, Pattern.NONCAUSAL_SELF, 1500) == "linformer:length=1500"
+
+
+@pytest.mark.parametrize(
+    "name", ["gated_linear", "landmark", "core_context", "sea", "local", "mixture_of_heads", "selective_temperature"]
+)
+def test_a_name_alone_is_enough(tmp_path, name):
+    host = open_host(llama(2))
+    settings = {**SHORT, "lengths": (220,)}
+    asked = read_settings(name, None, "60 steps", settings)
+    (run,) = planned(host, [asked], [tmp_path / "out"], data=tokens(), watch=lambda _: None, say=lambda _: None)
+    assert run.plan.tune and run.settings.keep_layers == ("none" if name == "landmark" else "auto:0.5")
+    assert not (tmp_path / "out").exists()
+
+
+def test_advice_about_the_length_of_a_mechanism_names_the_mechanism(tmp_path):
+    with pytest.raises(Unsupported, match=r"sequence of 76 keys.*try sea:top_k=4,feature_divisor=8,length=76$"):
+        regard.retrofit(llama(2), "sea:length=40", data=tokens(), budget="60 steps", output=tmp_path / "out", **SHORT)
+
+
+@pytest.mark.parametrize("given", ["", ":block=7", ":top_k=2", ":block=3,chunk=20", ":top_k=1,chunk=3"])
+@pytest.mark.parametrize("length", [16, 32, 100, 512, 2048])
+def test_retrieval_stays_within_the_positions_of_training(given, length):
+    try:
+        written = as_papers_begin(f"landmark{given}", length, 4)
+    except Unsupported as error:
+        written = error.nearest.partition(" or ")[0]
+    options = dict(read_variant(written).options)
+    block, top_k, chunk = (options[name] for name in ("block", "top_k", "chunk"))
+    assert (top_k + 1) * (block + 1) + block + chunk <= length
+
+
+def test_positions_beyond_those_of_training_are_refused(tmp_path):
+    with pytest.raises(Unsupported, match=r"positions up to 87.*try landmark:block=7,top_k=1,chunk=9 or length=87"):
+        regard.retrofit(
+            llama(2), "landmark:block=7,top_k=8", data=tokens(), budget="12 steps", output=tmp_path / "out", **SHORT
+        )
+    assert as_papers_begin("landmark:top_k=null", 32, 4) == "landmark:top_k=null"  # reads everything where it is
 
 
 def test_temperatures_of_positions_learn_at_the_rate_of_their_paper(tmp_path, monkeypatch):
@@ -151,7 +203,7 @@ def test_landmarks_are_inserted_trained_and_retrieved(tmp_path):
     with torch.no_grad():
         chosen, whole = (loaded(ids, use_cache=keeps).logits for keeps in (True, False))
         torch.testing.assert_close(chosen, made.model(ids, use_cache=True).logits)
-    assert torch.allclose(chosen[:, :20], whole[:, :20], atol=1e-4) and not torch.allclose(chosen, whole, atol=1e-4)
+    assert torch.allclose(chosen[:, :12], whole[:, :12], atol=1e-4) and not torch.allclose(chosen, whole, atol=1e-4)
     assert loaded.generate(ids, max_new_tokens=9, do_sample=False).shape == (1, 69)
     assert "learns at once" in write_retrofit_report(output).read_text()
 
@@ -159,7 +211,7 @@ def test_landmarks_are_inserted_trained_and_retrieved(tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({}, r"keep_layers='auto:0.5' with landmark.*try none"),
+        ({"keep_layers": "auto:0.5"}, r"keep_layers='auto:0.5' with landmark.*try none"),
         ({"keep_layers": "none", "train": "lora:2"}, "train='lora:2' with landmark"),
     ],
 )

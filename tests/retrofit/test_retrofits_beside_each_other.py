@@ -114,7 +114,7 @@ def test_what_takes_longer_is_said_where_a_retrofit_is_recommended():
     [
         ("gated_linear,mamba", "mamba"),
         ("linear,long_short", "long_short"),
-        ("linear,landmark:block=7", "keep_layers='auto:0.5'"),
+        ("linear,landmark:block=7,top_k=4", "positions up to"),
         ("linear,mixture_of_heads:active_heads=9", "active_heads=9"),
     ],
 )

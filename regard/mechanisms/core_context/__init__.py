@@ -50,6 +50,7 @@ from regard.contract import (
     Pattern,
     Shape,
     Tensors,
+    TrainedModel,
     Waiver,
 )
 from regard.core.sampling import attention_shapes, normals
@@ -88,6 +89,12 @@ def cost(shape: Shape, config: Any) -> Cost:
         state=float(shape.heads * width * (config.cached + m // config.group)),
         step_flops=2.0 * heads * width * (min(m + 1, config.window + (config.group - 1) / 2) + cores + 1),
     )
+
+
+def in_trained_models(model: TrainedModel) -> dict[str, Any]:
+    """The paper's groups of 16 and window of 1024, or half of a training text if that is less, so that cores are read."""
+    window = min(1024, model.length // (2 if model.pattern.causal else 4))
+    return {"group": min(16, max(1, model.length // 8)), "window": window}
 
 
 MECHANISM = Mechanism(
@@ -129,6 +136,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout", "rotate"}),
     weights="implicit",
     sample_inputs=sample_inputs,
+    in_trained_models=in_trained_models,
     projection=Gate,
     waivers=(
         Waiver(

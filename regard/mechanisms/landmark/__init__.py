@@ -77,6 +77,7 @@ positions after each landmark; both act in training only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,6 +94,7 @@ from regard.contract import (
     Role,
     Shape,
     Tensors,
+    TrainedModel,
     Unsupported,
     Waiver,
 )
@@ -187,6 +189,51 @@ def sample_context(generator: torch.Generator, *, batch: int, n: int, m: int, pa
     return {"roles": (torch.rand(batch, m, generator=generator) < 0.25).long() * int(Role.LANDMARK)}
 
 
+def in_trained_models(model: TrainedModel) -> dict[str, Any]:
+    """Options of retrieval at positions within those of training, with up to four blocks, as in the paper.
+
+    Raises:
+        Unsupported: for given options with which positions exceed the length of training.
+    """
+    if model.given.get("top_k", 1) is None:
+        return {}
+    named = [name for name in ("block", "top_k", "chunk") if model.given.get(name) is not None]
+    fitted = [
+        _fitted(model.length, {name: model.given[name] for name in named[:kept]}) for kept in range(len(named), -1, -1)
+    ]
+    reached = _reached(**fitted[0])
+    if reached > model.length:
+        fitting = [_written({**model.given, **options}) for options in fitted if _reached(**options) <= model.length]
+        raise Unsupported(
+            f"{_written(fitted[0])} in a model trained on texts of {model.length} tokens, which would read positions up to "
+            f"{reached}",
+            supported=f"(top_k + 1)(block + 1) + block + chunk of at most {model.length}",
+            nearest=" or ".join([*fitting[:1], f"length={reached}"]),
+        )
+    return fitted[0]
+
+
+def _fitted(length: int, given: Mapping[str, int]) -> dict[str, int]:
+    """The given options and others, within a length if that is possible."""
+    block = given.get("block", min(64, max(4, length // 16)) - 1)
+
+    def room(top_k: int) -> int:
+        return length - _reached(block, top_k, 0)
+
+    wanted = given.get("chunk", block + 1)
+    top_k = given.get("top_k", next((k for k in (4, 3, 2) if room(k) >= wanted), 1))
+    return {"block": block, "top_k": top_k, "chunk": given.get("chunk", room(top_k) if room(top_k) > 0 else wanted)}
+
+
+def _reached(block: int, top_k: int, chunk: int) -> int:
+    """The number of positions that retrieval may use."""
+    return (top_k + 1) * (block + 1) + block + chunk
+
+
+def _written(options: Mapping[str, Any]) -> str:
+    return "landmark:" + ",".join(f"{name}={value}" for name, value in options.items())
+
+
 WHOLE_PAST = {"top_k": None, "cache_blocks": None, "selection": SELECTIONS[0], "offload": None}
 """Options under which a continued sequence sees all of its past."""
 
@@ -262,6 +309,7 @@ MECHANISM = Mechanism(
     sample_context=sample_context,
     projection=MissKey,
     prepare=prepare,
+    in_trained_models=in_trained_models,
     waivers=(
         Waiver("layer_lengths", "its number of blocks is fixed when the program is compiled"),
         _waiver("chunk_size", "a chunk sees itself whole, but of the blocks before it only those it retrieves"),

@@ -152,10 +152,10 @@ MECHANISM = Mechanism(
     merge=HeadRouter,
     module=MixtureOfHeads,
     layer_defaults={"output_norm": None},  # routers scale the head outputs
-    in_trained_models=lambda length, heads: {  # three quarters of the heads, as for LLaMA3 in the paper
+    in_trained_models=lambda model: {  # three quarters of the heads, as for LLaMA3 in the paper
         "router": "query_norm",
-        "shared_heads": heads // 2,
-        "active_heads": -(-3 * heads // 4) - heads // 2,
+        "shared_heads": model.heads // 2,
+        "active_heads": -(-3 * model.heads // 4) - model.heads // 2,
     },
     waivers=(
         Waiver(

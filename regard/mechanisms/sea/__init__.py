@@ -70,8 +70,9 @@ can train the projections, is not part of this mechanism; it applies to any laye
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from regard.contract import ALL_PATTERNS, Cost, Kind, Mechanism, Paper, Pattern, Shape, Waiver
+from regard.contract import ALL_PATTERNS, Cost, Kind, Mechanism, Paper, Pattern, Shape, TrainedModel, Waiver
 from regard.mechanisms.sea.definition import Config, reference
 from regard.mechanisms.sea.forms import SeaState, absorb, chunked, parallel, read
 from regard.mechanisms.sea.layer import Estimator, EstimatorState
@@ -98,6 +99,11 @@ def cost(shape: Shape, config: Config) -> Cost:
         state=shape.heads * (shape.m * (d + v) + v + features * (d + v + 1) + 4.0 * pixels),
         step_flops=heads * query,
     )
+
+
+def in_trained_models(model: TrainedModel) -> dict[str, Any]:
+    """The authors' settings for causal language models, with fewer keys for short texts; their others are the defaults."""
+    return {"top_k": min(64, max(1, model.length // 8)), "feature_divisor": 8} if model.pattern.causal else {}
 
 
 MECHANISM = Mechanism(
@@ -151,6 +157,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"weights", "teacher"}),
     length="max",
     weights="exact",
+    in_trained_models=in_trained_models,
     projection=Estimator,
     waivers=(
         Waiver("layer_lengths", "the size of its estimated map is fixed when the program is compiled"),

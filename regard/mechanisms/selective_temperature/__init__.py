@@ -181,7 +181,7 @@ MECHANISM = Mechanism(
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
     domains={"q_token": "tanh", "k_token": "tanh", "v_token": "tanh"},
     sample_inputs=sample_inputs,
-    in_trained_models=lambda length, heads: {"position_start": -7.0},  # a slope of 0.0009; the authors use 0.0006
+    in_trained_models=lambda model: {"position_start": -7.0},  # a slope of 0.0009; the authors use 0.0006
     projection=Temperatures,
 )
 

@@ -151,6 +151,10 @@ class Host(ABC):
     def reads(self, settings: RetrofitSettings) -> int:
         """Tokens of a row."""
 
+    def reads_at_most(self, settings: RetrofitSettings) -> int:
+        """Tokens of the longest row that training or the evaluation may read, whatever the data are."""
+        return self.reads(settings)
+
     def work(self, settings: RetrofitSettings) -> int:
         """Tokens (or other units, see :attr:`counts`) of a training step."""
         return settings.rows * self.reads(settings)
@@ -196,7 +200,8 @@ class Host(ABC):
         check_mechanism(settings.mechanism, self.pattern)
         settings.kept(len(self.layers))
         settings = self.settled(settings)
-        written = as_papers_begin(settings.mechanism, self.reads(settings), self.heads(0)[0], self.pattern)
+        longest = self.reads_at_most(settings)
+        written = as_papers_begin(settings.mechanism, self.reads(settings), self.heads(0)[0], self.pattern, longest)
         return replace(settings, mechanism=written)
 
     def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:

@@ -60,6 +60,10 @@ class LanguageHost(TextHost):
         within = self.longest is None or 2 * length <= self.longest
         return 2 * length if within and len(ids) >= 4 * length else length
 
+    def reads_at_most(self, settings: RetrofitSettings) -> int:
+        within = self.longest is None or 2 * settings.block <= self.longest
+        return max(super().reads_at_most(settings), 2 * settings.block if within else 0)
+
     def longest_read(self, data: Corpus, settings: RetrofitSettings) -> int:
         blocks = [self.evaluation_length(ids, settings.block) for ids in data.sources.values()]
         return max(super().longest_read(data, settings), *blocks)
@@ -81,12 +85,6 @@ class LanguageHost(TextHost):
         from regard.integrations.transformers.folders import load_model
 
         return load_model(folder)
-
-    def begun(self, settings: RetrofitSettings) -> RetrofitSettings:
-        if inserts_tokens(settings.mechanism):
-            settings.kept(len(self.layers))
-            return self.settled(settings)
-        return super().begun(settings)
 
     def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:
         if not inserts_tokens(mechanism):

@@ -19,7 +19,7 @@ from regard.contract import Unsupported, an_instance
 from regard.models.weights import weights_digest
 from regard.retrofit.corpus import Corpus, read_corpus
 from regard.retrofit.hosts.base import Host
-from regard.retrofit.settings import RetrofitSettings
+from regard.retrofit.settings import RetrofitSettings, advising
 from regard.tasks.documents import Paths
 from regard.tasks.recognise import recognise
 
@@ -77,10 +77,13 @@ class TextHost(Host):
             lengths = (length,)
         return replace(settings, length=length, lengths=lengths, batch_size=settings.batch_size or BLOCKS)
 
-    def longest_read(self, data: Corpus, settings: RetrofitSettings) -> int:
-        """Tokens of the longest text that the evaluation reads."""
+    def reads_at_most(self, settings: RetrofitSettings) -> int:
         longest = max([settings.block, *(n + self.decoded for n in self.within(settings.spans))])
         return longest if self.longest is None else min(longest, self.longest)
+
+    def longest_read(self, data: Corpus, settings: RetrofitSettings) -> int:
+        """Tokens of the longest text that the evaluation reads."""
+        return TextHost.reads_at_most(self, settings)
 
     @torch.no_grad()
     def check_longest(self, data: Corpus, settings: RetrofitSettings, numbers: Sequence[int]) -> None:
@@ -90,7 +93,8 @@ class TextHost(Host):
         text = data.held_out.repeat(math.ceil(length / len(data.held_out)))[:length][None]
         made, _ = self.copy_with(numbers, settings.mechanism, settings.seed)
         try:
-            self.read_once(made, text)
+            with advising(settings.mechanism):
+                self.read_once(made, text)
         except Unsupported as error:
             window = getattr(self.model.config, "sliding_window", None)
             if window is None:
