@@ -279,7 +279,8 @@ class Run:
 
     def _stage(self, name: str, doing: str, steps: int, rate: float, seed: int) -> Stage:
         seconds = self.plan.seconds.get(name)
-        return Stage(name, doing, steps, rate, self.settings.seed + seed, seconds, self._after(name))
+        before = {"warm": 0, "transfer": self.plan.warm, "tune": self.plan.warm + self.plan.transfer}[name]
+        return Stage(name, doing, steps, rate, self.settings.seed + seed, seconds, self._after(name), before)
 
     def _after(self, stage: str) -> float:
         """Seconds planned for the stages after the given one."""

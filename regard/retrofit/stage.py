@@ -60,6 +60,7 @@ class Stage:
         seed: seed of random draws.
         seconds: planned time; None if only the steps count.
         after: seconds planned for later stages.
+        before: steps of the stages before, which count for a mechanism's schedule.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Stage:
     seed: int
     seconds: float | None = None
     after: float = 0.0
+    before: int = 0
 
 
 def relative_groups(module: nn.Module, new: Collection[str], rate: float) -> list[dict[str, Any]]:

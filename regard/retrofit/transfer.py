@@ -63,7 +63,8 @@ def transfer(
         begin_at_scale(host, modules, host.batch(data, 0, settings.seed, settings, rows=1).inputs)
 
     def step(number: int) -> list[float]:
-        return transfer_losses(host, modules, host.batch(data, number, stage.seed, settings).inputs)
+        inputs = host.batch(data, number, stage.seed, settings).inputs
+        return transfer_losses(host, modules, inputs, stage.before + number)
 
     parts = list(modules.values())
     together.train()  # mechanisms compute their auxiliary losses in training mode
@@ -93,16 +94,20 @@ def _distance(found: Tensor, expected: Tensor) -> Tensor:
     return (found - expected).square().sum() / expected.square().sum().clamp(min=1e-30)
 
 
-def transfer_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor) -> list[float]:
+def transfer_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor, progress: int = 0) -> list[float]:
     """The loss of each module on some inputs, without the mechanisms' auxiliary losses; leaves the gradients of both in
-    their parameters."""
+    their parameters.
+
+    Args:
+        progress: number of the training step, for mechanisms with a schedule.
+    """
     losses: dict[int, float] = {}
     originals = {n: original_attention(host, n) for n, module in modules.items() if learns_from_attention(module)}
 
     def learn(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         module = modules[number]
         teachers = {"": originals[number](args, given)} if number in originals else None
-        with torch.enable_grad(), collect_losses(module, teachers=teachers) as collected:
+        with torch.enable_grad(), collect_losses(module, teachers=teachers, progress=progress) as collected:
             found = _first(module(*args, **given))
             loss = _distance(found, expected)
             (loss + collected.total(LOSS_WEIGHTS)).backward()

@@ -46,7 +46,8 @@ def tune(
     student.train()
 
     def step(number: int) -> list[float]:
-        return tune_losses(host, student, host.batch(data, number, stage.seed, settings), settings.distil)
+        batch = host.batch(data, number, stage.seed, settings)
+        return tune_losses(host, student, batch, settings.distil, stage.before + number)
 
     try:
         adapters = [name for name, _ in student.named_parameters() if ".lora_" in name]
@@ -153,7 +154,7 @@ def _taught(host: Host, student: Any, part: Batch, distil: float) -> tuple[Tenso
     return expected if distil else None, {host.layers[number].path: its for number, its in taught.items()}
 
 
-def tune_losses(host: Host, student: Any, batch: Batch, distil: float) -> list[float]:
+def tune_losses(host: Host, student: Any, batch: Batch, distil: float, progress: int = 0) -> list[float]:
     """`distil` times the student's distance from the teacher's answers, plus 1 - `distil` times its distance from the
     right ones; in nats (or as a share of the squared hidden states). The mechanisms' auxiliary losses are trained on
     too, but not included in the result; those of layers that learn from the teacher's attention (sea) do so with any
@@ -161,12 +162,15 @@ def tune_losses(host: Host, student: Any, batch: Batch, distil: float) -> list[f
 
     Leaves the gradients in the student's parameters. Where answers are large, rows are processed one by one, so that
     only one row's answers are in memory.
+
+    Args:
+        progress: number of the training step, for mechanisms with a schedule.
     """
     total = 0.0
     parts = host.parts(batch)
     for part in parts:
         expected, teachers = _taught(host, student, part, distil)
-        with collect_losses(student, teachers=teachers) as collected:
+        with collect_losses(student, teachers=teachers, progress=progress) as collected:
             found = host.answers(student, part)
         loss = _loss(host, found, part, expected, distil)
         ((loss + collected.total(LOSS_WEIGHTS).to(found)) / len(parts)).backward()

@@ -8,8 +8,9 @@ from small_llama import WORK, llama, tokens
 
 import regard
 from regard import Unsupported
-from regard.contract import Pattern
+from regard.contract import Context, Pattern
 from regard.integrations.transformers import AutoModelForCausalLM, RegardForCausalLM
+from regard.mechanisms.stochastic_subsampling import ensemble_predict, forms, subsampled
 from regard.models.variants import read_variant
 from regard.retrofit.best import Best
 from regard.retrofit.hosts import open_host
@@ -175,6 +176,64 @@ def test_temperatures_of_positions_learn_at_the_rate_of_their_paper(tmp_path, mo
     assert float((alpha.detach() + 7).abs().max()) > 0.01
     rates = {id(group["params"][0]): group["lr"] for group in relative_groups(made.model.requires_grad_(), (), 1e-3)}
     assert rates.pop(id(alpha)) == 0.01 and max(rates.values()) < 0.01
+
+
+@pytest.mark.parametrize(("keep", "budget"), [("none", 30), ("auto:1", 54)])
+def test_a_schedule_of_subsampling_counts_the_steps_of_all_stages(tmp_path, monkeypatch, keep, budget):
+    steps, ratio = set(), forms._ratio
+
+    def counted(call):
+        found = ratio(call)
+        if call.training and torch.is_grad_enabled():
+            steps.add((call.progress, found))
+        return found
+
+    monkeypatch.setattr(forms, "_ratio", counted)
+    regard.retrofit(
+        llama(2),
+        f"stochastic_subsampling:ratio=0.5,steps={budget},finetune=0.3",
+        keep_layers=keep,
+        data=tokens(),
+        budget=f"{budget} steps",
+        output=tmp_path / "out",
+        **SHORT,
+    )
+    taken = sorted(steps)
+    assert len(taken) == len({step for step, _ in taken}) and 0 <= budget - len(taken) <= 2  # shares are rounded down
+    assert [step for step, _ in taken] == list(range(len(taken)))
+    assert all(found == (0.5 if step < 0.7 * budget else 1.0) for step, found in taken)
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    def refuse(call):
+        if call.training:
+            raise Unsupported("such a training")
+        return 1.0
+
+    monkeypatch.setattr(forms, "_ratio", refuse)
+    monkeypatch.setattr("regard.retrofit.run.transfer", None)
+    with pytest.raises(Unsupported, match="such a training"):
+        regard.retrofit(
+            llama(2), "stochastic_subsampling", data=tokens(), budget="60 steps", output=tmp_path / "out", **SHORT
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_a_swapped_model_is_an_ensemble_of_its_subsampled_passes():
+    model, ids = llama(2), tokens(40).view(2, 20)
+    plain = model(ids).logits.double().softmax(-1)
+    regard.swap(model, "stochastic_subsampling:ratio=0.3")
+    with subsampled(model):
+        torch.manual_seed(3)
+        passes = [model(ids).logits.softmax(-1) for _ in range(2)]
+    torch.manual_seed(3)
+    torch.testing.assert_close(ensemble_predict(model, ids, passes=2), sum(passes) / 2)
+    assert not torch.allclose(passes[0], passes[1], atol=1e-4)
+    close = {"rtol": 1e-3, "atol": 1e-4, "check_dtype": False}
+    torch.testing.assert_close(ensemble_predict(model, ids, passes=1, ratio=1.0), plain, **close)
+    with pytest.raises(Unsupported, match="a context for a LlamaForCausalLM"):
+        ensemble_predict(model, ids, context=Context())
 
 
 def test_a_llama_of_regard_gives_the_same_logits_and_begins_a_landmark_at_the_mean():

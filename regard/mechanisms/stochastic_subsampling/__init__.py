@@ -46,6 +46,7 @@ in the backward pass, also from a `generator`; under any other checkpointing the
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,6 @@ from regard.engines.attention import (
     attention_cost,
 )
 from regard.engines.cache import KeyValueState, absorb
-from regard.layers.attention import AttentionLayer
 from regard.mechanisms.stochastic_subsampling.definition import (
     MODES,
     NOISES,
@@ -111,18 +111,18 @@ def subsampled(model: nn.Module, ratio: float | None = None, **options: Any) -> 
     """Within the block the model's subsampled layers also subsample in evaluation, or are dense with ``ratio=1``.
 
     Args:
-        model: a model with layers of this mechanism.
+        model: a model with layers of this mechanism, or of another library with this mechanism swapped in.
         ratio: ratio of all these layers; each layer's own when None.
         options: other options of :class:`Config` to change, such as ``mode``. Schedules are disabled.
 
     Raises:
         Unsupported: for a model without such layers.
     """
-    layers = [m for m in model.modules() if isinstance(m, AttentionLayer) and m.card.name == MECHANISM.name]
+    layers: list[Any] = [m for m in model.modules() if getattr(getattr(m, "card", None), "name", "") == MECHANISM.name]
     if not layers:
         raise Unsupported(
             f"subsampling {an_instance(model)} without layers of {MECHANISM.name}",
-            supported=f'create_layer("{MECHANISM.name}", ...) or a plan with it',
+            supported=f'create_layer("{MECHANISM.name}", ...), a plan with it, or regard.swap(model, "{MECHANISM.name}")',
         )
     changes = {"in_evaluation": True, "steps": None, "anneal": False, **options}
     if ratio is not None:
@@ -151,24 +151,36 @@ def ensemble_predict(
     """Average the predictions of several subsampled passes, in evaluation mode.
 
     Args:
-        model: called as ``model(*inputs, context=context)``; its output must be logits.
+        model: called as ``model(*inputs, context=context)``, or as ``model(*inputs)`` if it is of another library with
+            this mechanism swapped in; its output must be logits, or have them as `logits`.
         passes: number of random passes; each draws anew in every layer, from ``context.generator`` if there is one.
         ratio, options: as for :func:`subsampled`.
         average: ``probabilities``, or ``logits``.
 
     Returns:
         Mean probabilities, or mean logits, in at least float32.
+
+    Raises:
+        Unsupported: for a model without such layers, and for a `context` of one that takes none.
     """
     at_least("passes", passes, 1)
     one_of("average", average, ("probabilities", "logits"))
+    taking = "context" in inspect.signature(model.forward).parameters
+    if context is not None and not taking:
+        raise Unsupported(
+            f"a context for {an_instance(model)}, which takes none",
+            supported="context=None",
+            nearest="regard.integrations.collect_losses(model, generator=...) around the call",
+        )
+    given = {"context": Context() if context is None else context} if taking else {}
     training = [module for module in model.modules() if module.training]
     model.eval()
     total: Tensor | None = None
     try:
         with subsampled(model, ratio, **options):
             for _ in range(passes):
-                logits = model(*inputs, context=Context() if context is None else context).output
-                logits = wide(logits)
+                answer = model(*inputs, **given)
+                logits = wide(answer.output if taking else getattr(answer, "logits", answer))
                 found = logits.softmax(-1) if average == "probabilities" else logits
                 total = found if total is None else total + found
     finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported, an_instance
+from regard.integrations.collecting import collect_losses
 from regard.integrations.swap import mechanism_in, reader_of, swap
 from regard.models.evaluating import evaluation_mode
 from regard.retrofit.settings import RetrofitSettings, as_papers_begin, check_mechanism
@@ -258,7 +259,19 @@ class Host(ABC):
             Unsupported: if the mechanism cannot be used, as with masks that it does not support.
         """
         made, _ = self.copy_with(numbers, mechanism, 0)
-        return apart(self.answers(made, batch), expected)
+        difference = apart(self.answers(made, batch), expected)
+        self.check_training(made, batch)
+        return difference
+
+    def check_training(self, made: Any, batch: Batch) -> None:
+        """Call a model with new layers once as training does.
+
+        Raises:
+            Unsupported: if a mechanism cannot be trained so.
+        """
+        with torch.random.fork_rng(devices=[]), collect_losses(made, progress=0):
+            self.answers(made.train(), batch)
+        made.eval()
 
     @abstractmethod
     def check_longest(self, data: Any, settings: RetrofitSettings, numbers: Sequence[int]) -> None:

@@ -115,6 +115,7 @@ class LanguageHost(TextHost):
         difference = apart(self.answers(made, batch), expected)
         if made.config.use_cache:
             self._check_generates(made, batch.inputs[:1], mechanism)
+        self.check_training(made, batch)
         return difference
 
     def _check_generates(self, made: Any, ids: Int[Tensor, "1 n"], mechanism: str) -> None:
