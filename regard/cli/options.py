@@ -102,7 +102,8 @@ TRAIN = Annotated[str, typer.Option(help="Weights trained in the last stage: all
 DISTIL = Annotated[
     float,
     typer.Option(
-        help="Weight of the loss against the original's outputs, 0 to 1; the rest is that of next tokens, masked tokens or classes."
+        help="Weight of the loss against the original's outputs, 0 to 1; the rest is that of next tokens, masked tokens or classes. "
+        "0 for masformer, and for selective_temperature, which at 1 learns to change nothing."
     ),
 ]
 TRANSFER_RATE = Annotated[

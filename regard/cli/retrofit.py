@@ -87,6 +87,7 @@ def retrofit(
         regard retrofit llama/ --mechanism mamba2 --keep-layers auto:0.5 --data texts/ --output hybrid/
         regard retrofit bert/ --mechanism linear --data my_corpus.txt --lengths 128,512 --output encoder/
         regard retrofit my_vit/ --mechanism agent --data photos/ --budget 30m --output vit/
+        regard retrofit smollm2/ --mechanism selective_temperature --distil 0 --data my_corpus.txt --output sharper/
         regard retrofit model.gguf --mechanism local:window=256 --data my_corpus.txt --output short/ --json
     """
     from regard.retrofit import retrofit as run

@@ -36,7 +36,8 @@ class RetrofitSettings:
         batch_size: blocks or images of a training step, >= 1; likewise.
         train: weights that the last stage trains: ``all``, ``new`` (only the swapped layers) or ``lora:RANK``.
         distil: weight of the teacher's answers in the last stage, 0 to 1; the rest is the weight of the right ones
-            (next tokens, masked tokens, classes).
+            (next tokens, masked tokens, classes). At 1 a mechanism meant to improve the model, such as
+            selective_temperature, learns to change nothing.
         transfer_rate, rate: peak learning rates of the attention transfer and of the last stage, relative to the root
             mean square of each parameter; new parameters learn four times as fast.
         lengths: context lengths at which time, state and recall are measured; the default for the kind of model when
