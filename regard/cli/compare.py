@@ -56,9 +56,10 @@ def compare(
         Path | None,
         typer.Option(
             "--from",
-            help="A pretrained causal language model (a folder of transformers, or a GGUF file): retrofits of it with the "
-            "mechanisms are compared, instead of models from scratch. Together with it alone: --keep-layers, --batch-size, "
-            "--train, --distil, --transfer-rate, --rate and --evaluation-blocks.",
+            help="A pretrained model, as for regard retrofit (a folder of a language model or encoder from transformers or a "
+            "ViT from timm, timm:NAME, or a GGUF file): retrofits of it with the mechanisms are compared, instead of models "
+            "from scratch. Together with it alone: --keep-layers, --batch-size, --train, --distil, --transfer-rate, --rate and "
+            "--evaluation-blocks.",
         ),
     ] = None,
     keep_layers: KEEP_LAYERS = None,
@@ -184,6 +185,7 @@ def compare(
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --engine ray --address auto
         regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own
         regard compare my_corpus.txt --from smollm2/ --mechanisms lolcats,gated_linear,local:window=256 --budget 4h
+        regard compare --from smollm2/ --mechanisms gated_linear,delta_rule,local,core_context --budget 4h
         regard compare my_corpus.txt --from smollm2/ --mechanisms masformer,local --keep-layers 0,1,2,3 --distil 0 --length 2048
     """
     if source is not None:

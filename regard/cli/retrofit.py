@@ -42,7 +42,12 @@ def retrofit(
         list[str],
         typer.Option(help="Your text, a file or folder (repeatable), or a folder of images; a tenth is held out."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the result; the same command resumes from it.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the result; the same command resumes from it. runs/MODEL-MECHANISM when not given."
+        ),
+    ] = None,
     keep_layers: KEEP_LAYERS = None,
     budget: Annotated[
         str, typer.Option(help="Time for everything (60m, 8h), or amount of training: '2M tokens', '500 steps'.")
@@ -81,7 +86,7 @@ def retrofit(
     Examples:
 
     \b
-        regard retrofit smollm2/ --mechanism gated_linear --data my_corpus.txt --output hybrid/
+        regard retrofit smollm2/ --mechanism gated_linear --data my_corpus.txt
         regard retrofit smollm2/ --mechanism lolcats --keep-layers auto:22 --data a.txt --validation b.txt --output hybrid/
         regard retrofit smollm2/ --mechanism delta_rule --data texts/ --train lora:16 --budget "2M tokens" --output hybrid/
         regard retrofit llama/ --mechanism mamba2 --keep-layers auto:0.5 --data texts/ --output hybrid/
@@ -92,9 +97,13 @@ def retrofit(
     """
     from regard.retrofit import retrofit as run
     from regard.workbench.reports.retrofit_report import write_retrofit_report
+    from regard.workbench.retrofits import folder_of
 
     load_plugins(plugin)
     with showing(as_json) as (watch, say):
+        if output is None:
+            output = Path("runs") / folder_of(f"{Path(model).absolute().name.removesuffix('.gguf')}-{mechanism}")
+            say(f"the result goes to {output}")
         made = run(
             model,
             mechanism,

@@ -34,8 +34,7 @@ def compare_from(context: typer.Context, source: Path) -> None:
     """Retrofit a model with each of the mechanisms given to `regard compare`.
 
     Raises:
-        Unsupported: for options that apply only to models trained from scratch, and where text or mechanisms are
-            missing.
+        Unsupported: for options that apply only to models trained from scratch, and where mechanisms are missing.
     """
     from regard.measurement.budget import Budget
     from regard.models.variants import read_variants
@@ -49,10 +48,6 @@ def compare_from(context: typer.Context, source: Path) -> None:
         raise Unsupported(
             f"{spelled_option(min(foreign))} together with --from",
             supported=f"text, {others}; the model cannot be changed otherwise",
-        )
-    if not asked["data"]:
-        raise Unsupported(
-            "--from without a text", supported="regard compare my_corpus.txt --from FOLDER --mechanisms ..."
         )
     if asked["mechanisms"] is None:
         raise Unsupported(
@@ -68,7 +63,7 @@ def compare_from(context: typer.Context, source: Path) -> None:
         told = compare_retrofits(
             str(source),
             read_variants(asked["mechanisms"]),
-            data=asked["data"],
+            data=asked["data"] or None,
             output=output,
             budget=Budget.parse(asked["budget"]),
             validation=asked["validation"] or None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Unsupported
-from regard.tasks.documents import Document, Paths, names_of, read_documents
+from regard.tasks.documents import Document, Paths, names_of, read_documents, read_standard_library
 from regard.tasks.text import split
 from regard.training.loop import step_seed
 
@@ -74,12 +74,19 @@ def even_blocks(ids: Int[Tensor, " n"], most: int, length: int) -> Int[Tensor, "
 
 
 def read_corpus(
-    data: Paths | Tensor, validation: Paths | Tensor | None, tokenizer: Any, *, length: int, vocabulary: int, seed: int
+    data: Paths | Tensor | None,
+    validation: Paths | Tensor | None,
+    tokenizer: Any,
+    *,
+    length: int,
+    vocabulary: int,
+    seed: int,
 ) -> Corpus:
     """Read the tokens of text files and folders, or take given tokens.
 
     Args:
-        data: anything that :func:`regard.tasks.documents.read_documents` reads, or token ids (n,).
+        data: anything that :func:`regard.tasks.documents.read_documents` reads, or token ids (n,); the sources of Python's
+            standard library when None.
         validation: likewise, from another source; evaluated separately.
         tokenizer: a tokenizer of transformers; not needed for ids.
         length: tokens of a block.
@@ -94,11 +101,11 @@ def read_corpus(
         border = len(ids) - max(round(HELD_OUT * len(ids)), min(length, len(ids)))
         training, held_out, name = ids[:border], ids[border:], "the data"
     else:
-        documents, _ = read_documents(data, "text")
+        documents, _ = read_standard_library() if data is None else read_documents(data, "text")
         distinct = list({document.digest: document for document in documents}.values())
         parts = split(distinct, HELD_OUT, seed)[:2]
         training, held_out = (_encode(part, tokenizer, vocabulary) for part in parts)
-        name = names_of(data)
+        name = "Python's standard library" if data is None else names_of(data)
     other = other_name = None
     if isinstance(validation, Tensor):
         other, other_name = _checked(validation, vocabulary), "the validation data"

@@ -140,7 +140,7 @@ def planned(
     asked: Sequence[RetrofitSettings],
     places: Sequence[Path],
     *,
-    data: Paths | Tensor,
+    data: Paths | Tensor | None,
     validation: Paths | Tensor | None = None,
     watch: Watch,
     say: Say,
@@ -151,6 +151,7 @@ def planned(
     Args:
         asked: the settings of each.
         places: the output folder of each.
+        data: text or images; the sources of Python's standard library when None, for models of text.
         spent: seconds that each has taken so far.
 
     Raises:

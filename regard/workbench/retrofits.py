@@ -31,7 +31,7 @@ def compare_retrofits(
     model: Any,
     variants: Sequence[Variant],
     *,
-    data: Any,
+    data: Any = None,
     output: str | os.PathLike[str],
     budget: Budget,
     keep_layers: str | Sequence[int] | None = None,
@@ -44,7 +44,8 @@ def compare_retrofits(
     """Retrofit a model with each of several mechanisms, each in its own folder, and recommend one.
 
     Args:
-        model, data, keep_layers, validation, tokenizer, settings: as in :func:`regard.retrofit.retrofit`.
+        model, keep_layers, validation, tokenizer, settings: as in :func:`regard.retrofit.retrofit`.
+        data: likewise; the sources of Python's standard library when None.
         variants: the mechanisms, each for one kind of layer; the retrofit itself chooses which layers change.
         output: folder for the results. If a run is killed, the same call resumes it.
         budget: a total time, shared equally; or tokens or steps for each mechanism.

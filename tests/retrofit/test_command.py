@@ -10,6 +10,10 @@ from small_llama import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from regard import Unsupported
+from regard.retrofit import RetrofitSettings, open_host
+from regard.tasks.documents import Document, read_documents
+
 WORDS = ["<end>", "<unknown>", *(f"{a}{b}" for a in "bdfgklm" for b in "aeiou")]
 SMALL = "--mechanism local:window=8 --keep-layers 1 --budget '30 steps' --length 32 --batch-size 1 --lengths 64"
 
@@ -51,6 +55,26 @@ def test_a_folder_becomes_a_hybrid_with_a_page(capsys, place):
     assert code == 0 and (place / "hybrid" / "report.html").read_text() == page
     code, told, _ = run(capsys, line)
     assert code == 0 and found["recommendation"]["text"] in " ".join(told.split())
+
+
+def test_without_an_output_the_result_has_a_folder_of_its_own_in_runs(capsys, monkeypatch):
+    def taken(model, mechanism, *, output, **_):
+        raise Unsupported(str(output))
+
+    monkeypatch.setattr("regard.retrofit.retrofit", taken)
+    for model, folder in (("a/smollm2/", "smollm2"), ("b/tiny.gguf", "tiny"), ("timm:vit", "timm-vit")):
+        code, _, message = run(capsys, f"retrofit {model} --mechanism local:window=8 --data one.txt")
+        output = f"runs/{folder}-local-window=8"
+        assert code == 2 and f"the result goes to {output}" in message and message.strip().endswith(f": {output}")
+
+
+def test_text_that_is_not_given_is_that_of_the_standard_library(monkeypatch, place):
+    documents = read_documents(str(place / "one.txt"), "text")[0]
+    documents = [Document(str(part), documents[0].text[part:]) for part in range(20)]
+    monkeypatch.setattr("regard.retrofit.corpus.read_standard_library", lambda: (documents, []))
+    host = open_host(place / "model")
+    read = host.read(None, None, host.begun(RetrofitSettings("linear", length=32, lengths=(32,))))
+    assert read.name == "Python's standard library" and read.size > 1000
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(capsys, place):

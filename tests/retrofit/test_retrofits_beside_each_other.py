@@ -158,10 +158,10 @@ def test_what_a_later_mechanism_lacks_is_refused_before_anything_is_trained_or_w
 
 def test_the_command_takes_the_options_of_a_retrofit(capsys, monkeypatch):
     def taken(*_, **settings):
-        raise Unsupported(json.dumps({name: settings.get(name) for name in (*OF_RETROFITS, "length")}))
+        raise Unsupported(json.dumps({name: settings.get(name) for name in (*OF_RETROFITS, "length", "data")}))
 
     monkeypatch.setattr("regard.workbench.retrofits.compare_retrofits", taken)
-    line = "compare text.txt --from folder --mechanisms masformer --keep-layers 0,1 --distil 0 --train new --rate 0.1"
+    line = "compare --from folder --mechanisms masformer --keep-layers 0,1 --distil 0 --train new --rate 0.1"
     code, _, message = run(capsys, f"{line} --transfer-rate 0.2 --batch-size 3 --evaluation-blocks 5")
     assert code == 2 and json.loads(message[message.index("{") :].replace("\n", " ")) == {
         "keep_layers": "0,1",
@@ -172,13 +172,14 @@ def test_the_command_takes_the_options_of_a_retrofit(capsys, monkeypatch):
         "batch_size": 3,
         "evaluation_blocks": 5,
         "length": None,
+        "data": None,
     }
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("compare --from folder --mechanisms local", "without a text"),
+        ("compare --from folder --mechanisms local", "does not exist"),
         ("compare text.txt --keep-layers none", "--keep-layers without --from"),
         ("compare text.txt --from folder", "without --mechanisms"),
         ("compare text.txt --from folder --mechanisms local --dim 8", "--dim together with --from"),

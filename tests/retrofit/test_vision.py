@@ -239,6 +239,7 @@ BAD = {
     "a length": (lambda _: {"length": 64}, "length=64 of a VisionTransformer"),
     "tokens": (lambda _: {"budget": "2M tokens"}, "a budget of 2M tokens for images"),
     "unknown classes": (lambda _: {"distil": 0.5}, "whose classes are not the model's 3"),
+    "no images": (lambda path: {"data": None}, "without images"),
     "a folder without a model": (lambda path: {"model": path / "nothing"}, "does not exist"),
     "an unknown name": (lambda _: {"model": "timm:vit_nowhere"}, "timm cannot load"),
 }

@@ -68,9 +68,8 @@ Deviations: noncausal and cross patterns are not in the paper. Blocks without a 
 original code lets an empty block keep its share, so that rows sum to less than 1. The miss token's key is a parameter
 of the layer; in the original it is the key of a token that attends to nothing in any layer, which is a constant too.
 The original may also control landmarks of the chunk outside training. Models always exclude inserted tokens from the
-loss; the original has an option. Models initialise the embedding of a landmark like any other; the new token that the
-authors add to a pretrained vocabulary starts as the mean of the existing embeddings, but landmarks are not added to
-pretrained models here.
+loss; the original has an option. Models initialise the embedding of a landmark like any other; the new token that
+`regard retrofit` adds to a pretrained vocabulary starts as the mean of the existing embeddings, as the authors' does.
 `group_dropout` drops gates (except that of the own block), and `position_jump` adds a random number below it to the
 positions after each landmark; both act in training only.
 """

@@ -77,7 +77,9 @@ class EncoderHost(TextHost):
             )
         return super().settled(settings)
 
-    def read(self, data: Paths | Tensor, validation: Paths | Tensor | None, settings: RetrofitSettings) -> Corpus:
+    def read(
+        self, data: Paths | Tensor | None, validation: Paths | Tensor | None, settings: RetrofitSettings
+    ) -> Corpus:
         if self._content(settings.block) < 2:
             raise Unsupported(
                 f"blocks of {settings.block} tokens, of which two are the frame of a text",

@@ -119,7 +119,9 @@ class TextHost(Host):
     def reads(self, settings: RetrofitSettings) -> int:
         return settings.block
 
-    def read(self, data: Paths | Tensor, validation: Paths | Tensor | None, settings: RetrofitSettings) -> Corpus:
+    def read(
+        self, data: Paths | Tensor | None, validation: Paths | Tensor | None, settings: RetrofitSettings
+    ) -> Corpus:
         for place in (*_places(data), *_places(validation)):
             if Path(place).is_dir() and recognise(place)[0] == "images":
                 raise Unsupported(

@@ -110,7 +110,11 @@ class VisionHost(Host):
     def work(self, settings: RetrofitSettings) -> int:
         return settings.rows
 
-    def read(self, data: Paths | Tensor, validation: Paths | Tensor | None, settings: RetrofitSettings) -> Pictures:
+    def read(
+        self, data: Paths | Tensor | None, validation: Paths | Tensor | None, settings: RetrofitSettings
+    ) -> Pictures:
+        if data is None:
+            raise Unsupported(f"{an_instance(self.model)} without images", supported="a folder of images")
         found = read_pictures(data, validation, self.view, batch=settings.rows, seed=settings.seed)
         if settings.distil != 1 and not found.labelled:
             raise Unsupported(
