@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Unsupported
+from regard.models.elsewhere import call_that_loads
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 from regard.models.weights import load_tensors, read_tensors
 
@@ -144,11 +145,19 @@ def from_transformers(folder: str | os.PathLike[str], *, dtype: torch.dtype = to
         dtype: dtype of the parameters; those that mamba keeps in float32 stay in float32.
 
     Raises:
-        Unsupported: for another architecture, with the reason; for settings that the layers here do not support; and
-            for missing or unexpected tensors.
+        Unsupported: for another architecture, with the reason; for a model that :func:`regard.swap` changed, as those of
+            retrofits, with the call that loads it; for settings that the layers here do not support; and for missing or
+            unexpected tensors.
     """
     place = Path(folder)
     config = _read_json(place / CONFIG)
+    of_timm = "pretrained_cfg" in config
+    if of_timm or "regard" in (*config, config.get("model_type")):
+        raise Unsupported(
+            f"{place}, whose {'model is of timm' if of_timm else 'attention is of regard'}",
+            supported=f"{', '.join(CONFIGS)} of transformers, as they were",
+            nearest=call_that_loads(config, place),
+        )
     check_convertible(config)
     return converted(config, _read_weights(place), dtype=dtype, source=str(place))[0].eval()
 

@@ -20,6 +20,7 @@ from torch import nn
 from regard.contract import Unsupported, closest
 from regard.core.files import write_atomically, write_text_atomically
 from regard.layers.quantized import quantized_record, restore_layers
+from regard.models.elsewhere import call_that_loads
 from regard.models.registry import MODELS, model_classes
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors
 from regard.version import VERSION
@@ -68,8 +69,8 @@ def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | st
     """Load the model saved in `folder`, with its saved dtype and in evaluation mode.
 
     Raises:
-        Unsupported: if files are missing, do not belong together, or hold an unknown model or options; and for a model
-            that runs with fewer tokens.
+        Unsupported: if files are missing, do not belong together, or hold an unknown model or options; for a folder of
+            transformers or timm, with the call that loads it; and for a model that runs with fewer tokens.
     """
     model, tokens = read_pretrained(folder, device=device)
     if tokens is not None:
@@ -140,5 +141,10 @@ def _read_record(text: str | bytes, path: Path) -> dict[str, Any]:
         QUANTIZED: dict,
         TOKENS: dict,
     }:
-        raise Unsupported(f"{path} with other contents", supported="model, regard and config")
+        call = call_that_loads(record, path.parent) if isinstance(record, dict) else ""
+        raise Unsupported(
+            f"{path} with {'the contents of another library' if call else 'other contents'}",
+            supported="model, regard and config",
+            nearest=call,
+        )
     return record

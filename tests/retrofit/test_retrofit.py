@@ -16,6 +16,7 @@ import regard
 from regard import Unsupported
 from regard.integrations.transformers import CACHE, AutoModelForCausalLM
 from regard.measurement.budget import Budget
+from regard.models import from_pretrained, from_transformers
 from regard.retrofit import hosts
 from regard.retrofit.best import Best
 from regard.retrofit.corpus import Corpus, even_blocks
@@ -93,6 +94,21 @@ def test_the_folder_loads_gives_the_same_and_generates(done):
     ids = tokens(20)[None]
     assert torch.equal(loaded(ids).logits, made.model(ids).logits)
     assert loaded.generate(ids, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 23)
+
+
+@pytest.mark.parametrize("open_folder", [from_pretrained, from_transformers])
+@pytest.mark.parametrize("mechanism", ["local:window=4", "gated_linear", "landmark"])
+def test_loaders_of_other_folders_name_the_call_that_loads_it(tmp_path, open_folder, mechanism):
+    host = hosts.open_host(llama(2))
+    made, _ = host.copy_with([0, 1], mechanism, 0)
+    host.with_model(made).save(tmp_path / "out")
+    with pytest.raises(Unsupported, match=r"after import regard\.integrations\.transformers$") as refused:
+        open_folder(tmp_path / "out")
+    call, _, first = refused.value.nearest.partition(" after ")
+    ids, names = tokens(20)[None], {"transformers": pytest.importorskip("transformers")}
+    exec(first, names)
+    loaded = eval(call, names)
+    assert torch.equal(loaded(ids).logits, made(ids).logits)
 
 
 def test_the_folder_says_where_it_comes_from(done):

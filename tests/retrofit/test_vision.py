@@ -15,6 +15,7 @@ from PIL import Image
 import regard
 from regard import Unsupported
 from regard.measurement.budget import Budget
+from regard.models import from_pretrained, from_transformers
 from regard.retrofit import open_host
 from regard.retrofit.hosts import VisionHost
 from regard.retrofit.measures.vision import quality, recommend
@@ -95,6 +96,19 @@ def test_killed_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def host():
     return open_host(vit())
+
+
+@pytest.mark.parametrize("open_folder", [from_pretrained, from_transformers])
+def test_loaders_of_other_folders_name_the_call_that_loads_it(tmp_path, host, open_folder):
+    made, _ = host.copy_with([0], "linear", 0)
+    host.with_model(made).save(tmp_path / "out")
+    with pytest.raises(Unsupported, match=r"after import regard\.integrations\.timm$") as refused:
+        open_folder(tmp_path / "out")
+    call, _, first = refused.value.nearest.partition(" after ")
+    names = {"timm": pytest.importorskip("timm")}
+    exec(first, names)
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(eval(call, names).eval()(x), made(x))
 
 
 def test_the_same_model_says_the_same(host):
