@@ -186,7 +186,7 @@ def compare(
         regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own
         regard compare my_corpus.txt --from smollm2/ --mechanisms lolcats,gated_linear,local:window=256 --budget 4h
         regard compare --from smollm2/ --mechanisms gated_linear,delta_rule,local,core_context --budget 4h
-        regard compare my_corpus.txt --from smollm2/ --mechanisms masformer,local --keep-layers 0,1,2,3 --distil 0 --length 2048
+        regard compare my_corpus.txt --from smollm2/ --mechanisms masformer,local --keep-layers bottom:4 --distil 0 --length 2048
     """
     if source is not None:
         compare_from(context, source)

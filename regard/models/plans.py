@@ -238,6 +238,12 @@ def masformer_schedule(
     ]
 
 
+def layers_at(place: str, count: int, num_layers: int) -> list[int]:
+    """The numbers of `count` of `num_layers` layers at one of :data:`PLACES`, as in :func:`masformer_plan`."""
+    start = {"bottom": 0, "top": num_layers - count, "middle": (num_layers - count) // 2, "spread": 0}[place]
+    return [i * num_layers // count if place == "spread" else start + i for i in range(count)]
+
+
 def _full_layers(num_layers: int, wanted: str | Sequence[int]) -> set[int]:
     if isinstance(wanted, str):
         place, _, digits = wanted.partition(":")
@@ -248,8 +254,7 @@ def _full_layers(num_layers: int, wanted: str | Sequence[int]) -> set[int]:
                 supported=f"{', '.join(PLACES)} with a number of layers, or indices",
                 nearest=f"full_layers='bottom:{max(1, num_layers // 4)}'",
             )
-        start = {"bottom": 0, "top": num_layers - count, "middle": (num_layers - count) // 2, "spread": 0}[place]
-        return {i * num_layers // count if place == "spread" else start + i for i in range(count)}
+        return set(layers_at(place, count, num_layers))
     outside = [layer for layer in wanted if not 0 <= layer < num_layers]
     if outside:
         raise Unsupported(f"full layers {outside} of {num_layers}", supported=f"indices from 0 to {num_layers - 1}")

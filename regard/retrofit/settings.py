@@ -12,10 +12,14 @@ from regard.catalogue import get_mechanism, resolve
 from regard.contract import Kind, Pattern, TrainedModel, Unsupported, at_least
 from regard.integrations.swap import Choice
 from regard.measurement.budget import Budget
+from regard.models.plans import PLACES, layers_at
 from regard.models.variants import read_variant, written_layers
 from regard.retrofit.inserting import inserts_tokens
 
-KEEP = "auto, auto:SHARE (0 to 1), auto:NUMBER, none, or layers by number from 0 (0,5,29)"
+KEEP = (
+    "auto, auto:SHARE (0 to 1), auto:NUMBER, bottom:NUMBER, top:NUMBER, middle:NUMBER, spread:NUMBER, none, or layers by "
+    "number from 0 (0,5,29)"
+)
 TRAIN = "all, new (the swapped layers alone), or lora:RANK"
 ON_HEADS = {"mamba2": "gated_linear:gate=step"}
 """Mechanisms with layers of their own, and the equivalent recurrence that takes existing queries, keys and values."""
@@ -30,7 +34,8 @@ class RetrofitSettings:
     Attributes:
         mechanism: the mechanism of the new layers: a name, optionally with options (``local:window=64``).
         keep_layers: which layers keep their attention: ``auto:0.5`` half of them, ``auto:22`` that many, those whose
-            swap alone loses the most; or their numbers, from 0; or ``none``.
+            swap alone loses the most; ``bottom:4`` the first four, likewise ``top``, ``middle`` and ``spread`` (evenly,
+            with the first); or their numbers, from 0; or ``none``.
         budget: time of the whole command, or tokens or steps of the training.
         length: tokens of a block of text, >= 2; the default for the kind of model when None.
         batch_size: blocks or images of a training step, >= 1; likewise.
@@ -126,7 +131,7 @@ class RetrofitSettings:
     @property
     def chosen(self) -> bool:
         """Whether the layers to keep are chosen by their sensitivity."""
-        return not isinstance(read_keep(self.keep_layers), tuple)
+        return isinstance(read_keep(self.keep_layers), (int, float))
 
     def kept(self, layers: int) -> int | tuple[int, ...]:
         """How many of `layers` layers are to keep their attention, or which ones.
@@ -137,6 +142,9 @@ class RetrofitSettings:
         found = read_keep(self.keep_layers)
         if isinstance(found, float):
             found = round(found * layers)
+        if isinstance(found, str):
+            place, _, number = found.partition(":")
+            found = tuple(layers_at(place, min(int(number), layers), layers))
         if isinstance(found, tuple):
             for layer in found:
                 if not 0 <= layer < layers:
@@ -172,8 +180,8 @@ class RetrofitSettings:
         return keep if isinstance(keep, str) else ",".join(map(str, keep)) or "none"
 
 
-def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[int, ...]:
-    """Parse which layers to keep: a share, a number, or the layers' numbers."""
+def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[int, ...] | str:
+    """Parse which layers to keep: a share, a number, the layers' numbers, or a place and a number (``bottom:4``)."""
     if isinstance(keep, (tuple, list)):
         if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in keep):
             raise Unsupported(f"keep_layers={keep!r}", supported=KEEP, nearest="auto:0.5")
@@ -189,6 +197,8 @@ def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[in
             return int(amount)
         if re.fullmatch(r"(0?\.[0-9]+|1\.0*|0\.0*)", amount):
             return float(amount)
+    elif name in PLACES and re.fullmatch(r"[0-9]+", amount):
+        return text
     elif text == "none":
         return ()
     elif re.fullmatch(r"[0-9]+(\s*,\s*[0-9]+)*", text):

@@ -16,7 +16,7 @@ import regard
 from regard import Unsupported
 from regard.integrations.transformers import CACHE, AutoModelForCausalLM
 from regard.measurement.budget import Budget
-from regard.models import from_pretrained, from_transformers
+from regard.models import from_pretrained, from_transformers, masformer_plan
 from regard.retrofit import hosts
 from regard.retrofit.best import Best
 from regard.retrofit.corpus import Corpus, even_blocks
@@ -283,6 +283,15 @@ def test_new_layers_begin_at_the_scale_of_the_old_ones(host):
     )
 
 
+def test_layers_to_keep_are_named_by_their_place_as_in_a_plan_of_masformer():
+    for keep in ("bottom:2", "top:3", "middle:2", "spread:4", "bottom:0"):
+        plan = masformer_plan(9, keep)
+        settings = RetrofitSettings("local", keep)
+        assert settings.kept(9) == tuple(layer for layer, (name, _) in enumerate(plan) if name == "softmax")
+        assert not settings.chosen and settings.spelled_keep() == keep
+        assert settings.changeable(9) == [layer for layer, (name, _) in enumerate(plan) if name == "local"]
+
+
 def test_the_most_sensitive_layers_are_kept():
     assert choose({0: 0.1, 1: 3.0, 2: float("nan"), 3: -0.1}, 2) == (1, 2)
     assert choose({0: 0.1, 1: 0.1, 2: 0.1}, 1) == (0,)
@@ -395,6 +404,11 @@ BAD = {
     "text without a tokenizer": (lambda _: {"data": __file__}, "without a tokenizer"),
     "a small budget": (lambda _: {"budget": "20 steps"}, "3 steps of the first steps of all layers.*try 54 steps"),
     "a short time": (lambda _: {"budget": "0.01s"}, "leaves only"),
+    "too many layers at a place": (
+        lambda _: {"keep_layers": "bottom:2"},
+        "bottom:2' of a model of 2 layers.*leaves no",
+    ),
+    "an unknown place": (lambda _: {"keep_layers": "left:1"}, "'left:1'.*bottom:NUMBER"),
     "a layer out of range": (lambda _: {"keep_layers": [0, 7]}, "layer 7 of a model of 2 layers"),
     "all layers kept": (lambda _: {"keep_layers": "auto:1.0"}, "leaves no layer"),
     "a layer of its own": (lambda _: {"mechanism": "mamba2:d_state=16"}, "a layer of its own.*gated_linear:gate=step"),
