@@ -213,7 +213,7 @@ def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, 
     first, numbers = host.batch(data, 0, settings.seed, settings, rows=1), settings.changeable(len(host.layers))
 
     def tried(numbers: list[int]) -> float:
-        with advising(settings.mechanism):
+        with advising(settings.mechanism, host.reads_at_most(settings)):
             difference = host.check(first, settings.mechanism, numbers)
         host.check_longest(data, settings, numbers)
         return difference

@@ -259,8 +259,9 @@ def as_papers_begin(
 
 
 @contextmanager
-def advising(written: str) -> Iterator[None]:
-    """Within the context, advice about a mechanism's own `length` names the mechanism: alone it is a block's length."""
+def advising(written: str, longest: int) -> Iterator[None]:
+    """Within the context, advice about a mechanism's own `length` names the mechanism (alone it is a block's length), and
+    is enough for the longest text that it has to read."""
     try:
         yield
     except Unsupported as error:
@@ -268,7 +269,7 @@ def advising(written: str) -> Iterator[None]:
         if found is None:
             raise
         ((name, given),) = read_variant(written).layers
-        nearest = written_layers(((name, {**given, "length": int(found[1])}),))
+        nearest = written_layers(((name, {**given, "length": max(int(found[1]), longest)}),))
         raise Unsupported(error.asked, supported=error.supported, nearest=nearest) from error
 
 

@@ -140,9 +140,12 @@ def test_a_name_alone_is_enough(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_advice_about_the_length_of_a_mechanism_names_the_mechanism(tmp_path):
-    with pytest.raises(Unsupported, match=r"sequence of 76 keys.*try sea:top_k=4,feature_divisor=8,length=76$"):
-        regard.retrofit(llama(2), "sea:length=40", data=tokens(), budget="60 steps", output=tmp_path / "out", **SHORT)
+@pytest.mark.parametrize("length", [20, 40])  # shorter than a block, shorter than a text of the evaluation
+def test_advice_about_the_length_of_a_mechanism_names_the_mechanism(tmp_path, length):
+    with pytest.raises(Unsupported, match=r"sequence of .* keys.*try sea:top_k=4,feature_divisor=8,length=76$"):
+        regard.retrofit(
+            llama(2), f"sea:length={length}", data=tokens(), budget="60 steps", output=tmp_path / "out", **SHORT
+        )
 
 
 @pytest.mark.parametrize("given", ["", ":block=7", ":top_k=2", ":block=3,chunk=20", ":top_k=1,chunk=3"])

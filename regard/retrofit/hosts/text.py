@@ -93,7 +93,7 @@ class TextHost(Host):
         text = data.held_out.repeat(math.ceil(length / len(data.held_out)))[:length][None]
         made, _ = self.copy_with(numbers, settings.mechanism, settings.seed)
         try:
-            with advising(settings.mechanism):
+            with advising(settings.mechanism, self.reads_at_most(settings)):
                 self.read_once(made, text)
         except Unsupported as error:
             window = getattr(self.model.config, "sliding_window", None)
