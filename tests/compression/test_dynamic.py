@@ -27,9 +27,20 @@ RECORDED = SMALL | {"image_size": 28, "patch": 2, "num_layers": 3, "expansion": 
 PATCHES = 16
 
 
-def pruned(**options: Any) -> DynamicTransformer:
+ROUTED = [("mixture_of_heads", {"shared_heads": 1, "active_heads": 2, "mechanism_options": {"bias": True}})] * 4
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "a mixture of heads": {"plan": ROUTED, "num_heads": 4},
+    "norms, and keys for two heads each": {"plan": [("softmax", {"query_key_norm": "rms", "num_kv_heads": 1})] * 4},
+    "rotary": {"positions": "rotary"},
+    "distillation": {"distillation_token": True},
+}
+
+
+def pruned(changed: dict[str, Any] | None = None, **options: Any) -> DynamicTransformer:
     """A model whose predictors distinguish patches."""
-    model = DynamicTransformer(VisionTransformer(VisionTransformerConfig(**SMALL)), **options).double().eval()
+    config = VisionTransformerConfig(**SMALL | (changed or {}))
+    model = DynamicTransformer(VisionTransformer(config), **options).double().eval()
     for predictor in model.predictors:
         for linear in (predictor.inner, *predictor.outer):
             torch.nn.init.normal_(linear.weight, std=0.5)
@@ -81,8 +92,9 @@ def test_a_policy_of_ones_is_softmax_and_a_masked_key_gets_nothing(monkeypatch: 
     assert gradient[..., 4].abs().max() < 1e-15 and (gradient[..., others, :][..., others] != 0).any()
 
 
-def test_patches_left_out_and_patches_masked_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = pruned(), images()
+@pytest.mark.parametrize("kind", KINDS)
+def test_patches_left_out_and_patches_masked_give_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = pruned(KINDS[kind]), images()
     found = model.forward_masked(x, sampled=False)
     logits, places = model.forward_dropping(x)
     close(logits, found.logits, 1e-4)
@@ -192,5 +204,11 @@ def test_what_does_not_fit_is_refused() -> None:
     refused("a share for each", pruned, keep=0.0)
     refused("rises", pruned, keep=[0.5, 0.6, 0.1])
     refused("4 divides", KeepPredictor, 6)
-    plan = [("softmax", {"query_key_norm": "rms"})] * 4
-    refused("plain softmax", DynamicTransformer, VisionTransformer(VisionTransformerConfig(**SMALL | {"plan": plan})))
+    for changed in (
+        {"plan": "linear"},
+        {"plan": [("softmax", {"softcap": 3.0})] * 4},
+        {"plan": [("softmax", {"short_convolution": 3})] * 4},
+        {"positions": "alibi"},
+    ):
+        model = VisionTransformer(VisionTransformerConfig(**SMALL | changed))
+        refused("plain softmax, also in a mixture of heads", DynamicTransformer, model)

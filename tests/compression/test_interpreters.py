@@ -11,7 +11,7 @@ import torch
 from support import close, load, recorded_state, refused
 from torch import Tensor
 
-from regard import Context
+from regard import Context, Mask
 from regard.compression.tokens.interpreters import (
     Decision,
     InterpretedTransformer,
@@ -26,9 +26,22 @@ SMALL: dict[str, Any] = {"image_size": 32, "patch": 8, "dim": 12, "num_layers": 
 TOKENS = 17
 
 
-def interpreted(**changed: Any) -> InterpretedTransformer:
+ROUTED = ("mixture_of_heads", {"shared_heads": 2, "active_heads": 2, "mechanism_options": {"bias": True}})
+KINDS: dict[str, dict[str, Any]] = {
+    "a mixture of heads": {"plan": [ROUTED] * 3},
+    "agents": {"plan": [("agent", {"num_agents": 4})] * 3},
+    "agents with biases": {"plan": [("agent", {"num_agents": 4, "agent_bias": "all"}), "softmax", "softmax"]},
+    "linear and recurrent": {"plan": ["linear", "bidirectional_mamba", "softmax"]},
+    "rotary": {"positions": "rotary"},
+    "a bias for distances": {"positions": "alibi"},
+    "distillation": {"distillation_token": True},
+}
+
+
+def interpreted(config: dict[str, Any] | None = None, **changed: Any) -> InterpretedTransformer:
     """A model with scores on both sides of the threshold."""
-    model = InterpretedTransformer(VisionTransformer(VisionTransformerConfig(**SMALL)), **changed).double().eval()
+    vit = VisionTransformer(VisionTransformerConfig(**SMALL | (config or {})))
+    model = InterpretedTransformer(vit, **changed).double().eval()
     for interpreter in model.interpreters:
         for linear in (interpreter.query, interpreter.key):
             torch.nn.init.normal_(linear.weight)
@@ -70,6 +83,38 @@ def test_tokens_left_out_and_tokens_masked_give_the_same_logits(query: str) -> N
     for before, after in itertools.pairwise(decisions):
         assert (after.stays <= before.stays).all() and after.stays[:, 0].all()
         assert (after.scores[~before.stays] == 0).all() and (after.scores[before.stays] > 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_any_kind_are_the_same_on_tokens_left_out_and_masked(kind: str) -> None:
+    model, x = interpreted(KINDS[kind]), images()
+    logits, decisions = model.forward_masked(x)
+    assert len(set(decisions[0].stays.sum(1).tolist())) > 1 and not decisions[0].stays.all()
+    close(model(x), logits)
+    close(model(x[2:3]), logits[2:3])
+    model.threshold = 0.0
+    close(model(x), model.model(x))
+    close(model.forward_masked(x)[0], model.model(x))
+
+
+def test_tokens_keep_their_rotary_positions() -> None:
+    model, x = interpreted({"positions": "rotary"}, groups=1), images()
+    logits, (decision,) = model.forward_masked(x)
+    hidden = torch.zeros(decision.stays.shape, dtype=torch.float64).masked_fill(~decision.stays, -torch.inf)
+    tokens = model.model.embed(x)
+    for block in model.model.blocks:
+        tokens = block(tokens, context=Context(mask=Mask(bias=hidden[:, None, None]))).output
+    close(logits, model.model.forward_head(model.model.norm(tokens)))
+    close(model(x), logits)
+
+
+def test_a_distillation_token_stays_and_is_no_part_of_a_decision() -> None:
+    model, x = interpreted({"distillation_token": True}, threshold=1.0), images()
+    _, decisions = model.forward_masked(x)
+    assert decisions[-1].stays.sum(1).tolist() == [2] * 4 and model.heat_map(x).shape == (4, 4, 4)
+    _, drawn = model.forward_masked(x, sampled=0, generator=torch.Generator().manual_seed(0))
+    stays, chances = drawn[0].stays[:, 2:], drawn[0].scores[:, 2:]
+    close(drawn[0].log_probability, torch.where(stays, chances, 1 - chances).log().sum(1), 1e-6)
 
 
 def test_decisions_may_be_given() -> None:

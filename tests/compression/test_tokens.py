@@ -15,6 +15,7 @@ import torch
 from support import close, load, recorded_state, refused
 from torch import Tensor, nn
 
+from regard import Context
 from regard.compression.tokens import METHODS, Evidence, Tokens, annealed_keep, reduce_tokens
 from regard.compression.tokens.schedules import removals
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
@@ -149,6 +150,41 @@ def test_merged_duplicates_with_proportional_attention_are_what_they_were_alone(
     reduction.undo()
     reduce_tokens(model, "tome", remove=[8, 0], proportional=False)
     assert not torch.allclose(model(twice), whole)
+
+
+@pytest.mark.parametrize("compute", ["dense", "gather"])
+def test_twins_in_a_mixture_of_heads_are_merged_without_a_trace(compute: str) -> None:
+    options = {"shared_heads": 1, "active_heads": 2, "compute": compute, "mechanism_options": {"bias": True}}
+    model, twice = small(plan=[("mixture_of_heads", options)] * 3, num_heads=4), images(1)
+    twice[..., 8:16], twice[..., 24:] = twice[..., :8], twice[..., 16:24]
+    with torch.no_grad():
+        model.positions[1:] = model.positions[1:].mean(0)
+    whole = model(twice)
+    reduction = reduce_tokens(model, "tome", remove=[8, 0, 0])
+    close(model(twice), whole)
+    assert reduction.counts == [9, 9, 9]
+    reduction.undo()
+    kept = []
+    for method in ("attention", "evit"):
+        reduction = reduce_tokens(model, method, remove=[4, 0, 0])
+        model(images(1))
+        kept.append(reduction.counts)
+        reduction.undo()
+    assert kept == [[13] * 3, [14] * 3]
+
+
+def test_what_the_class_token_attends_to_is_told_by_normed_queries_and_shared_keys() -> None:
+    options = {"query_key_norm": "rms", "num_kv_heads": 2}
+    model, x = small(plan=[("softmax", options)] * 3, num_heads=4), images()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.query_norm.weight.normal_()
+    tokens = model.embed(x)
+    weights = model.blocks[0](tokens, context=Context(want=frozenset({"weights"}))).extras["weights"]
+    kept = weights.mean(1)[:, 0, 1:].topk(6, dim=1).indices + 1
+    reduction = reduce_tokens(model, "attention", remove=[10, 0, 0])
+    model(x)
+    assert torch.equal((reduction.tokens.places > 0).nonzero()[:, 1].view(2, 6), kept.sort(1).values)
 
 
 def test_the_fused_token_is_the_sum_weighted_by_attention_and_keeping_more_drops_none_kept_before() -> None:

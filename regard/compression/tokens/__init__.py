@@ -7,8 +7,8 @@
     reduction.tokens.places                                     # where each patch went, to draw or spread outputs back
     reduction.undo()
 
-Models: :class:`regard.models.vision.vit.VisionTransformer`, and timm's `VisionTransformer` with plain blocks; `evit`
-and `attention` need a class token. In a model that averages its patches, a merged token counts as often as it stands for
+Models: :class:`regard.models.vision.vit.VisionTransformer` with softmax attention, also in a mixture of heads, and timm's
+`VisionTransformer` with plain blocks; `evit` and `attention` need a class token. In a model that averages its patches, a merged token counts as often as it stands for
 one: the last block outputs it in the place of each. Tokens are merged or dropped between the attention and the feed-forward network of a block
 (methods in :mod:`regard.compression.tokens.reducers`). A token that stands for several counts that many times in later
 attention, by adding log(size) to the scores of its key (`proportional`).
@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from regard.compression.tokens.dynamic import DynamicTransformer, train_dynamic
 from regard.compression.tokens.grids import GridMerge, match_on_grid, merge_on_grid
-from regard.compression.tokens.hosts import Reduction, reduce_tokens
 from regard.compression.tokens.interpreters import InterpretedTransformer, train_interpreters
 from regard.compression.tokens.reducers import METHODS, Evidence, Tokens
+from regard.compression.tokens.reduction import Reduction, reduce_tokens
 from regard.compression.tokens.schedules import annealed_keep
 
 __all__ = [

@@ -26,7 +26,8 @@ from regard.compression.sparse import METHODS as SPARSE
 from regard.compression.sparse import at_compression, sparsely, sparsify
 from regard.compression.sparse.catalogue import make
 from regard.compression.steps import CACHES, IMAGES, KEEP, TEXTS, FewerTokens
-from regard.compression.tokens.hosts import HOSTS, Reduction, blocks_of, reduce_tokens
+from regard.compression.tokens.hosts import HOSTS
+from regard.compression.tokens.reduction import Reduction, blocks_of, reduce_tokens
 from regard.compression.tokens.text import PrunedTokens, layers_of
 from regard.contract import Context, Result, Unsupported, an_instance
 from regard.models import LanguageModel

@@ -29,22 +29,22 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.compression.tokens.hosts import blocks_of
+from regard.compression.tokens.hosts import Host
 from regard.compression.tokens.phases import Batches, Phase, run_phases
 from regard.compression.tokens.schedules import quarters
-from regard.contract import Context, Unsupported, an_instance
+from regard.contract import Unsupported
 from regard.core.precision import wide
-from regard.layers.attention import AttentionLayer
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
 from regard.models.vision.released import weights_of
-from regard.models.vision.vit import VisionBlock, VisionTransformer
+from regard.models.vision.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -105,8 +105,8 @@ class DynamicTransformer(nn.Module):
     """A vision transformer with a predictor before some of its blocks.
 
     Args:
-        model: :class:`regard.models.vision.vit.VisionTransformer` with softmax attention and one class token; it is
-            shared, not copied.
+        model: :class:`regard.models.vision.vit.VisionTransformer` with a class token and softmax attention, also in a
+            mixture of heads, without positions that add to its scores; it is shared, not copied.
         keep: share of the initial patches that is left after each stage; a single number is raised to the first,
             second, third power and so on.
         blocks: numbers of the blocks, from 0, before which patches are removed; at a quarter, half and three quarters
@@ -120,18 +120,15 @@ class DynamicTransformer(nn.Module):
         self, model: VisionTransformer, keep: float | Sequence[float] = 0.7, blocks: Sequence[int] | None = None
     ) -> None:
         super().__init__()
-        own, protected = blocks_of(model)
-        if not isinstance(model, VisionTransformer) or protected != 1 or not all(_is_plain(b.mixer) for b in own):
-            raise Unsupported(
-                f"predictors in {an_instance(model)} of another kind",
-                supported="VisionTransformer with pool='class' and plain softmax attention",
-            )
-        stages = quarters(len(own)) if blocks is None else sorted(set(blocks))
-        if not stages or not all(0 <= stage < len(own) for stage in stages):
-            raise Unsupported(f"blocks={blocks} of a model with {len(own)}", supported=f"0 to {len(own) - 1}")
-        self.model, self.stages = model, stages
+        host = Host(model)
+        host.check_softmax()
+        depth = len(host.blocks)
+        stages = quarters(depth) if blocks is None else sorted(set(blocks))
+        if not stages or not all(0 <= stage < depth for stage in stages):
+            raise Unsupported(f"blocks={blocks} of a model with {depth}", supported=f"0 to {depth - 1}")
+        self.model, self.host, self.stages = model, host, stages
         self.shares = keep
-        self.predictors = nn.ModuleList(KeepPredictor(model.config.dim) for _ in stages)
+        self.predictors = nn.ModuleList(KeepPredictor(host.width) for _ in stages)
 
     @property
     def shares(self) -> list[float]:
@@ -159,19 +156,21 @@ class DynamicTransformer(nn.Module):
         self, images: Float[Tensor, "b c h w"]
     ) -> tuple[Float[Tensor, "b k"], list[Int[Tensor, "b m"]]]:
         """Logits, and the indices of the patches that each stage kept, in ascending order."""
-        x = self.model.embed(self.model.check_images(images))
-        first = x.shape[1] - 1
-        places, left = torch.arange(first, device=x.device).expand(len(x), -1), []
-        for number, block in enumerate(self.model.blocks):
+        x, grid, before = self.host.embed(images), self.host.grid(images), self.host.protected
+        first = x.shape[1] - before
+        places, left = torch.arange(x.shape[1], device=x.device).expand(len(x), -1), []
+        for number, block in enumerate(self.host.blocks):
             if number in self.stages:
                 stage = self.stages.index(number)
-                scores = self.predictors[stage](x[:, 1:], torch.ones_like(places))[..., 0]
+                scores = self.predictors[stage](x[:, before:], torch.ones_like(places[:, before:]))[..., 0]
                 chosen = scores.topk(self.count(stage, first), dim=1).indices.sort(1).values
-                x = torch.cat([x[:, :1], x[:, 1:].gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))], 1)
-                places = places.gather(1, chosen)
-                left.append(places)
-            x = block(x, context=Context()).output
-        return self.model.forward_head(self.model.norm(x)), left
+                chosen = F.pad(chosen + before, (before, 0))
+                chosen[:, :before] = places[:, :before]
+                x, places = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2])), places.gather(1, chosen)
+                left.append(places[:, before:] - before)
+            whole = x.shape[1] == before + first
+            x = self.host.run([block], x, grid, places=None if whole else places)
+        return self.host.logits(self.host.norm(x)), left
 
     def count(self, stage: int, first: int) -> int:
         """Number of patches that a stage keeps of `first` initial ones; at least one."""
@@ -187,13 +186,13 @@ class DynamicTransformer(nn.Module):
             sampled: whether each patch's decision is drawn independently; only then do gradients reach the predictors.
             generator: source of random draws.
         """
-        x = self.model.embed(self.model.check_images(images))
-        kept = x.new_ones(x.shape[0], x.shape[1] - 1)
+        x, grid, before = self.host.embed(images), self.host.grid(images), self.host.protected
+        kept = x.new_ones(x.shape[0], x.shape[1] - before)
         decisions: list[Tensor] = []
-        for number, block in enumerate(self.model.blocks):
+        for number, block in enumerate(self.host.blocks):
             if number in self.stages:
                 stage = self.stages.index(number)
-                found = self.predictors[stage](x[:, 1:], kept)
+                found = self.predictors[stage](x[:, before:], kept)
                 if sampled:
                     kept = draw(found, generator).to(x.dtype) * kept
                 else:
@@ -201,9 +200,10 @@ class DynamicTransformer(nn.Module):
                     chosen = scores.topk(self.count(stage, kept.shape[1]), dim=1).indices
                     kept = torch.zeros_like(kept).scatter(1, chosen, 1.0)
                 decisions.append(kept)
-            x = _run(block, x, F.pad(kept, (1, 0), value=1.0))  # type: ignore[arg-type]
-        features = self.model.norm(x)
-        return Pruned(self.model.forward_head(features), features[:, 1:], decisions)
+            policy = wide(F.pad(kept, (before, 0), value=1.0))
+            x = self.host.run_under(block, x, grid, partial(softmax_under, policy=policy))
+        features = self.host.norm(x)
+        return Pruned(self.host.logits(features), features[:, before:], decisions)
 
     def load_released(self, checkpoint: Mapping[str, Any]) -> None:
         """Load weights of the official repository's `VisionTransformerDiffPruning`, all of them and nothing else.
@@ -251,31 +251,6 @@ def softmax_under(scores: Float[Tensor, "b h n n"], policy: Float[Tensor, "b n"]
     counts = policy[:, None, None] * (1 - own) + own
     each = (scores - scores.amax(-1, keepdim=True)).exp() * counts
     return (each + EPS / n) / (each.sum(-1, keepdim=True) + EPS)
-
-
-def _run(block: VisionBlock, x: Float[Tensor, "b n c"], policy: Float[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
-    """A block's output, with its attention under a policy."""
-    layer: AttentionLayer = block.mixer
-    normed = block.mixer_norm(x)
-    query, key, value = (
-        part(normed).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)  # type: ignore[misc]
-        for part in (layer.query, layer.key, layer.value)
-    )
-    weights = softmax_under(wide(query @ key.mT * query.shape[-1] ** -0.5), wide(policy)).to(value.dtype)
-    mixed = layer.output((weights @ value).transpose(1, 2).flatten(2))
-    x = x + block.drop_path(F.dropout(block.mixer_end(mixed), block.dropout, block.training))
-    return x if block.feed_forward is None else x + block.drop_path(block.feed(x, context=Context()))
-
-
-def _is_plain(layer: AttentionLayer) -> bool:
-    """Return whether a layer consists of projections and softmax only."""
-    more = (layer.query_norm, layer.key_norm, layer.value_norm, layer.output_norm, layer.gate, layer.merge)
-    return (
-        not any(more)
-        and not layer.convolutions
-        and layer.kv_heads == layer.num_heads
-        and layer.config == layer.card.options()
-    )
 
 
 @dataclass(frozen=True)
@@ -374,7 +349,8 @@ def train_dynamic(
             features = teacher.forward_features(images)
             logits = teacher.forward_head(features)
         pruned = model.forward_masked(images)
-        total, parts = dynamic_loss(pruned, labels, model.shares, logits, features[:, 1:], weights)
+        patches = features[:, model.host.protected :]
+        total, parts = dynamic_loss(pruned, labels, model.shares, logits, patches, weights)
         told = {name: part.item() for name, part in parts.items()}
         return total, told | {"kept": pruned.decisions[-1].mean().item()}
 

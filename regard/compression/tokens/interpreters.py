@@ -20,6 +20,11 @@ policy with everything else frozen, then the blocks from that group on, under th
 At inference tokens are really removed: each row is gathered to its kept tokens, padded to the longest row of the batch
 (:meth:`InterpretedTransformer.forward`). :meth:`InterpretedTransformer.forward_masked` computes all of them under
 masks, as in the paper's training; both give the same logits.
+
+Any layers can be inside, as all of them honour masks. The class token of the paper is the first of the model's class
+tokens; a distillation token stays too, and is no part of a decision. Rotary positions stay those of all tokens; layers
+that count ranks (``alibi``, windows, recurrences) count the tokens that are left, and agent attention fills its grid with
+them row by row.
 """
 
 from __future__ import annotations
@@ -33,9 +38,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.compression.tokens.hosts import blocks_of
+from regard.compression.tokens.hosts import Host
 from regard.compression.tokens.phases import Batches, Phase, run_phases
-from regard.contract import Context, Mask, Unsupported, at_least, one_of, valid_from_lengths
+from regard.contract import Unsupported, at_least, one_of
 from regard.core.precision import wide
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
@@ -87,17 +92,19 @@ class Decision:
 
     Attributes:
         scores: p (B, N), 0 for tokens that were removed before.
-        stays: u (B, N); always True for the first token.
+        stays: u (B, N); always True for class tokens.
         alive: mask of the tokens that were left before the decision.
+        protected: number of class tokens, which come first and about which nothing is decided.
     """
 
     scores: Float[Tensor, "b n"]
     stays: Bool[Tensor, "b n"]
     alive: Bool[Tensor, "b n"]
+    protected: int = 1
 
     @property
     def share(self) -> Float[Tensor, " b"]:
-        """c, as a share of all tokens, including the class token."""
+        """c, as a share of all tokens, including class tokens."""
         return self.stays.to(self.scores.dtype).mean(1)
 
     @property
@@ -105,31 +112,28 @@ class Decision:
         """Log probability of the decision, over the patches that were alive."""
         p = self.scores.clamp(SURE, 1 - SURE)
         each = torch.where(self.stays, p.log(), (1 - p).log())
-        return torch.where(self.alive, each, 0)[:, 1:].sum(1)
+        return torch.where(self.alive, each, 0)[:, self.protected :].sum(1)
 
 
 class InterpretedTransformer(nn.Module):
     """A vision transformer with an interpreter before each group of its blocks.
 
     Args:
-        model: :class:`regard.models.vision.vit.VisionTransformer` with softmax attention and one class token; it is
-            shared, not copied.
+        model: :class:`regard.models.vision.vit.VisionTransformer` with a class token; it is shared, not copied.
         groups: number of blocks in each group, or the number of equal groups.
         query: query of the interpreters, see :class:`Interpreter`.
         threshold: score above which a patch stays; a higher threshold removes more. It may be changed at any time.
 
     Raises:
-        Unsupported: for other models, and for groups that do not match its blocks.
+        Unsupported: for other models, and for groups that do not match the blocks.
     """
 
     def __init__(
         self, model: VisionTransformer, groups: int | Sequence[int] = 3, *, query: str = "class", threshold: float = 0.5
     ) -> None:
         super().__init__()
-        blocks, protected = blocks_of(model)
-        if not isinstance(model, VisionTransformer) or protected != 1:
-            raise Unsupported("interpreters without one class token", supported="VisionTransformer with pool='class'")
-        depth = len(blocks)
+        host = Host(model)
+        depth = len(host.blocks)
         if isinstance(groups, int):
             at_least("groups", groups, 1)
             sizes = [depth // groups] * groups
@@ -139,9 +143,8 @@ class InterpretedTransformer(nn.Module):
             raise Unsupported(
                 f"groups={groups} of {depth} blocks", supported=f"sizes that add up to {depth}, or a divisor"
             )
-        self.model, self.sizes, self.threshold = model, sizes, threshold
-        config = model.config
-        self.interpreters = nn.ModuleList(Interpreter(config.dim, config.num_heads, query) for _ in sizes)
+        self.model, self.host, self.sizes, self.threshold = model, host, sizes, threshold
+        self.interpreters = nn.ModuleList(Interpreter(host.width, host.heads, query) for _ in sizes)
 
     @property
     def benefits(self) -> list[float]:
@@ -151,21 +154,16 @@ class InterpretedTransformer(nn.Module):
     def group(self, number: int) -> list[VisionBlock]:
         """The blocks of a group."""
         first = sum(self.sizes[:number])
-        return list(self.model.blocks[first : first + self.sizes[number]])  # type: ignore[arg-type]
+        return self.host.blocks[first : first + self.sizes[number]]
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Logits; tokens that are not kept are removed before each group."""
-        x = self._embedded(images)
-        alive = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        x, grid = self.host.embed(images), self.host.grid(images)
+        alive, places = self._all_of(x)
         for number in range(len(self.sizes)):
             stays = self.decide(number, x, alive).stays
-            lengths = stays.sum(1)
-            longest = int(lengths.max()) if len(lengths) else 1
-            order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-            x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
-            alive = valid_from_lengths(lengths, longest)
-            x = self._run(number, x, None if bool(alive.all()) else Mask(lengths=lengths))
-        return self._logits(x)
+            x, alive, places = self.host.run_kept(self.group(number), x, grid, stays, places)
+        return self.host.logits(self.host.norm(x))
 
     def forward_masked(
         self,
@@ -185,16 +183,18 @@ class InterpretedTransformer(nn.Module):
             stays: for each deciding group, the tokens that stay, overriding its interpreter.
             generator: source of random draws.
         """
-        x = self._embedded(images)
-        alive, decisions = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), []
+        x, grid = self.host.embed(images), self.host.grid(images)
+        alive, places = self._all_of(x)
+        decisions = list[Decision]()
         deciding = len(self.sizes) if groups is None else groups
         for number in range(len(self.sizes)):
             if number < deciding:
                 made = self.decide(number, x, alive, sampled=number == sampled, generator=generator)
                 decisions.append(made if stays is None else replace(made, stays=stays[number] & alive))
                 alive = decisions[-1].stays
-            x = self._run(number, torch.where(alive[..., None], x, 0), Mask(valid=alive))
-        return self._logits(x), decisions
+            kept = torch.where(alive[..., None], x, 0)
+            x = self.host.run(self.group(number), kept, grid, alive=alive, places=places)
+        return self.host.logits(self.host.norm(x)), decisions
 
     def decide(
         self,
@@ -211,8 +211,8 @@ class InterpretedTransformer(nn.Module):
             level = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=scores.dtype)
         else:
             level = torch.full_like(scores, self.threshold)
-        stays = alive & (scores.detach() > level)
-        return Decision(scores, torch.cat([torch.ones_like(stays[:, :1]), stays[:, 1:]], 1), alive)
+        stays, protected = alive & (scores.detach() > level), self.host.protected
+        return Decision(scores, torch.cat([alive[:, :protected], stays[:, protected:]], 1), alive, protected)
 
     def heat_map(self, images: Float[Tensor, "b c h w"], group: int = 1) -> Float[Tensor, "b rows columns"]:
         """Scores of the patches before a group, at their grid positions; 0 for patches that were removed before."""
@@ -224,7 +224,7 @@ class InterpretedTransformer(nn.Module):
                 nearest=f"group={count - 1}",
             )
         _, decisions = self.forward_masked(images, groups=group + 1)
-        return decisions[group].scores[:, 1:].unflatten(1, self.model.config.grid)
+        return decisions[group].scores[:, self.host.protected :].unflatten(1, self.host.grid(images))
 
     def usage(self, decisions: Sequence[Decision]) -> Float[Tensor, " b"]:
         """The share of the blocks' work that is left, ignoring the quadratic part of attention.
@@ -236,17 +236,11 @@ class InterpretedTransformer(nn.Module):
         saved = [(1 - each.share) * size / sum(self.sizes) for each, size in zip(made, self.sizes, strict=True)]
         return 1 - torch.stack(saved).sum(0)
 
-    def _embedded(self, images: Tensor) -> Float[Tensor, "b n c"]:
-        images = self.model.check_images(images)
-        return self.model.embed(images)
-
-    def _run(self, number: int, x: Tensor, mask: Mask | None) -> Float[Tensor, "b n c"]:
-        for block in self.group(number):
-            x = block(x, context=Context(mask=mask)).output
-        return x
-
-    def _logits(self, x: Tensor) -> Float[Tensor, "b k"]:
-        return self.model.forward_head(self.model.norm(x))
+    @staticmethod
+    def _all_of(x: Float[Tensor, "b n c"]) -> tuple[Bool[Tensor, "b n"], Int[Tensor, "b n"]]:
+        """The mask and the places of all tokens."""
+        alive = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return alive, torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
 
 
 def reward(
@@ -325,7 +319,7 @@ def train_interpreters(
         blocks = [
             p for later in range(group, len(model.sizes)) for block in model.group(later) for p in block.parameters()
         ]
-        blocks += [*model.model.norm.parameters(), *model.model.head.parameters()]
+        blocks += [p for end in model.host.ends for p in end.parameters()]
 
         def of_policy(images: Tensor, labels: Tensor, group: int = group) -> tuple[Tensor, dict[str, float]]:
             loss, decisions = policy_loss(model, images, labels, group, error_penalty=error_penalty)

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.apply import apply
-from regard.compression.tokens.hosts import blocks_of
 from regard.compression.tokens.reducers import DROPPED
+from regard.compression.tokens.reduction import blocks_of
 from regard.contract import Call, Context, Mechanism, Pattern, Result, Role, Unsupported, an_instance, at_least, closest
 from regard.layers.attention import AttentionLayer
 from regard.mechanisms.agent.forms import gathering_weights
