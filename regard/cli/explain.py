@@ -26,7 +26,7 @@ def explain(
     method: Annotated[
         str | None,
         typer.Option(
-            help="rollout (vision transformers with softmax), regions (BiFormer), agents (agent attention) or occlusion (any "
+            help="rollout (vision transformers whose layers return attention weights), regions (BiFormer), agents (agent attention) or occlusion (any "
             "model); when not given, the first that fits the model."
         ),
     ] = None,

@@ -2,9 +2,9 @@
 
 ``occlusion`` (Zeiler & Fergus, arXiv 1311.2901, section 4.2) works for any model: windows of patches are replaced by
 the mean colour of the training images, one after another, and a place counts by how much the class probability falls.
-``rollout`` (Abnar & Zuidema, arXiv 2005.00928, section 3) needs a vision transformer with softmax attention and a class
-token: the attention weights of all blocks, averaged over the heads and mixed half and half with the identity for the
-residual branch, are multiplied, and a patch counts by how much of it reaches the class token.
+``rollout`` (Abnar & Zuidema, arXiv 2005.00928, section 3) needs a vision transformer with a class token whose layers
+return their attention weights: the weights of all blocks, averaged over the heads, plus the identity for the residual
+branch, with rows divided by their sums, are multiplied, and a patch counts by how much of it reaches the class token.
 
 ``regions`` and ``agents`` show what two mechanisms read, whatever the class: the share of regions that read each
 region, in the last block that leaves some out (BiFormer, arXiv 2303.08810); and what each agent gathers, one map per
@@ -19,20 +19,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from regard.apply import apply
+from regard.compression.tokens.hosts import attention_of
 from regard.compression.tokens.reducers import DROPPED
-from regard.compression.tokens.reduction import blocks_of
 from regard.contract import Call, Context, Mechanism, Pattern, Result, Role, Unsupported, an_instance, at_least, closest
 from regard.layers.attention import AttentionLayer
 from regard.mechanisms.agent.forms import gathering_weights
 from regard.mechanisms.bilevel_routing import Tiles, read_regions
 from regard.models.image_model import ImageModel
+from regard.models.vision.patch_tokens import context_of
 from regard.models.vision.vit import VisionTransformer
 from regard.tasks.images import SHOWN
 
@@ -86,16 +86,39 @@ def rollout(model: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float
     """How much of each patch reaches the class token; the sum of each map is below 1.
 
     Raises:
-        Unsupported: for attention other than softmax, and without a class token.
+        Unsupported: for layers without attention weights, and without a class token.
     """
-    blocks, before = blocks_of(model)
-    x = model.embed(model.check_images(images))
-    flow = torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)
-    for block in blocks:
-        result = block(x, context=Context(want=frozenset({"weights"})))
-        flow = (result.extras["weights"].float().mean(1) + torch.eye(x.shape[1], device=x.device)) / 2 @ flow
+    reason = _why_not_rolled_out(model)
+    if reason:
+        raise Unsupported(
+            f"rollout of {an_instance(model)} {reason}",
+            supported="vision transformers with a class token whose layers return attention weights",
+            nearest="occlusion",
+        )
+    images = model.check_images(images)
+    grid, before = model.embedding.grid(*images.shape[2:]), model.config.class_tokens
+    x = model.embed(images)
+    context = context_of(grid, before, x).replace(want=frozenset({"weights"}))
+    same = torch.eye(x.shape[1], device=x.device)
+    flow = same.expand(len(x), -1, -1)
+    for block in model.blocks:
+        result = block(x, context=context)
+        mixed = result.extras["weights"].float().mean(1) + same
+        flow = mixed / mixed.sum(-1, keepdim=True) @ flow
         x = result.output
-    return flow[:, 0, before:].unflatten(1, model.config.grid)
+    return flow[:, 0, before:].unflatten(1, grid)
+
+
+def _why_not_rolled_out(model: VisionTransformer) -> str:
+    """Why a model has no rollout, in words that follow its name; empty if it has one."""
+    if not model.config.class_tokens:
+        return "without a class token"
+    for number, block in enumerate(model.blocks):
+        layer = attention_of(block)  # type: ignore[arg-type]
+        if layer is None or "weights" not in layer.card.honours:
+            card = getattr(layer or block.mixer, "card", None)
+            return f"whose block {number} ({'no mixer' if card is None else card.name}) has no attention weights"
+    return ""
 
 
 @torch.no_grad()
@@ -189,19 +212,18 @@ def explain(
 
 
 def _rolls_out(model: nn.Module) -> bool:
-    if not isinstance(model, ImageModel) or not isinstance(model.backbone, VisionTransformer):
-        return False
-    with suppress(Unsupported):
-        blocks_of(model.backbone)
-        return True
-    return False
+    return (
+        isinstance(model, ImageModel)
+        and isinstance(model.backbone, VisionTransformer)
+        and not _why_not_rolled_out(model.backbone)
+    )
 
 
 def _without(method: str | None, model: nn.Module) -> Unsupported:
     shown = model.backbone if isinstance(model, ImageModel) else model
     return Unsupported(
         f"method={method!r} of {an_instance(shown)}",
-        supported="occlusion, of any model; rollout, of vision transformers with softmax attention; regions, of models that "
+        supported="occlusion, of any model; rollout, of vision transformers whose layers return attention weights; regions, of models that "
         "route (BiFormer); agents, of models with agent attention on a grid",
         nearest="occlusion",
     )

@@ -53,11 +53,58 @@ def test_rollout_is_the_product_of_half_the_weights_and_half_the_identity() -> N
     close(rollout(model, images).double(), product[:, 0, 1:].unflatten(1, (4, 4)), 1e-6)
 
 
+ROUTED = ("mixture_of_heads", {"shared_heads": 1, "active_heads": 2})
+KINDS: dict[str, dict[str, Any]] = {
+    "a mixture of heads": {"plan": [ROUTED, "softmax"], "num_heads": 4},
+    "rotary": {"positions": "rotary"},
+    "sigmoid, whose weights have no sum of 1": {"plan": "sigmoid"},
+    "distillation": {"distillation_token": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rollout_follows_the_weights_of_any_block_that_has_them(kind: str) -> None:
+    model = VisionTransformer(VisionTransformerConfig(**SMALL | KINDS[kind])).double().eval()
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    x, before = model.embed(images), model.config.class_tokens
+    reached = torch.nn.functional.one_hot(torch.zeros(1, dtype=torch.long), x.shape[1]).double()
+    rows = []
+    with torch.no_grad():
+        for block in model.blocks:
+            result = block(x, context=Context(want=frozenset({"weights"})))
+            weights = result.extras["weights"].mean(1) + torch.eye(x.shape[1], dtype=torch.float64)
+            rows.append(weights / weights.sum(-1, keepdim=True))
+            x = result.output
+    for weights in reversed(rows):
+        reached = (reached[:, None] @ weights)[:, 0]
+    found = rollout(model, images)
+    close(found.double(), reached[:, before:].unflatten(1, (4, 4)), 1e-6)
+    assert found.sum() < 1 and found.min() > 0
+
+
+def test_models_without_weights_or_a_class_token_are_refused_in_words_of_rollout() -> None:
+    images = torch.randn(1, 3, 32, 32)
+    for words, changed in (
+        (
+            r"rollout of a VisionTransformer whose block 1 \(linear\) has no attention weights",
+            {"plan": ["softmax", "linear"]},
+        ),
+        ("rollout of a VisionTransformer without a class token", {"pool": "mean"}),
+    ):
+        refused(words, rollout, VisionTransformer(VisionTransformerConfig(**SMALL | changed)), images)
+
+
 def test_the_method_is_the_models_and_others_are_refused() -> None:
     inputs = torch.randn(16, 48)
     transformer = ImageModel(ImageModelConfig("vit_nano", 3, (4, 4), 4)).eval()
     method, weight = explain(transformer, inputs, (4, 4), 0)
     assert method == "rollout" and weight.shape == (4, 4)
+    options: dict[str, Any] = {"plan": [("mixture_of_heads", {})] * 6}
+    routed = ImageModel(ImageModelConfig("vit_nano", 3, (4, 4), 4, options=options)).eval()
+    assert explain(routed, inputs, (4, 4), 0)[0] == "rollout"
+    linear = ImageModel(ImageModelConfig("vit_nano", 3, (4, 4), 4, options={"plan": ["linear"] * 6})).eval()
+    assert explain(linear, inputs, (4, 4), 0)[0] == "occlusion"
+    refused("no attention weights", explain, linear, inputs, (4, 4), 0, "rollout")
     pyramid = ImageModel(ImageModelConfig("van_nano", 3, (4, 4), 4, options={"widths": (8, 8, 8)})).eval()
     method, weight = explain(pyramid, inputs, (4, 4), 0)
     assert method == "occlusion" and weight.isfinite().all()
