@@ -58,12 +58,7 @@ def test_outputs_of_the_released_code() -> None:
     model = (
         InterpretedTransformer(VisionTransformer(VisionTransformerConfig(**SMALL)), groups=[1, 1, 1]).double().eval()
     )
-    backbone = {name: value for name, value in state.items() if not name.startswith("groups.")}
-    model.model.load_released(backbone)
-    for number, interpreter in enumerate(model.interpreters):
-        weight, bias = (state[f"groups.{number}.agent.qk.{name}"] for name in ("weight", "bias"))
-        for part, linear in enumerate((interpreter.query, interpreter.key)):
-            linear.weight.data, linear.bias.data = weight.chunk(3)[part].clone(), bias.chunk(3)[part].clone()
+    model.load_released(state)
     given = recording["images"].double()
     logits, decisions = model.forward_masked(given)
     for number, decision in enumerate(decisions):
@@ -72,6 +67,43 @@ def test_outputs_of_the_released_code() -> None:
     close(logits, recording["output"])
     close(model.usage(decisions), recording["usage"])
     close(model(given), recording["output"])
+
+
+def repeated(state: dict[str, Tensor], sizes: list[int]) -> dict[str, Tensor]:
+    """A whole state dict of the official code, which has each block once more inside its group."""
+    groups = [group for group, size in enumerate(sizes) for _ in range(size)]
+    firsts = [sum(sizes[:group]) for group in groups]
+    whole = dict(state)
+    for name, value in state.items():
+        if name.startswith("blocks."):
+            _, number, part = name.split(".", 2)
+            group = groups[int(number)]
+            whole[f"groups.{group}.block_list.{int(number) - firsts[int(number)]}.{part}"] = value
+    return whole
+
+
+def test_released_weights_fit_whole_or_not_at_all() -> None:
+    state = recorded_state("vision_ia_red2")
+    for sizes in ([1, 1, 1], [2, 1]):
+        model = interpreted(groups=sizes)
+        own = {name: value for name, value in state.items() if len(sizes) == 3 or not name.startswith("groups.2")}
+        model.load_released({"model": repeated(own, sizes)})
+        weight = model.state_dict()["interpreters.1.key.weight"]
+        assert torch.equal(weight, state["groups.1.agent.qk.weight"].chunk(3)[1])
+    model = interpreted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    qk = state["groups.1.agent.qk.weight"]
+    for words, changed in (
+        ("36 rows: queries, keys and an unused", state | {"groups.1.agent.qk.weight": qk[:24]}),
+        (r"interpreters with None for 2.key.bias", {n: v for n, v in state.items() if n != "groups.2.agent.qk.bias"}),
+        ("with groups.1.agent.norm.weight", state | {"groups.1.agent.norm.weight": qk[0]}),
+        ("interpreters with .* for 3.key.weight", state | {"groups.3.agent.qk.weight": qk}),
+        (r"groups of \[1, 1, 1\]", repeated(state, [2, 1])),
+        ("without norm.weight", {n: v for n, v in state.items() if n != "norm.weight"}),
+    ):
+        refused(words, model.load_released, changed)
+    refused("0.policy", interpreted(query="policy").load_released, state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("query", ["class", "policy"])

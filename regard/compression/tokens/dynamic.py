@@ -36,14 +36,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.compression.tokens.hosts import Host
 from regard.compression.tokens.phases import Batches, Phase, run_phases
 from regard.compression.tokens.schedules import quarters
+from regard.compression.tokens.trained import ChoosingTransformer
 from regard.contract import Unsupported
 from regard.core.precision import wide
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.vision.released import weights_of
 from regard.models.vision.vit import VisionTransformer
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ class Pruned:
     decisions: list[Float[Tensor, "b n"]]
 
 
-class DynamicTransformer(nn.Module):
+class DynamicTransformer(ChoosingTransformer):
     """A vision transformer with a predictor before some of its blocks.
 
     Args:
@@ -116,19 +115,20 @@ class DynamicTransformer(nn.Module):
         Unsupported: for other models, and for invalid shares and blocks.
     """
 
+    choosers = "predictors"
+
     def __init__(
         self, model: VisionTransformer, keep: float | Sequence[float] = 0.7, blocks: Sequence[int] | None = None
     ) -> None:
-        super().__init__()
-        host = Host(model)
-        host.check_softmax()
-        depth = len(host.blocks)
+        super().__init__(model)
+        self.host.check_softmax()
+        depth = len(self.host.blocks)
         stages = quarters(depth) if blocks is None else sorted(set(blocks))
         if not stages or not all(0 <= stage < depth for stage in stages):
             raise Unsupported(f"blocks={blocks} of a model with {depth}", supported=f"0 to {depth - 1}")
-        self.model, self.host, self.stages = model, host, stages
+        self.stages = stages
         self.shares = keep
-        self.predictors = nn.ModuleList(KeepPredictor(host.width) for _ in stages)
+        self.predictors = nn.ModuleList(KeepPredictor(self.host.width) for _ in stages)
 
     @property
     def shares(self) -> list[float]:
@@ -205,31 +205,17 @@ class DynamicTransformer(nn.Module):
         features = self.host.norm(x)
         return Pruned(self.host.logits(features), features[:, before:], decisions)
 
-    def load_released(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load weights of the official repository's `VisionTransformerDiffPruning`, all of them and nothing else.
-
-        Raises:
-            Unsupported: if names or shapes do not fit; nothing is changed then.
-        """
-        found, backbone = {}, {}
-        for name, value in weights_of(checkpoint).items():
+    def translate(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights of the official code's `VisionTransformerDiffPruning`."""
+        found, backbone = dict[str, Tensor](), dict[str, Tensor]()
+        for name, value in weights.items():
             if not name.startswith("score_predictor."):
                 backbone[name] = value
                 continue
             _, stage, part = name.split(".", 2)
             layer, _, kind = part.rpartition(".")
             found[f"{stage}.{RELEASED.get(layer, layer)}.{kind}"] = value
-        own = {name: tuple(value.shape) for name, value in self.predictors.state_dict().items()}
-        given = {name: tuple(value.shape) for name, value in found.items()}
-        wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
-        if wrong:
-            name = wrong[0]
-            raise Unsupported(
-                f"weights of predictors with {given.get(name)} for {name}, which is {own.get(name)} here",
-                supported="the weights of a model of the same width and number of stages",
-            )
-        self.model.load_released(backbone)
-        self.predictors.load_state_dict(found)
+        return backbone, found
 
 
 def draw(log_probabilities: Float[Tensor, "b n 2"], generator: torch.Generator | None = None) -> Float[Tensor, "b n"]:
@@ -342,7 +328,7 @@ def train_dynamic(
     Raises:
         Unsupported: for a checkpoint of another run, and a loss that is not finite.
     """
-    teacher = copy.deepcopy(model.model).eval().requires_grad_(False)
+    teacher: Any = copy.deepcopy(model.model).eval().requires_grad_(False)
 
     def loss(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():

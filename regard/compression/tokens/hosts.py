@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,6 +91,10 @@ class Host:
         """The modules after the blocks."""
         parts = (self.model.norm, self.model.head, self.model.distillation_head)
         return [part for part in parts if part is not None]
+
+    def load_released(self, weights: Mapping[str, Tensor]) -> None:
+        """Load weights with the names of the official repositories; raises Unsupported if they do not fit."""
+        self.model.load_released(weights)
 
     def grid(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
         """Rows and columns of an image's patches."""

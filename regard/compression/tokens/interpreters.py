@@ -30,7 +30,8 @@ them row by row.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.compression.tokens.hosts import Host
 from regard.compression.tokens.phases import Batches, Phase, run_phases
+from regard.compression.tokens.trained import ChoosingTransformer
 from regard.contract import Unsupported, at_least, one_of
 from regard.core.precision import wide
 from regard.layers.linear import make_linear
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 QUERIES = ("class", "policy")
+RELEASED = re.compile(r"groups\.(?P<group>\d+)\.(?:agent\.qk|block_list\.(?P<number>\d+))\.(?P<part>.+)")
+"""Names of the official code inside a group: its interpreter's projection, and copies of its blocks."""
 SURE = 1e-6
 """Distance from 0 and 1 at which probabilities are clamped before the logarithm."""
 
@@ -115,7 +118,7 @@ class Decision:
         return torch.where(self.alive, each, 0)[:, self.protected :].sum(1)
 
 
-class InterpretedTransformer(nn.Module):
+class InterpretedTransformer(ChoosingTransformer):
     """A vision transformer with an interpreter before each group of its blocks.
 
     Args:
@@ -128,12 +131,13 @@ class InterpretedTransformer(nn.Module):
         Unsupported: for other models, and for groups that do not match the blocks.
     """
 
+    choosers = "interpreters"
+
     def __init__(
         self, model: VisionTransformer, groups: int | Sequence[int] = 3, *, query: str = "class", threshold: float = 0.5
     ) -> None:
-        super().__init__()
-        host = Host(model)
-        depth = len(host.blocks)
+        super().__init__(model)
+        depth = len(self.host.blocks)
         if isinstance(groups, int):
             at_least("groups", groups, 1)
             sizes = [depth // groups] * groups
@@ -143,8 +147,8 @@ class InterpretedTransformer(nn.Module):
             raise Unsupported(
                 f"groups={groups} of {depth} blocks", supported=f"sizes that add up to {depth}, or a divisor"
             )
-        self.model, self.host, self.sizes, self.threshold = model, host, sizes, threshold
-        self.interpreters = nn.ModuleList(Interpreter(host.width, host.heads, query) for _ in sizes)
+        self.sizes, self.threshold = sizes, threshold
+        self.interpreters = nn.ModuleList(Interpreter(self.host.width, self.host.heads, query) for _ in sizes)
 
     @property
     def benefits(self) -> list[float]:
@@ -235,6 +239,38 @@ class InterpretedTransformer(nn.Module):
         made += made[-1:] * (len(self.sizes) - len(made))
         saved = [(1 - each.share) * size / sum(self.sizes) for each, size in zip(made, self.sizes, strict=True)]
         return 1 - torch.stack(saved).sum(0)
+
+    def translate(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights of the official code's `PerBlock_VisionTransformer`, with a query of the class token.
+
+        Its interpreters project to queries, keys and a third part that is never used, which is left out here. A whole
+        state dict repeats each block inside its group; these copies, if there are any, must equal the blocks. The number
+        of an interpreter's heads, 6 in that code, is in no checkpoint: here it is the model's.
+        """
+        backbone = {name: value for name, value in weights.items() if not name.startswith("groups.")}
+        found = dict[str, Tensor]()
+        for name, value in weights.items():
+            if name in backbone:
+                continue
+            matched = RELEASED.match(name)
+            if matched is None:
+                raise Unsupported(f"weights with {name}", supported="weights of PerBlock_VisionTransformer")
+            group, number, part = int(matched["group"]), matched["number"], matched["part"]
+            if number is None:
+                if len(value) != 3 * self.host.width:
+                    raise Unsupported(
+                        f"weights with {name} of {tuple(value.shape)}",
+                        supported=f"{3 * self.host.width} rows: queries, keys and an unused third part",
+                    )
+                found[f"{group}.query.{part}"], found[f"{group}.key.{part}"], _ = value.chunk(3)
+                continue
+            original = backbone.get(f"blocks.{sum(self.sizes[:group]) + int(number)}.{part}")
+            if original is None or not torch.equal(original, value):
+                raise Unsupported(
+                    f"weights with {name} other than those of its block in groups of {self.sizes}",
+                    supported="groups of the sizes that the weights were trained with",
+                )
+        return backbone, found
 
     @staticmethod
     def _all_of(x: Float[Tensor, "b n c"]) -> tuple[Bool[Tensor, "b n"], Int[Tensor, "b n"]]:
