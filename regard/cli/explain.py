@@ -40,8 +40,8 @@ def explain(
     Occlusion hides parts of the image and measures how much less likely the class becomes. Rollout follows the
     attention weights from the class token back to the patches. Regions shows how many regions read each region in the
     last routing block, and agents shows what each agent gathers, one map per agent; these two show what the model
-    reads, whatever the class. With --reduce, the drawing shows the remaining tokens: merged patches share a colour, and
-    dropped ones are dark.
+    reads, whatever the class. With --reduce, and for a model that runs with fewer tokens itself, the drawing shows the
+    remaining tokens: merged patches share a colour, and dropped ones are dark.
 
     Examples:
 
@@ -52,6 +52,7 @@ def explain(
     """
     import torch
 
+    from regard.compression.tokens.applied import at_work_in
     from regard.contract import Context
     from regard.core.files import write_atomically
     from regard.tasks.segmentation import MaskReader
@@ -60,7 +61,7 @@ def explain(
     from regard.workbench.trained import explain as maps
     from regard.workbench.trained.folder import open_trained
     from regard.workbench.trained.reading import readable
-    from regard.workbench.trained.reduced import reduced
+    from regard.workbench.trained.reduced import patches_in, reduced
     from regard.workbench.trained.segment import check_output, place_of
 
     trained = open_trained(folder)
@@ -74,7 +75,7 @@ def explain(
     if reduce is not None and method is not None:
         raise Unsupported(f"--method {method} with --reduce", supported="one of the two")
     fewer = None if reduce is None else reduced(model, reduce)
-    model = model if fewer is None else fewer.model
+    model, at_work = (model, at_work_in(model)) if fewer is None else (fewer.model, fewer.reduction)
     if of is not None and of not in reader.classes:
         raise Unsupported(
             f"class {of!r}", supported=", ".join(reader.classes[:20]), nearest=closest(of, reader.classes)
@@ -89,12 +90,12 @@ def explain(
             logits = model(inputs[None], context=Context(grid=reader.grid)).output[0]
         label = int(logits.argmax()) if of is None else reader.classes.index(of)
         picture = reader.picture(path)
-        if fewer is None:
+        if at_work is None or method is not None:
             used, weight = maps.explain(model, inputs, reader.grid, label, method)
             drawn = maps.draw(picture, weight, smooth=used != "regions")
         else:
-            used = f"{reduce}, {fewer.reduction.counts[-1]} tokens left"
-            drawn = maps.draw_tokens(picture, fewer.patches()[0])
+            used = f"{reduce or at_work.method}, {int((at_work.tokens.sizes[0] > 0).sum())} tokens left"
+            drawn = maps.draw_tokens(picture, patches_in(model, at_work.tokens)[0])
         place = place_of(output, path, taken, PICTURES)
         write_atomically(place, functools.partial(drawn.save, format="PNG"))
         told.append(

@@ -5,7 +5,8 @@
     config.json           the model's config, as its library writes it; for a transformers model with codes also what
                           from_pretrained needs, if :mod:`regard.integrations.transformers` was imported
     compression.json      the record: the kind of model, which layers are quantized and how, the sizes of pruned layers
-                          that the config cannot express, how tokens are dropped, and the report
+                          that the config cannot express, how tokens are dropped, and the report (None where a model
+                          was not compressed, but has learned which tokens to drop)
     model.onnx, model.pt2 an exported program of the model, if the recipe exports
 
 A model of regard can also be loaded by :func:`regard.models.from_pretrained`, since its ``config.json`` says what is
@@ -21,6 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +31,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 from regard.compression.layers import comes_from_transformers
-from regard.compression.programs import remove_programs
+from regard.compression.programs import Program, remove_programs
 from regard.compression.pruning.records import restore, structure
-from regard.compression.tokens.applied import all_tokens, put_on, tokens_record
+from regard.compression.tokens.applied import TRAINED, add_choosers, all_tokens, put_on, tokens_record
+from regard.compression.tokens.trained import ChoosingTransformer
 from regard.contract import Unsupported, an_instance
 from regard.core.files import write_atomically, write_text_atomically
 from regard.integrations.conv1d import conv1d_as_linear
 from regard.integrations.timm_places import is_of_timm, timm_folders
 from regard.layers.quantized import quantized_record, restore_layers
 from regard.models import save_pretrained
-from regard.models.pretrained import CONFIG, read_pretrained
+from regard.models.image_model import ImageModel, ImageModelConfig
+from regard.models.pretrained import CONFIG, TOKENS, read_pretrained
 from regard.models.registry import MODELS
+from regard.models.vision.vit import VisionTransformer
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors
 from regard.version import VERSION
 
@@ -58,6 +63,7 @@ BESIDE = ("training.json", "tokenizer.json")
 
 def library_of(model: nn.Module) -> str:
     """The library that a model comes from: ``regard``, ``transformers``, ``timm`` or ``other``."""
+    model = _inside(model)
     name = type(model).__name__
     if name in MODELS and type(model) is MODELS[name][0]:
         return "regard"
@@ -76,16 +82,36 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
     Raises:
         Unsupported: if the model cannot be written.
     """
-    model, place = compressed.model, Path(folder)
-    library = library_of(model)
+    _write(compressed.model, Path(folder), compressed.report.as_dict(), tokenizer, compressed.program)
+
+
+def save_choosing(model: ChoosingTransformer, folder: str | os.PathLike[str]) -> None:
+    """Write a vision transformer that has learned which patches to keep; see :meth:`ChoosingTransformer.save`."""
+    whole: nn.Module = model
+    if isinstance(model.model, VisionTransformer):
+        config = model.model.config
+        task = {"image_size", "channels", "num_classes"}
+        options = {name: value for name, value in asdict(config).items() if name not in task}
+        with torch.device("meta"):
+            whole = ImageModel(
+                ImageModelConfig("vit_t", model.num_classes, config.grid, config.patch, config.channels, options)
+            )
+        whole.backbone = model
+    _write(whole, Path(folder), None)
+
+
+def _write(
+    model: nn.Module, place: Path, report: dict[str, Any] | None, tokenizer: Any = None, program: Program | None = None
+) -> None:
+    library, inside = library_of(model), _inside(model)
     record = {
         "regard": VERSION,
         "library": library,
-        "architecture": _architecture(model, library),
-        "structure": structure(model),
+        "architecture": _architecture(inside, library),
+        "structure": structure(inside),
         "quantized": quantized_record(model),
         "tokens": tokens_record(model),
-        "report": compressed.report.as_dict(),
+        "report": report,
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     for name in (RECORD, WEIGHTS, OWN_WEIGHTS):
@@ -105,19 +131,31 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
                 codes = {} if record["structure"] else record["quantized"]
                 _write_transformers(model, tokenizer, place, codes)
             elif "options" in record["architecture"]:
-                timm_folders().write_config(model, place, None if plain else OWN_TIMM)
-    if compressed.program is not None:
-        compressed.program.save(place)
+                timm_folders().write_config(inside, place, None if plain else OWN_TIMM)
+    if program is not None:
+        program.save(place)
     write_text_atomically(place / RECORD, text)
 
 
 def loads_elsewhere(record: Mapping[str, Any]) -> bool:
     """Return whether the model's own library can load it from its folder, by the record of :func:`read_record`."""
-    return record["library"] != "other" and not record["quantized"] and not record.get("structure")
+    own = record["quantized"] or record.get("structure") or _chooses(record.get("tokens"))
+    return record["library"] != "other" and not own
+
+
+def _chooses(tokens: Mapping[str, Any] | None) -> bool:
+    """Return whether a record of tokens is of a method with small networks of its own."""
+    return tokens is not None and tokens.get("method") in TRAINED
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model of a library inside one that chooses its patches; other models as they are."""
+    return model.model if isinstance(model, ChoosingTransformer) else model
 
 
 def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.Module:
-    """Load the model that :func:`save_compressed` wrote, in evaluation mode.
+    """Load the model that :func:`save_compressed` wrote, or one with fewer tokens of
+    :func:`regard.models.save_pretrained`, in evaluation mode.
 
     Args:
         into: a floating-point model of the same architecture, which becomes the compressed one; built from the folder
@@ -127,6 +165,8 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
         Unsupported: for an incomplete folder, or files of different saves.
     """
     place = Path(folder)
+    if into is None and not is_compressed(place) and _is_of_choosing(place):
+        return load_own(place)
     record = read_record(place)
     if record["library"] == "regard" and into is None:
         return load_own(place)
@@ -140,6 +180,7 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
     with conv1d_as_linear(model):
         if record.get("structure"):
             restore(model, record["structure"], source=str(place / RECORD))
+        model = add_choosers(model, record.get("tokens"), source=str(place / RECORD))
         restore_layers(model, record["quantized"], source=str(place / RECORD))
     load_tensors(model, tensors, source=str(weights))
     if record["library"] == "transformers":
@@ -149,14 +190,26 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
     return _with_tokens(model.eval(), record.get("tokens"), place / RECORD)
 
 
+def _is_of_choosing(place: Path) -> bool:
+    """Return whether a folder of :func:`regard.models.save_pretrained` has a model with small networks of its own."""
+    try:
+        return _chooses(json.loads((place / CONFIG).read_text(encoding="utf-8")).get(TOKENS))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def load_own(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> nn.Module:
     """Load a model of regard, compressed or not, in evaluation mode; see :func:`regard.models.from_pretrained`."""
-    model, tokens = read_pretrained(folder, device=device)
-    return _with_tokens(model, tokens, Path(folder) / CONFIG)
+    source = Path(folder) / CONFIG
+
+    def prepare(model: nn.Module, tokens: Mapping[str, Any] | None) -> None:
+        add_choosers(model, tokens, source=str(source))
+
+    return _with_tokens(*read_pretrained(folder, prepare, device=device), source)
 
 
 def _with_tokens(model: nn.Module, record: dict[str, Any] | None, source: Path) -> nn.Module:
-    if record is not None:
+    if record is not None and not _chooses(record):
         put_on(model, record, source=str(source))
     return model
 

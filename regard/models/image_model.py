@@ -128,7 +128,7 @@ class ImageModel(nn.Module):
         self.config = config
         backbone, inner = config.read()
         with _named(config.backbone):
-            self.backbone = backbone(inner)
+            self.backbone: Any = backbone(inner)  # or a module around it that leaves out tokens
             if isinstance(self.backbone, Backbone):  # a segmenter's config has checked it
                 self.backbone.check_size(*config.image_size)
 
@@ -146,6 +146,12 @@ class ImageModel(nn.Module):
             Unsupported: for padding, and inputs of another shape.
         """
         return self.backbone.forward_with_losses(self.images(inputs, self.grid_of(context)))
+
+    @property
+    def tokens_record(self) -> dict[str, Any] | None:
+        """How the backbone leaves out tokens, if it has learned to (:mod:`regard.compression.tokens.trained`); else
+        None."""
+        return getattr(self.backbone, "tokens_record", None)
 
     def grid_of(self, context: Context | None) -> tuple[int, ...] | None:
         """Return the grid of a call's context, if given; raises Unsupported for padding and roles."""

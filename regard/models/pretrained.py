@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,17 @@ def save_pretrained(
     """Save a model of :mod:`regard.models`, quantized or not; tied weights are stored once.
 
     Args:
-        tokens: how the model runs with fewer tokens; read by :func:`regard.compression.load_compressed`.
+        tokens: how the model runs with fewer tokens, by default the model's own record; read by
+            :func:`regard.compression.load_compressed`.
 
     Raises:
         Unsupported: for another model, or a config with options that JSON cannot hold.
     """
     name = type(model).__name__
     if name not in MODELS or type(model) is not MODELS[name][0]:
-        raise Unsupported(f"saving a {name}", supported=", ".join(MODELS))
+        alone = hasattr(model, "tokens_record")
+        raise Unsupported(f"saving a {name}", supported=", ".join(MODELS), nearest="its save(folder)" if alone else "")
+    tokens = getattr(model, "tokens_record", None) if tokens is None else tokens
     try:
         config = json.dumps(asdict(model.config), indent=2)  # type: ignore[call-overload]
     except TypeError as error:
@@ -72,20 +75,28 @@ def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | st
         Unsupported: if files are missing, do not belong together, or hold an unknown model or options; for a folder of
             transformers or timm, with the call that loads it; and for a model that runs with fewer tokens.
     """
-    model, tokens = read_pretrained(folder, device=device)
-    if tokens is not None:
-        raise Unsupported(
-            f"{folder}, whose model runs with fewer tokens ({tokens.get('method')})",
-            supported="models with all tokens",
-            nearest="regard.compression.load_compressed(folder)",
-        )
-    return model
+
+    def check(_: nn.Module, tokens: Mapping[str, Any] | None) -> None:
+        if tokens is not None:
+            raise Unsupported(
+                f"{folder}, whose model runs with fewer tokens ({tokens.get('method')})",
+                supported="models with all tokens",
+                nearest="regard.compression.load_compressed(folder)",
+            )
+
+    return read_pretrained(folder, check, device=device)[0]
 
 
 def read_pretrained(
-    folder: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+    folder: str | os.PathLike[str],
+    prepare: Callable[[nn.Module, Mapping[str, Any] | None], None],
+    *,
+    device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, dict[str, Any] | None]:
-    """Like :func:`from_pretrained`, but also return how the model is to run with fewer tokens; None for all tokens."""
+    """Like :func:`from_pretrained`, but also return how the model is to run with fewer tokens; None for all tokens.
+
+    `prepare` is called with the model and that record before the weights are read, to add modules that belong to it.
+    """
     place = Path(folder)
     for file in (CONFIG, WEIGHTS):
         if not (place / file).is_file():
@@ -113,6 +124,7 @@ def read_pretrained(
         # Built on its device; the initial values are overwritten.
         with wanted, torch.random.fork_rng(devices=[]):
             model = model_class(config_class(**record["config"]))
+            prepare(model, record.get(TOKENS))
     except Unsupported:
         raise
     except Exception as error:  # JSON can give an option any value, so a model may raise any error

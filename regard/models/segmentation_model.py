@@ -114,7 +114,7 @@ class SegmentationModel(ImageModel):
         images = self.images(inputs, grid)
         if not (self.training and getattr(self.backbone.config, "deep_supervision", False)):
             return Result(cut(self.backbone(images), patch))
-        finest, *coarser = self.backbone.forward_levels(images)  # type: ignore[operator]  # networks with the option have it
+        finest, *coarser = self.backbone.forward_levels(images)
         _, *weights = level_weights(1 + len(coarser))
         levels = [
             Level(logits.flatten(2).mT, _targets_of(logits.shape[2:], grid, patch, logits.device), weight)

@@ -14,7 +14,8 @@ one: the last block outputs it in the place of each. Tokens are merged or droppe
 attention, by adding log(size) to the scores of its key (`proportional`).
 
 Trained methods: :mod:`regard.compression.tokens.dynamic` (DynamicViT) and :mod:`regard.compression.tokens.interpreters`
-(IA-RED²), around this project's VisionTransformer. Text encoders of transformers: :mod:`regard.compression.tokens.text`
+(IA-RED²), around vision transformers of this project and of timm whose head reads a class token;
+:mod:`regard.compression.tokens.trained` says how they are saved. Text encoders of transformers: :mod:`regard.compression.tokens.text`
 (PoWER-BERT, Learned Token Pruning). Image tokens passed to a language model: :mod:`regard.compression.tokens.prumerge`
 (PruMerge), and inside the language model :mod:`regard.compression.tokens.fastv` (FastV). Merging for diffusion, where
 every token comes back: :mod:`regard.compression.tokens.grids`.

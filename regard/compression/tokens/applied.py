@@ -1,11 +1,13 @@
 """Fewer tokens, or a cheaper cache of all of them, as a property of a model: set by a recipe, saved with its weights, and
 set again on loading.
 
-A record is ``{"method": name, "options": {...}}`` with values that no longer depend on data.
+A record is ``{"method": name, "options": {...}}`` with values that no longer depend on data. Methods of `TRAINED` have
+small networks of their own, whose weights are among the model's (:func:`add_choosers`).
 
 | model | methods | what is removed |
 |---|---|---|
 | vision transformers with a class token, of regard and timm | :data:`regard.compression.steps.IMAGES` | patches after blocks |
+| the same | `TRAINED` | patches before blocks, as small trained networks choose |
 | encoders of transformers with layers like BERT's | `TEXTS` | tokens after layers |
 | causal language models of regard and transformers | `CACHES` | tokens of a prompt from the cache, before the next token is written; with ``quest`` tokens that a new one reads; with ``int8`` bits |
 """
@@ -26,15 +28,20 @@ from regard.compression.sparse import METHODS as SPARSE
 from regard.compression.sparse import at_compression, sparsely, sparsify
 from regard.compression.sparse.catalogue import make
 from regard.compression.steps import CACHES, IMAGES, KEEP, TEXTS, FewerTokens
-from regard.compression.tokens.hosts import HOSTS
-from regard.compression.tokens.reduction import Reduction, blocks_of, reduce_tokens
+from regard.compression.tokens.dynamic import DynamicTransformer
+from regard.compression.tokens.interpreters import InterpretedTransformer
+from regard.compression.tokens.reduction import HOSTS, Reduction, blocks_of, reduce_tokens
 from regard.compression.tokens.text import PrunedTokens, layers_of
+from regard.compression.tokens.trained import ChoosingTransformer
 from regard.contract import Context, Result, Unsupported, an_instance
 from regard.models import LanguageModel
 from regard.models.image_model import ImageModel
 
 ATTRIBUTE = "_regard_tokens"
 KINDS = {"image": IMAGES, "text": TEXTS, "cache": CACHES}
+TRAINED: dict[str, type[ChoosingTransformer]] = {
+    kind.method: kind for kind in (DynamicTransformer, InterpretedTransformer)
+}
 KNOWN = (
     "vision transformers with a class token (of regard and timm), encoders of transformers with layers as BERT's, causal "
     "language models of regard and transformers"
@@ -149,6 +156,34 @@ def put_on(model: nn.Module, record: Mapping[str, Any], *, source: str = "a reco
     return applied
 
 
+def add_choosers(model: nn.Module, record: Mapping[str, Any] | None, *, source: str = "a record") -> nn.Module:
+    """The model with the small networks of a method of `TRAINED`, untrained: an ImageModel with another backbone, or the
+    new module around a model of timm. For other records, the model as it is.
+
+    Raises:
+        Unsupported: for an invalid record, and a model of another kind.
+    """
+    kind = None if record is None else TRAINED.get(str(record.get("method")))
+    if record is None or kind is None:
+        return model
+    try:
+        choosing = kind(_backbone(model), **record["options"])
+    except (KeyError, TypeError) as error:
+        raise Unsupported(f"{source}, in which tokens are {dict(record)!r}", supported="a saved record") from error
+    if not isinstance(model, ImageModel):
+        return choosing
+    model.backbone = choosing
+    return model
+
+
+def at_work_in(model: nn.Module) -> Reduction | ChoosingTransformer | None:
+    """What leaves out patches in an image model, with the `tokens` of its last call; None if all tokens stay."""
+    backbone, applied = _backbone(model), getattr(model, ATTRIBUTE, None)
+    if isinstance(backbone, ChoosingTransformer):
+        return backbone
+    return applied.at_work if applied is not None and isinstance(applied.at_work, Reduction) else None
+
+
 def take_off(model: nn.Module) -> None:
     """Let the model keep all tokens again."""
     applied = getattr(model, ATTRIBUTE, None)
@@ -160,19 +195,19 @@ def take_off(model: nn.Module) -> None:
 def tokens_record(model: nn.Module) -> dict[str, Any] | None:
     """The record of the active method of a model; None if all tokens stay."""
     applied = getattr(model, ATTRIBUTE, None)
-    return None if applied is None else applied.record
+    return getattr(model, "tokens_record", None) if applied is None else applied.record
 
 
 @contextmanager
 def all_tokens(model: nn.Module) -> Iterator[None]:
-    """Let a model keep all its tokens within the context."""
-    record = tokens_record(model)
+    """Let a model keep all its tokens within the context, unless it has learned which to keep."""
+    applied = getattr(model, ATTRIBUTE, None)
     take_off(model)
     try:
         yield
     finally:
-        if record is not None:
-            put_on(model, record)
+        if applied is not None:
+            put_on(model, applied.record)
 
 
 @torch.no_grad()

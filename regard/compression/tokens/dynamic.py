@@ -43,7 +43,6 @@ from regard.contract import Unsupported
 from regard.core.precision import wide
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.vision.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -105,7 +104,8 @@ class DynamicTransformer(ChoosingTransformer):
 
     Args:
         model: :class:`regard.models.vision.vit.VisionTransformer` with a class token and softmax attention, also in a
-            mixture of heads, without positions that add to its scores; it is shared, not copied.
+            mixture of heads, without positions that add to its scores; or timm's `VisionTransformer` of plain blocks
+            whose head reads the class token. It is shared, not copied.
         keep: share of the initial patches that is left after each stage; a single number is raised to the first,
             second, third power and so on.
         blocks: numbers of the blocks, from 0, before which patches are removed; at a quarter, half and three quarters
@@ -115,10 +115,10 @@ class DynamicTransformer(ChoosingTransformer):
         Unsupported: for other models, and for invalid shares and blocks.
     """
 
-    choosers = "predictors"
+    method, choosers = "dynamicvit", "predictors"
 
     def __init__(
-        self, model: VisionTransformer, keep: float | Sequence[float] = 0.7, blocks: Sequence[int] | None = None
+        self, model: nn.Module, keep: float | Sequence[float] = 0.7, blocks: Sequence[int] | None = None
     ) -> None:
         super().__init__(model)
         self.host.check_softmax()
@@ -129,6 +129,10 @@ class DynamicTransformer(ChoosingTransformer):
         self.stages = stages
         self.shares = keep
         self.predictors = nn.ModuleList(KeepPredictor(self.host.width) for _ in stages)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"keep": self.shares, "blocks": self.stages}
 
     @property
     def shares(self) -> list[float]:
@@ -148,9 +152,8 @@ class DynamicTransformer(ChoosingTransformer):
             raise Unsupported(f"keep={keep}, which rises", supported="shares of the first patches, none above the last")
         self._shares = shares
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        """Logits; patches that are not kept are removed before each stage."""
-        return self.forward_dropping(images)[0]
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        return self.forward_dropping(x)[0]
 
     def forward_dropping(
         self, images: Float[Tensor, "b c h w"]
@@ -170,6 +173,7 @@ class DynamicTransformer(ChoosingTransformer):
                 left.append(places[:, before:] - before)
             whole = x.shape[1] == before + first
             x = self.host.run([block], x, grid, places=None if whole else places)
+        self.keep(x, torch.ones_like(places, dtype=torch.bool), places, before + first)
         return self.host.logits(self.host.norm(x)), left
 
     def count(self, stage: int, first: int) -> int:
@@ -328,7 +332,7 @@ def train_dynamic(
     Raises:
         Unsupported: for a checkpoint of another run, and a loss that is not finite.
     """
-    teacher: Any = copy.deepcopy(model.model).eval().requires_grad_(False)
+    teacher = copy.deepcopy(model.model).eval().requires_grad_(False)
 
     def loss(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():

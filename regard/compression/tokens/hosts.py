@@ -1,8 +1,11 @@
-"""Vision transformers as methods that leave out tokens see them: the parts before, in and after their blocks."""
+"""Vision transformers as trained methods that leave out tokens see them: the parts before, in and after their blocks."""
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,40 +17,60 @@ from regard.contract import Context, Mask, Mechanism, Result, Unsupported, an_in
 from regard.core.precision import wide
 from regard.layers.attention import AttentionLayer
 from regard.models.vision.patch_tokens import context_of
+from regard.models.vision.released import check_fit
 from regard.models.vision.vit import VisionBlock, VisionTransformer
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-HOSTS = "regard's VisionTransformer"
+HOSTS = "regard's VisionTransformer, timm's VisionTransformer of plain blocks"
 Attend = Callable[[Tensor], Tensor]
 """A function from the scores of an attention layer (B, H, N, N) to its weights."""
 
 
-class Host:
-    """A :class:`regard.models.vision.vit.VisionTransformer` with one or more class tokens.
+def host_of(model: nn.Module) -> Host:
+    """The parts of a vision transformer with class tokens; raises Unsupported for other models."""
+    timm = sys.modules.get("timm.models.vision_transformer")
+    if isinstance(model, VisionTransformer):
+        return OwnHost(model)
+    if timm is not None and isinstance(model, timm.VisionTransformer):
+        return TimmHost(model)
+    raise Unsupported(f"fewer tokens in {an_instance(model)}", supported=HOSTS)
+
+
+class Host(ABC):
+    """A vision transformer whose first token is a class token that its head reads.
 
     Tokens that are left are a batch (B, N, C) with, if some were left out, their `places` (B, N), the numbers that they
-    had among all tokens, class tokens included. A layer whose position scheme takes positions (``rotary``) gets these;
-    layers that count ranks count the tokens that are left, and fill a grid with them row by row.
+    had among all tokens, class tokens included.
 
     Args:
         model: shared, not copied.
 
+    Attributes:
+        protected: number of class tokens and registers, which come first and always stay.
+        width: width of the tokens.
+        heads: number of heads of a block.
+
     Raises:
-        Unsupported: for other models, and without a class token.
+        Unsupported: without such a class token, for other blocks, and for a model that is reduced already.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, VisionTransformer):
-            raise Unsupported(f"fewer tokens in {an_instance(model)}", supported=HOSTS)
-        if not model.config.class_tokens:
-            raise Unsupported(
-                f"fewer tokens in {an_instance(model)} without a class token",
-                supported="vision transformers with a class token",
-                nearest="pool='class'",
-            )
+    protected: int
+    width: int
+    heads: int
+
+    def __init__(self, model: Any) -> None:
         self.model = model
+        if any(hasattr(block, "reduction") for block in self.blocks):
+            raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
+        reason = self._why_not()
+        if reason:
+            raise Unsupported(
+                f"fewer tokens in {an_instance(model)} {reason}",
+                supported="vision transformers whose head reads a class token, of regard with layers of any mechanism, of "
+                "timm with plain blocks",
+            )
 
     @property
     def blocks(self) -> list[Any]:
@@ -55,58 +78,30 @@ class Host:
         return list(self.model.blocks)
 
     @property
-    def protected(self) -> int:
-        """Number of class tokens, which come first."""
-        return self.model.config.class_tokens
-
-    @property
-    def width(self) -> int:
-        """Width of the tokens."""
-        return self.model.config.dim
-
-    @property
-    def heads(self) -> int:
-        """Number of heads of a block."""
-        return self.model.config.num_heads
-
-    def check_softmax(self) -> None:
-        """Raise Unsupported unless :meth:`run_under` can replace the softmax of every block."""
-        for block in self.blocks:
-            layer = attention_of(block)
-            if layer is None or layer.card.name != "softmax":
-                asked = f"a layer of {layer.card.name if layer else type(block.mixer).__name__}"
-            elif layer.config != layer.card.options() or layer.convolutions:
-                asked = "softmax attention with a window, softcap, sink or convolution"
-            elif layer.positions.bias is not None:
-                asked = f"{layer.positions.name} positions, which add to the scores,"
-            else:
-                continue
-            raise Unsupported(
-                f"{asked} in a block whose softmax follows a policy",
-                supported="plain softmax, also in a mixture of heads",
-            )
-
-    @property
+    @abstractmethod
     def ends(self) -> list[nn.Module]:
         """The modules after the blocks."""
-        parts = (self.model.norm, self.model.head, self.model.distillation_head)
-        return [part for part in parts if part is not None]
 
+    @abstractmethod
+    def check_softmax(self) -> None:
+        """Raise Unsupported unless :meth:`run_under` can replace the softmax of every block."""
+
+    @abstractmethod
     def load_released(self, weights: Mapping[str, Tensor]) -> None:
-        """Load weights with the names of the official repositories; raises Unsupported if they do not fit."""
-        self.model.load_released(weights)
+        """Load weights with timm's names; raises Unsupported if they do not fit."""
 
+    @abstractmethod
     def grid(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
         """Rows and columns of an image's patches."""
-        return self.model.embedding.grid(*images.shape[2:])
 
+    @abstractmethod
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
         """All tokens, as the first block gets them."""
-        return self.model.embed(self.model.check_images(images))
 
+    @abstractmethod
     def run(
         self,
-        blocks: Sequence[VisionBlock],
+        blocks: Sequence[Any],
         x: Float[Tensor, "b n c"],
         grid: tuple[int, int],
         *,
@@ -122,10 +117,12 @@ class Host:
             alive: tokens that attention sees, the others being masked; all when None.
             places: see the class; None while all tokens are there.
         """
-        if alive is None and places is not None and any(block.sees_grid for block in blocks):
-            alive = torch.ones_like(places, dtype=torch.bool)  # without a mask, tokens would have to fill the grid
-        context = context_of(grid, self.protected, x)
-        return self._through(blocks, x, context.replace(mask=None if alive is None else Mask(valid=alive)), places)
+
+    @abstractmethod
+    def run_under(
+        self, block: Any, x: Float[Tensor, "b n c"], grid: tuple[int, int], attend: Attend
+    ) -> Float[Tensor, "b n c"]:
+        """The output of a block whose softmax is replaced by `attend`; all tokens must be there."""
 
     def run_kept(
         self,
@@ -151,10 +148,81 @@ class Host:
             return self.run(blocks, left, grid, places=None if whole else places), alive, places
         return self.run(blocks, _padded(kept, alive), grid, alive=alive, places=places), alive, places
 
+    def norm(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """The features of the last block's output."""
+        return self.model.norm(x)
+
+    def logits(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b k"]:
+        """The logits of features, of which only the class tokens' are read."""
+        return self.model.forward_head(features)
+
+    @abstractmethod
+    def _why_not(self) -> str:
+        """Why the model is no such host, in words that follow its name; empty if it is one."""
+
+
+class OwnHost(Host):
+    """A :class:`regard.models.vision.vit.VisionTransformer` with layers of any mechanism.
+
+    A layer whose position scheme takes positions (``rotary``) gets the places of the tokens; layers that count ranks
+    count the tokens that are left, and fill a grid with them row by row.
+    """
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__(model)
+        config = model.config
+        self.protected, self.width, self.heads = config.class_tokens, config.dim, config.num_heads
+
+    def _why_not(self) -> str:
+        return "" if self.model.config.class_tokens else "without a class token"
+
+    @property
+    def ends(self) -> list[nn.Module]:
+        parts = (self.model.norm, self.model.head, self.model.distillation_head)
+        return [part for part in parts if part is not None]
+
+    def check_softmax(self) -> None:
+        for block in self.blocks:
+            layer = attention_of(block)
+            if layer is None or layer.card.name != "softmax":
+                asked = f"a layer of {layer.card.name if layer else type(block.mixer).__name__}"
+            elif layer.config != layer.card.options() or layer.convolutions:
+                asked = "softmax attention with a window, softcap, sink or convolution"
+            elif layer.positions.bias is not None:
+                asked = f"{layer.positions.name} positions, which add to the scores,"
+            else:
+                continue
+            raise Unsupported(
+                f"{asked} in a block whose softmax follows a policy",
+                supported="plain softmax, also in a mixture of heads",
+            )
+
+    def load_released(self, weights: Mapping[str, Tensor]) -> None:
+        self.model.load_released(weights)
+
+    def grid(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+        return self.model.embedding.grid(*images.shape[2:])
+
+    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+        return self.model.embed(self.model.check_images(images))
+
+    def run(
+        self,
+        blocks: Sequence[VisionBlock],
+        x: Float[Tensor, "b n c"],
+        grid: tuple[int, int],
+        *,
+        alive: Bool[Tensor, "b n"] | None = None,
+        places: Int[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        if alive is None and places is not None and any(block.sees_grid for block in blocks):
+            alive = torch.ones_like(places, dtype=torch.bool)  # without a mask, tokens would have to fill the grid
+        context = context_of(grid, self.protected, x)
+        return self._through(blocks, x, context.replace(mask=None if alive is None else Mask(valid=alive)), places)
+
     def run_under(
         self, block: VisionBlock, x: Float[Tensor, "b n c"], grid: tuple[int, int], attend: Attend
     ) -> Float[Tensor, "b n c"]:
-        """The output of a block whose softmax is replaced by `attend`; all tokens must be there."""
         layer = attention_of(block)
         assert layer is not None
 
@@ -170,14 +238,6 @@ class Host:
         finally:
             del layer.mix
 
-    def norm(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """The features of the last block's output."""
-        return self.model.norm(x)
-
-    def logits(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b k"]:
-        """The logits of features, of which only the class tokens' are read."""
-        return self.model.forward_head(features)
-
     def _through(
         self, blocks: Sequence[VisionBlock], x: Tensor, context: Context, places: Tensor | None
     ) -> Float[Tensor, "b n c"]:
@@ -185,6 +245,72 @@ class Host:
             placed = context.replace(positions=places) if places is not None and _takes_positions(block) else context
             x = block(x, context=placed).output
         return x
+
+
+class TimmHost(Host):
+    """timm's `VisionTransformer`, or a class of its that only has other class tokens, with plain blocks."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.protected, self.width = model.num_prefix_tokens, model.embed_dim
+        self.heads = model.blocks[0].attn.num_heads
+
+    def _why_not(self) -> str:
+        timm = importlib.import_module("timm.models.vision_transformer")
+        model = self.model
+        if not model.has_class_token or model.global_pool != "token":
+            return "whose head does not read a class token"
+        if not isinstance(model.patch_drop, nn.Identity):
+            return "that drops patches at random"
+        for block in self.blocks:
+            if type(block) is not timm.Block or type(block.attn) is not timm.Attention:
+                return f"with a {type(block).__name__} of {type(block.attn).__name__}"
+        return ""
+
+    @property
+    def ends(self) -> list[nn.Module]:
+        names = ("norm", "fc_norm", "head", "head_dist")
+        return [getattr(self.model, name) for name in names if hasattr(self.model, name)]
+
+    def check_softmax(self) -> None:
+        pass  # all its blocks have it
+
+    def load_released(self, weights: Mapping[str, Tensor]) -> None:
+        check_fit(self.model, weights)
+        self.model.load_state_dict(weights)
+
+    def grid(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+        return self.model.patch_embed.dynamic_feat_size(tuple(images.shape[2:]))
+
+    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+        return self.model.norm_pre(self.model._pos_embed(self.model.patch_embed(images)))
+
+    def run(
+        self,
+        blocks: Sequence[Any],
+        x: Float[Tensor, "b n c"],
+        grid: tuple[int, int],
+        *,
+        alive: Bool[Tensor, "b n"] | None = None,
+        places: Int[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        mask = None if alive is None else alive[:, None, None]
+        for block in blocks:
+            x = block(x, attn_mask=mask)
+        return x
+
+    def run_under(
+        self, block: Any, x: Float[Tensor, "b n c"], grid: tuple[int, int], attend: Attend
+    ) -> Float[Tensor, "b n c"]:
+        layer, normed = block.attn, block.norm1(x)
+        query, key, value = layer.qkv(normed).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key = layer.q_norm(query), layer.k_norm(key)
+        weights = layer.attn_drop(attend(wide(query @ key.mT * layer.scale)).to(value.dtype))
+        mixed = layer.norm((weights @ value).transpose(1, 2).flatten(2))
+        if layer.gate is not None:
+            mixed = mixed * layer.gate(normed).sigmoid()
+        x = x + block.drop_path1(block.ls1(layer.proj_drop(layer.proj(mixed))))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def attention_of(block: VisionBlock) -> AttentionLayer | None:

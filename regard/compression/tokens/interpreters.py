@@ -33,7 +33,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,6 @@ from regard.contract import Unsupported, at_least, one_of
 from regard.core.precision import wide
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.vision.vit import VisionBlock, VisionTransformer
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -122,7 +121,8 @@ class InterpretedTransformer(ChoosingTransformer):
     """A vision transformer with an interpreter before each group of its blocks.
 
     Args:
-        model: :class:`regard.models.vision.vit.VisionTransformer` with a class token; it is shared, not copied.
+        model: :class:`regard.models.vision.vit.VisionTransformer` with a class token, or timm's `VisionTransformer` of
+            plain blocks whose head reads the class token; it is shared, not copied.
         groups: number of blocks in each group, or the number of equal groups.
         query: query of the interpreters, see :class:`Interpreter`.
         threshold: score above which a patch stays; a higher threshold removes more. It may be changed at any time.
@@ -131,10 +131,10 @@ class InterpretedTransformer(ChoosingTransformer):
         Unsupported: for other models, and for groups that do not match the blocks.
     """
 
-    choosers = "interpreters"
+    method, choosers = "ia_red2", "interpreters"
 
     def __init__(
-        self, model: VisionTransformer, groups: int | Sequence[int] = 3, *, query: str = "class", threshold: float = 0.5
+        self, model: nn.Module, groups: int | Sequence[int] = 3, *, query: str = "class", threshold: float = 0.5
     ) -> None:
         super().__init__(model)
         depth = len(self.host.blocks)
@@ -151,22 +151,27 @@ class InterpretedTransformer(ChoosingTransformer):
         self.interpreters = nn.ModuleList(Interpreter(self.host.width, self.host.heads, query) for _ in sizes)
 
     @property
+    def options(self) -> dict[str, Any]:
+        query = QUERIES[self.interpreters[0].policy is not None]
+        return {"groups": self.sizes, "query": query, "threshold": self.threshold}
+
+    @property
     def benefits(self) -> list[float]:
         """The share of the blocks in each group and later groups."""
         return [sum(self.sizes[i:]) / sum(self.sizes) for i in range(len(self.sizes))]
 
-    def group(self, number: int) -> list[VisionBlock]:
+    def group(self, number: int) -> list[Any]:
         """The blocks of a group."""
         first = sum(self.sizes[:number])
         return self.host.blocks[first : first + self.sizes[number]]
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        """Logits; tokens that are not kept are removed before each group."""
-        x, grid = self.host.embed(images), self.host.grid(images)
-        alive, places = self._all_of(x)
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        x, grid = self.host.embed(x), self.host.grid(x)
+        (alive, places), count = self._all_of(x), x.shape[1]
         for number in range(len(self.sizes)):
             stays = self.decide(number, x, alive).stays
             x, alive, places = self.host.run_kept(self.group(number), x, grid, stays, places)
+        self.keep(x, alive, places, count)
         return self.host.logits(self.host.norm(x))
 
     def forward_masked(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.tokens.calls import PerThread
-from regard.compression.tokens.hosts import attention_of
+from regard.compression.tokens.hosts import HOSTS, attention_of
 from regard.compression.tokens.reducers import METHODS, Evidence, Tokens
 from regard.compression.tokens.schedules import Removal, removals
 from regard.contract import Context, Mask, Result, Unsupported, an_instance, one_of
@@ -21,7 +21,6 @@ from regard.models.vision.vit import VisionBlock, VisionTransformer
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-HOSTS = "regard's VisionTransformer, timm's VisionTransformer of plain blocks"
 ATTENDED = ("evit", "attention")
 """Methods that need a class token."""
 DROPPING = ("attention", "random", "stride")

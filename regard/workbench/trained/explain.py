@@ -10,8 +10,8 @@ branch, with rows divided by their sums, are multiplied, and a patch counts by h
 region, in the last block that leaves some out (BiFormer, arXiv 2303.08810); and what each agent gathers, one map per
 agent, in the last block with less than half as many agents as places (Agent Attention, arXiv 2312.08874).
 
-For a model with token reduction (:func:`regard.compression.tokens.reduce_tokens`), :func:`draw_tokens` draws where each
-patch went: merged patches share their mean colour, with a line around them, and dropped patches are dark.
+For a model with fewer tokens (:mod:`regard.compression.tokens`), :func:`draw_tokens` draws where each patch went: merged
+patches share their mean colour, with a line around them, and dropped patches are dark.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ def _why_not_rolled_out(model: VisionTransformer) -> str:
     """Why a model has no rollout, in words that follow its name; empty if it has one."""
     if not model.config.class_tokens:
         return "without a class token"
+    if any(hasattr(block, "reduction") for block in model.blocks):
+        return "with fewer tokens"
     for number, block in enumerate(model.blocks):
         layer = attention_of(block)  # type: ignore[arg-type]
         if layer is None or "weights" not in layer.card.honours:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from regard.compression.folders import load_own
+from regard.compression.folders import copy_training, load_own
 from regard.contract import Unsupported
 from regard.core.files import write_text_atomically
+from regard.models import save_pretrained
 from regard.tasks import TASKS, Task, create_task
 from regard.tasks.documents import nearest_path
 from regard.tasks.images import ImageReader
@@ -135,6 +136,13 @@ class TrainedModel:
     def chosen_by(self) -> int:
         """Number of the first held-out items, which the weights were chosen by; they never count in scores."""
         return int(self.record["settings"]["first_item"])
+
+    def save_as(self, folder: Path | str, model: nn.Module) -> TrainedModel:
+        """Write another model for the same task, such as one that has learned which patches to keep, to a folder of its
+        own, with the files that `regard evaluate`, `predict` and `explain` read."""
+        copy_training(self.folder, folder)
+        save_pretrained(model, folder)
+        return open_trained(folder)
 
     def score(
         self,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from regard.compression.tokens import METHODS, Reduction, reduce_tokens
+from regard.compression.tokens import METHODS, Reduction, Tokens, reduce_tokens
+from regard.compression.tokens.trained import ChoosingTransformer
 from regard.contract import Context, Unsupported, an_instance, closest, read_options
 from regard.measurement.timing import calm_clock, interleaved
 from regard.models.image_model import ImageModel
@@ -35,12 +36,6 @@ class Reduced:
     model: ImageModel
     reduction: Reduction
 
-    def patches(self) -> Int[Tensor, "b rows columns"]:
-        """Where each patch of the backbone went in the reduced model's last call: a token's index, or -1 if it was
-        dropped."""
-        tokens = self.reduction.tokens
-        return tokens.places[:, tokens.protected :].unflatten(1, self.model.backbone.config.grid)
-
     def speeds(self, inputs: Float[Tensor, "b n f"], grid: tuple[int, ...] | None) -> dict[str, Any]:
         """Images per second with all tokens and with fewer, measured in turn on a batch of at most `AT_ONCE`.
 
@@ -64,6 +59,12 @@ class Reduced:
             "speedup": rates["reduced"] / rates["all"],
             "tokens": self.reduction.counts,
         }
+
+
+def patches_in(model: Any, tokens: Tokens) -> Int[Tensor, "b rows columns"]:
+    """Where each patch of an ImageModel's backbone went: a token's index, or -1 if it was dropped."""
+    backbone = model.backbone.model if isinstance(model.backbone, ChoosingTransformer) else model.backbone
+    return tokens.places[:, tokens.protected :].unflatten(1, backbone.config.grid)
 
 
 def reduced(model: nn.Module, text: str) -> Reduced:

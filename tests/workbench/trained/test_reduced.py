@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from command_line import answer, run
 from support import refused
 from torch import nn
 
+import regard
+from regard.compression import load_compressed
+from regard.compression.tokens import DynamicTransformer, InterpretedTransformer
 from regard.models.image_model import ImageModel, ImageModelConfig
-from regard.models.pretrained import save_pretrained
+from regard.models.pretrained import from_pretrained, save_pretrained
 from regard.tasks import create_task
 from regard.tasks.images import SHOWN
-from regard.workbench.trained.explain import draw_tokens
-from regard.workbench.trained.folder import RECORD
+from regard.workbench.trained.explain import draw_tokens, rollout
+from regard.workbench.trained.folder import RECORD, open_trained
 from regard.workbench.trained.reduced import reduced
 
 image = pytest.importorskip("PIL.Image")
@@ -90,6 +94,62 @@ def test_the_tokens_of_a_model_with_larger_patches_than_the_task_are_drawn(
     line = f"explain --output {tmp_path / 'drawn'} --reduce tome:remove=1"
     (found,) = answer(capsys, line, folder, folder / "photos" / "dark" / "0.png")["images"]
     assert "3 tokens left" in found["method"] and Path(found["drawing"]).is_file()
+
+
+CHOOSING = {
+    "dynamicvit": lambda host: DynamicTransformer(host, keep=0.5, blocks=[1]),
+    "ia_red2": lambda host: InterpretedTransformer(host, 2, threshold=0.5),
+}
+
+
+@pytest.mark.parametrize("method", CHOOSING)
+def test_a_model_that_has_learned_what_to_keep_is_scored_and_drawn_as_any_other(
+    method: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trained = open_trained(folder)
+    model: Any = trained.model()
+    model.backbone = CHOOSING[method](model.backbone).eval()
+    for name, parameter in model.backbone.named_parameters():
+        if not name.startswith("model."):
+            torch.nn.init.normal_(parameter)
+    inputs = trained.reader.read([folder / "photos" / "dark" / "0.png"])
+    if method == "ia_red2":
+        model.backbone.threshold = float(model.backbone.heat_map(model.images(inputs), 0).detach().median())
+    expected = model(inputs).output.detach()
+    kept = model.backbone.tokens
+    again: Any = trained.save_as(tmp_path / "chosen", model).model()
+    assert torch.equal(again(inputs).output, expected) and torch.equal(again.backbone.tokens.places, kept.places)
+    refused("load_compressed", from_pretrained, tmp_path / "chosen")
+    assert torch.equal(load_compressed(tmp_path / "chosen")(inputs).output, expected)
+
+    assert 0 <= answer(capsys, "evaluate", tmp_path / "chosen")["score"] <= 1
+    photo = folder / "photos" / "dark" / "0.png"
+    (found,) = answer(capsys, "predict", tmp_path / "chosen", photo)["images"]
+    assert dict(found["classes"])["dark"] == pytest.approx(float(expected.softmax(-1)[0, 0]), rel=1e-5)
+    line = f"explain --output {tmp_path / 'drawn'}"
+    (found,) = answer(capsys, line, tmp_path / "chosen", photo)["images"]
+    left = int((kept.places >= 0).sum())
+    assert found["method"] == f"{method}, {left} tokens left" and 1 <= left < 17
+    with image.open(found["drawing"]) as drawn:
+        pixels = np.asarray(drawn.convert("L")).astype(int)[2::4, SHOWN + 8 + 2 :: 4]
+        plain = np.asarray(drawn.convert("L")).astype(int)[2::4, 2:SHOWN:4]
+    side = len(pixels) // 4
+    cells = (pixels / np.maximum(plain, 1)).reshape(4, side, 4, side).transpose(0, 2, 1, 3).reshape(16, -1)
+    assert ((np.median(cells, 1) < 0.5) == (kept.places[0, 1:] < 0).numpy()).all()
+    (found,) = answer(capsys, f"{line} --method occlusion", tmp_path / "chosen", photo)["images"]
+    assert found["method"] == "occlusion"
+    code, _, said = run(capsys, f"{line} --reduce tome:remove=1", tmp_path / "chosen", photo)
+    assert code == 2 and "fewer tokens in a" in said
+
+
+def test_a_model_that_was_saved_with_fewer_tokens_is_drawn_with_them(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    regard.compress(model := open_trained(folder).model(), "tokens:method=tome,remove=4").save(folder)
+    photo = folder / "photos" / "dark" / "0.png"
+    (found,) = answer(capsys, f"explain --output {tmp_path / 'drawn'}", folder, photo)["images"]
+    assert found["method"] == "tome, 9 tokens left"
+    refused("with fewer tokens", rollout, model.backbone, torch.randn(1, 3, 16, 16))
 
 
 def test_merged_patches_have_one_colour_and_dropped_ones_are_dark() -> None:
