@@ -88,21 +88,21 @@ def test_norms_and_gates_of_timms_attention_are_in_a_pass_under_masks(monkeypatc
 
 @pytest.mark.parametrize("method", KINDS)
 def test_places_of_patches_are_those_that_were_kept(method: str) -> None:
-    model, x = choosing(method, VisionTransformer(VisionTransformerConfig(**SMALL))), images()
+    model, x = choosing(method, VisionTransformer(VisionTransformerConfig(**SMALL))), images(8)
     model(x)
     tokens = model.tokens
     if method == "dynamicvit":
-        kept = torch.zeros(4, PATCHES, dtype=torch.bool).scatter(1, model.forward_dropping(x)[1][-1], True)
+        kept = torch.zeros(8, PATCHES, dtype=torch.bool).scatter(1, model.forward_dropping(x)[1][-1], True)
     else:
         kept = model.forward_masked(x)[1][-1].stays[:, 1:]
         assert len(set(kept.sum(1).tolist())) > 1
     assert torch.equal(tokens.places[:, 1:] != DROPPED, kept)
-    for row in range(4):
+    for row in range(8):
         left = tokens.places[row][tokens.places[row] != DROPPED]
         assert left.tolist() == list(range(1 + int(kept[row].sum()))) and int(tokens.sizes[row].sum()) == len(left)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         again(x[:1])
-        assert len(again.tokens.places) == 1 and len(model.tokens.places) == 4
+        assert len(again.tokens.places) == 1 and len(model.tokens.places) == 8
 
 
 @pytest.mark.parametrize("method", KINDS)

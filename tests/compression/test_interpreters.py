@@ -12,6 +12,7 @@ from support import close, load, recorded_state, refused
 from torch import Tensor
 
 from regard import Context, Mask
+from regard.compression.tokens.hosts import Host, OwnHost
 from regard.compression.tokens.interpreters import (
     Decision,
     InterpretedTransformer,
@@ -119,7 +120,7 @@ def test_tokens_left_out_and_tokens_masked_give_the_same_logits(query: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_any_kind_are_the_same_on_tokens_left_out_and_masked(kind: str) -> None:
-    model, x = interpreted(KINDS[kind]), images()
+    model, x = interpreted(KINDS[kind]), images(8)
     logits, decisions = model.forward_masked(x)
     assert len(set(decisions[0].stays.sum(1).tolist())) > 1 and not decisions[0].stays.all()
     close(model(x), logits)
@@ -127,6 +128,23 @@ def test_layers_of_any_kind_are_the_same_on_tokens_left_out_and_masked(kind: str
     model.threshold = 0.0
     close(model(x), model.model(x))
     close(model.forward_masked(x)[0], model.model(x))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "softmax"])
+def test_rows_of_unequal_lengths_are_packed_without_padding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, seen = interpreted(KINDS.get(kind)), images(8), list[tuple[int, ...]]()
+    _, decisions = model.forward_masked(x)
+    for block in model.model.blocks:
+        block.feed_forward.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape)))
+    packed = model(x)
+    counts = [made.stays.sum(1) for made in decisions]
+    assert len(counts[0].unique()) > 1
+    assert seen == [
+        (1, int(count.sum()), 12) if len(count.unique()) > 1 else (8, int(count[0]), 12) for count in counts
+    ]
+    monkeypatch.setattr(OwnHost, "run_ragged", Host.run_ragged)
+    close(model(x), packed)
+    assert seen[len(counts)] == (8, int(counts[0].max()), 12)
 
 
 def test_tokens_keep_their_rotary_positions() -> None:

@@ -126,7 +126,7 @@ class Host(ABC):
 
     def run_kept(
         self,
-        blocks: Sequence[VisionBlock],
+        blocks: Sequence[Any],
         x: Float[Tensor, "b n c"],
         grid: tuple[int, int],
         stays: Bool[Tensor, "b n"],
@@ -138,7 +138,7 @@ class Host(ABC):
             the tokens, padded on the right to the longest row, which of them are no padding, and their places.
         """
         lengths = stays.sum(1)
-        longest = int(lengths.max()) if len(lengths) else 0
+        longest = int(lengths.max()) if len(lengths) else self.protected
         alive = valid_from_lengths(lengths, longest)
         kept, where = x[stays], places[stays]
         places = _padded(where, alive)
@@ -146,7 +146,19 @@ class Host(ABC):
             whole = longest == math.prod(grid) + self.protected
             left = kept.view(len(x), longest, x.shape[2])
             return self.run(blocks, left, grid, places=None if whole else places), alive, places
-        return self.run(blocks, _padded(kept, alive), grid, alive=alive, places=places), alive, places
+        return self.run_ragged(blocks, kept, grid, alive, places), alive, places
+
+    def run_ragged(
+        self,
+        blocks: Sequence[Any],
+        kept: Float[Tensor, "tokens c"],
+        grid: tuple[int, int],
+        alive: Bool[Tensor, "b m"],
+        places: Int[Tensor, "b m"],
+    ) -> Float[Tensor, "b m c"]:
+        """:meth:`run` for rows of unequal lengths, given one after the other: padded and masked, unless a host can do
+        better."""
+        return self.run(blocks, _padded(kept, alive), grid, alive=alive, places=places)
 
     def norm(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """The features of the last block's output."""
@@ -165,7 +177,8 @@ class OwnHost(Host):
     """A :class:`regard.models.vision.vit.VisionTransformer` with layers of any mechanism.
 
     A layer whose position scheme takes positions (``rotary``) gets the places of the tokens; layers that count ranks
-    count the tokens that are left, and fill a grid with them row by row.
+    count the tokens that are left, and fill a grid with them row by row. Rows of unequal lengths are packed one after
+    the other, which the layers of all mechanisms take.
     """
 
     def __init__(self, model: VisionTransformer) -> None:
@@ -219,6 +232,21 @@ class OwnHost(Host):
             alive = torch.ones_like(places, dtype=torch.bool)  # without a mask, tokens would have to fill the grid
         context = context_of(grid, self.protected, x)
         return self._through(blocks, x, context.replace(mask=None if alive is None else Mask(valid=alive)), places)
+
+    def run_ragged(
+        self,
+        blocks: Sequence[VisionBlock],
+        kept: Float[Tensor, "tokens c"],
+        grid: tuple[int, int],
+        alive: Bool[Tensor, "b m"],
+        places: Int[Tensor, "b m"],
+    ) -> Float[Tensor, "b m c"]:
+        borders = F.pad(alive.sum(1).cumsum(0), (1, 0))
+        context = context_of(grid, self.protected, places)
+        assert context.roles is not None  # there are class tokens
+        mask, roles = Mask(cu_seqlens=borders, max_length=alive.shape[1]), context.roles[alive][None]
+        packed = self._through(blocks, kept[None], context.replace(mask=mask, roles=roles), places[alive][None])
+        return _padded(packed[0], alive)
 
     def run_under(
         self, block: VisionBlock, x: Float[Tensor, "b n c"], grid: tuple[int, int], attend: Attend

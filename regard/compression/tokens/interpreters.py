@@ -17,9 +17,10 @@ b_i, the share of the blocks in group i and later groups, is the released code's
 was not published; ``error_penalty`` is tau. The curriculum (:func:`train_interpreters`) goes group by group: first the
 policy with everything else frozen, then the blocks from that group on, under the decisions so far.
 
-At inference tokens are really removed: each row is gathered to its kept tokens, padded to the longest row of the batch
-(:meth:`InterpretedTransformer.forward`). :meth:`InterpretedTransformer.forward_masked` computes all of them under
-masks, as in the paper's training; both give the same logits.
+At inference tokens are really removed, more in some rows than in others (:meth:`InterpretedTransformer.forward`): the
+blocks of this project get the rows packed one after the other, without padding, those of timm padded to the longest row
+and masked. :meth:`InterpretedTransformer.forward_masked` computes all tokens under masks, as in the paper's training; both
+give the same logits.
 
 Any layers can be inside, as all of them honour masks. The class token of the paper is the first of the model's class
 tokens; a distillation token stays too, and is no part of a decision. Rotary positions stay those of all tokens; layers
