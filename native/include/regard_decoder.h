@@ -20,8 +20,8 @@ typedef struct {
 } regard_weight;
 
 /* outputs_i = projections_i(norm(x)), norm(x) = x / sqrt(mean(x^2) + eps) * norm, which is also written to `normed` if
- * not NULL. Heads of the first two outputs are rotated: feature i < width / 2 to u_i cosine_i - u_(i + width / 2)
- * sine_i, the other half likewise with a plus. */
+ * not NULL. Heads of the first two outputs are rotated unless `cosine` is NULL: feature i < width / 2 to u_i cosine_i -
+ * u_(i + width / 2) sine_i, the other half likewise with a plus. */
 typedef struct {
   int64_t size;
   int64_t threads;
@@ -136,6 +136,13 @@ typedef struct {
   int64_t count; /* 0: none */
 } regard_decoder_rounded;
 
+/* The rotation of a cache whose keys are stored as they are: the token in slot s is rotated by row s, its key whenever it
+ * is read, its query once. cosine NULL: tokens are rotated once, by their own angles, and the rest is unused. */
+typedef struct {
+  const float *cosine, *sine; /* (slots, head_width) contiguous */
+  int64_t slots;              /* at least as many as any row holds with its new tokens */
+} regard_decoder_rotation;
+
 /* Layers in sequence, and optionally a norm of the last one's output; token i of row b has the number lengths_b + i in
  * its row. Without pages all rows have room for as many tokens as the longest, and the first `padding_b` tokens of a
  * row may be padding, which is never visible; with pages, token t of row b is stored as in regard_attention_decode.
@@ -157,6 +164,8 @@ typedef struct {
   const regard_decoder_reading *reading; /* (count,); NULL: all keys. Only for n = 1, not with pages or padding */
   const regard_decoder_eviction *evictions; /* (count,); NULL: none. As `reading`, and not together with it or slots in a layer */
   const regard_decoder_rounded *rounded; /* (count,); NULL: none. As `evictions`, and not together with them */
+  const regard_decoder_rotation *rotations; /* (count,); NULL: none. Not with pages or padding, nor together with
+                                               `reading`, `evictions`, `rounded` or a recurrence in a layer */
   const float *cosine, *sine;     /* (batch, n, head_width) contiguous */
   float eps;
   const float *norm;              /* (width,); NULL for none */

@@ -135,6 +135,11 @@ const regard_decoder_rounded* rounded_in(const regard_decoder_layers_args& a, in
   return a.rounded == nullptr || a.rounded[layer].count == 0 ? nullptr : a.rounded + layer;
 }
 
+// The rotation of a layer whose keys are stored as they are; NULL if they are rotated once.
+const regard_decoder_rotation* rotation_in(const regard_decoder_layers_args& a, int64_t layer) {
+  return a.rotations == nullptr || a.rotations[layer].cosine == nullptr ? nullptr : a.rotations + layer;
+}
+
 // Adds the weights exp(score - lse) of `heads` queries, whose scores are `line` apart, to `sums`.
 void add_weights(int64_t count, int64_t heads, const float* scores, int64_t line, const float* lse, float* sums) {
   for (int64_t h = 0; h < heads; ++h, scores += line)
@@ -200,6 +205,28 @@ void put_tokens(const regard_decoder_layers_args& a, int64_t layer, const float*
       for (int64_t h = 0; h < heads; ++h, from += a.head_width)
         __builtin_memcpy(place + h * strides[1], from, static_cast<size_t>(a.head_width) * sizeof(float));
     }
+}
+
+// Rotates new queries, (batch, n, heads, width), in place, and the first `count` keys of each row to `to`, (batch, kv heads,
+// count, width), by the angles of their slots.
+void turn_slots(const regard_decoder_layers_args& a, int64_t i, const regard_decoder_rotation& rotation, int64_t count,
+                const int64_t* lengths, float* q, float* to) {
+  const regard_decoder_layer& layer = a.layers[i];
+  const int64_t width = a.head_width, queries = layer.weights[0].n, own = layer.weights[1].n / width, slot = slot_in(a, i);
+  for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t t = 0; t < a.n; ++t, q += queries) {
+      const int64_t at = (slot < 0 ? lengths[b] - a.n + t : slot) * width;
+      turn(1, queries, width, rotation.cosine + at, rotation.sine + at, q);
+    }
+  parallel_tasks(static_cast<int>(a.threads), static_cast<long>(a.batch * own), [&](long task) {
+    const FlushDenormals flush;
+    const int64_t b = task / own, held = lengths[b];
+    const float* from = layer.keys + b * layer.keys_strides[0] + task % own * layer.keys_strides[1];
+    float* const head = to + task * count * width;
+    for (int64_t s = 0; s < held; ++s)
+      __builtin_memcpy(head + s * width, from + s * layer.keys_strides[2], static_cast<size_t>(width) * sizeof(float));
+    turn(held, width, width, rotation.cosine, rotation.sine, head);
+  });
 }
 
 // Multiplies heads by `scale` and, unless eps is negative, divides them by their norms.
@@ -478,11 +505,19 @@ bool wrong(const regard_decoder_layers_args& a, const regard_decoder_rounded& ro
   return false;
 }
 
+bool wrong(const regard_decoder_layers_args& a, const regard_decoder_rotation& rotation, int64_t layer) {
+  if (rotation.sine == nullptr || a.layers[layer].recurrence != nullptr) return true;
+  if (reading_in(a, layer) != nullptr || eviction_in(a, layer) != nullptr || rounded_in(a, layer) != nullptr) return true;
+  for (int64_t b = 0; b < a.batch; ++b)
+    if (a.lengths[b] - fewer_in(a, layer) + a.n > rotation.slots) return true;
+  return false;
+}
+
 bool wrong(const regard_decoder_layers_args& a) {
   if (a.threads < 1 || a.batch < 0 || a.n < 0 || a.count < 0 || a.width < 1 || a.head_width < 2 || a.head_width % 2) return true;
   if (a.pages != nullptr && (a.page_size < 1 || a.padding != nullptr)) return true;
   const bool whole = a.fewer == nullptr && a.slots == nullptr && a.reading == nullptr && a.evictions == nullptr &&
-                     a.rounded == nullptr;
+                     a.rounded == nullptr && a.rotations == nullptr;
   if (!whole && (a.pages != nullptr || a.padding != nullptr)) return true;
   const regard_decoder_state* state = a.states;
   for (int64_t i = 0; i < a.count; ++i) {
@@ -505,6 +540,8 @@ bool wrong(const regard_decoder_layers_args& a) {
     if (layer.recurrence == nullptr && eviction != nullptr && wrong(a, *eviction, i)) return true;
     const regard_decoder_rounded* rounded = rounded_in(a, i);
     if (layer.recurrence == nullptr && rounded != nullptr && wrong(a, *rounded, i)) return true;
+    const regard_decoder_rotation* rotation = rotation_in(a, i);
+    if (rotation != nullptr && wrong(a, *rotation, i)) return true;
     if (layer.recurrence == nullptr) continue;
     if (a.n < 1 || a.states == nullptr || wrong(*layer.recurrence, a.width, kv_heads, a.head_width)) return true;
     if (wrong(*layer.recurrence, *state++)) return true;
@@ -529,7 +566,8 @@ int decoder_inputs(const regard_decoder_inputs_args* args) {
                            {Product{a.projections, a.outputs[0]}, Product{a.projections + 1, a.outputs[1]},
                             Product{a.projections + 2, a.outputs[2]}});
   if (status != REGARD_OK) return status;
-  for (int i = 0; i < 2; ++i) turn(a.m, a.projections[i].n, a.head_width, a.cosine, a.sine, a.outputs[i]);
+  for (int i = 0; a.cosine != nullptr && i < 2; ++i)
+    turn(a.m, a.projections[i].n, a.head_width, a.cosine, a.sine, a.outputs[i]);
   return REGARD_OK;
 }
 
@@ -581,6 +619,9 @@ int decoder_layers(const regard_decoder_layers_args* args) {
       before_cache = most(before_cache, tokens_in(*rounded, rounded->count));
       room = most(room, room_for_rounded(a.batch, heads, own, a.head_width, rounded->count));
     }
+  int64_t turned = 0;  // most numbers in the rotated keys of a layer
+  for (int64_t i = 0; i < a.count; ++i)
+    if (rotation_in(a, i) != nullptr) turned = most(turned, a.batch * a.layers[i].weights[1].n * (longest - fewer_in(a, i)));
   const bool scores_kept = a.evictions != nullptr || a.rounded != nullptr;
   const size_t scored = scores_kept ? static_cast<size_t>(before_cache + longest) : 0;
   const size_t rows = scores_kept ? static_cast<size_t>(a.batch * queries / a.head_width) : 0;
@@ -592,7 +633,8 @@ int decoder_layers(const regard_decoder_layers_args* args) {
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(slots)) +
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch * keys / a.head_width)) +
                       Workspace::bytes_of<float>(rows * scored) + Workspace::bytes_of<float>(rows) +
-                      Workspace::bytes_of<float>(scored) + Workspace::bytes_of<float>(static_cast<size_t>(room)));
+                      Workspace::bytes_of<float>(scored) + Workspace::bytes_of<float>(static_cast<size_t>(room)) +
+                      Workspace::bytes_of<float>(static_cast<size_t>(turned)));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
   float *const q = workspace.take<float>(static_cast<size_t>(tokens * queries));
   float* const attended = workspace.take<float>(static_cast<size_t>(tokens * queries));
@@ -605,6 +647,7 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   int64_t* const counts = workspace.take<int64_t>(static_cast<size_t>(a.batch * keys / a.head_width));
   float *const scores = workspace.take<float>(rows * scored), *const lse = workspace.take<float>(rows);
   float *const sums = workspace.take<float>(scored), *const space = workspace.take<float>(static_cast<size_t>(room));
+  float* const turned_keys = workspace.take<float>(static_cast<size_t>(turned));
   for (int64_t i = 0; i < slots; ++i) {
     const int64_t b = i / longest, slot = i % longest;
     keys_there[i] = slot < a.padding[b] || slot >= a.lengths[b] + a.n ? -1 : slot;
@@ -617,7 +660,6 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   before.width = a.width;
   before.head_width = a.head_width;
   before.x = a.x;
-  before.cosine = a.cosine;
   before.sine = a.sine;
   before.outputs[0] = q;
   before.outputs[1] = k;
@@ -706,6 +748,13 @@ int decoder_layers(const regard_decoder_layers_args* args) {
       attention.k_strides[j] = layer.keys_strides[j];
       attention.v_strides[j] = layer.values_strides[j];
     }
+    if (const regard_decoder_rotation* rotation = rotation_in(a, i)) {
+      turn_slots(a, i, *rotation, attention.m, lengths, q, turned_keys);
+      attention.k = turned_keys;
+      attention.k_strides[0] = attention.m * layer.weights[1].n;
+      attention.k_strides[1] = attention.m * a.head_width;
+      attention.k_strides[2] = a.head_width;
+    }
     attention.scale = layer.scale;
     attention.visibility.left = layer.left;
     const regard_decoder_eviction* eviction = eviction_in(a, i);
@@ -732,6 +781,7 @@ int decoder_layers(const regard_decoder_layers_args* args) {
     before.norm = layer.norms[0];
     for (int j = 0; j < 3; ++j) before.projections[j] = layer.weights[j];
     before.normed = layer.recurrence == nullptr ? nullptr : normed;
+    before.cosine = rotation_in(a, i) == nullptr ? a.cosine : nullptr;
     int status = decoder_inputs(&before);
     if (status != REGARD_OK) return status;
     status = layer.recurrence == nullptr ? attend(i) : recur(a, layer, *state++, normed, q, k, v, attended);

@@ -194,15 +194,18 @@ void compare_caches(const std::vector<Floats>& found, const std::vector<Doubles>
 // Layers of 4 query heads and 2 key heads, after rows of different lengths, the second layer with a window; without
 // pages and with few bits the first row begins with padding. Where the second layer has dropped tokens, its caches lack
 // two; for a single token it has no window then, the token replaces another one, and the first layer reads its last page.
-void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dropped = false) {
+// Where it rotates `anew`, its keys are stored as they are, and each slot has angles.
+void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dropped = false, bool anew = false) {
   const int64_t batch = 2, width = 70, head = 10, hidden = 90, heads = 4, kv = 2, tokens = batch * n, page_size = 3, most = 3;
   const int64_t lengths[] = {5, 2}, lefts[] = {-1, dropped && n == 1 ? -1 : 3}, pages[] = {4, 0, 3, 1, 2, 5};
   const int64_t fewer[] = {0, dropped ? 2 : 0}, replaced[] = {-1, dropped && n == 1 ? 0 : -1};
   const bool few = dropped && n == 1;
   const int64_t slots = paged ? page_size : 9, places = paged ? 6 : batch, padding[] = {paged || bits == 32 ? 0 : 4, 0};
-  now("layers, %d bits, %d tokens, %s", int(bits), int(n), paged ? "pages" : dropped ? "dropped tokens" : "rows");
+  now("layers, %d bits, %d tokens, %s", int(bits), int(n), paged ? "pages" : anew ? "rotated anew" : dropped ? "dropped tokens" : "rows");
   Floats x = numbers(tokens * width);
   const Floats cosine = numbers(tokens * head), sine = numbers(tokens * head);
+  const int64_t held = std::max(lengths[0], lengths[1]) - fewer[1] + n;
+  const Floats slot_cosine = numbers(held * head), slot_sine = numbers(held * head);
   Doubles expected(x.begin(), x.end());
   regard_decoder_layer layers[2]{};
   std::vector<std::unique_ptr<Weight>> weights;
@@ -231,7 +234,14 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
             for (int j = 0; j < 2; ++j) caches[2 * i + j][slot(b, t, h) + d] = uniform();
 
     const Doubles u = normed(expected, norms[2 * i], layers[i].eps[0]);
-    const Doubles q = turned(own(0)(u), heads * head, head, cosine, sine), k = turned(own(1)(u), kv * head, head, cosine, sine);
+    const bool by_slot = anew && i == 1;
+    const auto rotated = [&](const Doubles& y, int64_t width) { return by_slot ? y : turned(y, width, head, cosine, sine); };
+    const auto feature = [&](const Doubles& y, size_t at, int64_t slot, int64_t d) {
+      if (!by_slot) return y[at + d];
+      const double other = d < head / 2 ? -y[at + d + head / 2] : y[at + d - head / 2];
+      return y[at + d] * slot_cosine[slot * head + d] + other * slot_sine[slot * head + d];
+    };
+    const Doubles q = rotated(own(0)(u), heads * head), k = rotated(own(1)(u), kv * head);
     const Doubles v = own(2)(u);
     Doubles cached[2];
     for (int j = 0; j < 2; ++j) {
@@ -254,7 +264,8 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
           for (int64_t j = from; j <= at; ++j) {
             const size_t key = slot(b, j, h / (heads / kv));
             double score = 0;
-            for (int64_t d = 0; d < head; ++d) score += q[query + d] * cached[0][key + d];
+            const int64_t newest = replaced[i] < 0 ? at : replaced[i];
+            for (int64_t d = 0; d < head; ++d) score += feature(q, query, newest, d) * feature(cached[0], key, j, d);
             const double weight = exp(.3f * score);
             total += weight;
             for (int64_t d = 0; d < head; ++d) attended[query + d] += weight * cached[1][key + d];
@@ -284,6 +295,8 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
     a.slots = replaced;
     a.reading = few ? reading : nullptr;
   }
+  const regard_decoder_rotation rotations[2] = {{}, {slot_cosine.data(), slot_sine.data(), held}};
+  a.rotations = anew ? rotations : nullptr;
   a.cosine = cosine.data();
   a.sine = sine.data();
   a.x = x.data();
@@ -316,6 +329,13 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads, bool dro
            regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
     }
     a.evictions = nullptr;
+    const regard_decoder_rotation fewer_slots[2] = {{}, {slot_cosine.data(), slot_sine.data(), held - 1}},
+                                  other[2] = {few ? rotations[1] : fewer_slots[1], {}};
+    for (const auto* wrong : {fewer_slots, other}) {
+      a.rotations = wrong;
+      must("angles for fewer slots, or beside chosen pages", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
+    }
+    a.rotations = anew ? rotations : nullptr;
     a.padding = padding;
     must("padding of caches that have dropped tokens", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
     a.padding = nullptr;
@@ -690,7 +710,8 @@ int main() {
         check(bits, m, m == 1 ? 1 : 3);
         check_layers(bits, m == 1 ? 1 : 4, m == 1, m == 1 ? 1 : 3);
       }
-    for (int64_t n : {1, 4}) check_layers(32, n, false, n == 1 ? 1 : 3, true);
+    for (int64_t n : {1, 4})
+      for (bool anew : {false, true}) check_layers(32, n, false, n == 1 ? 1 : 3, true, anew);
     for (int64_t heads : {2, 4, 6, 10}) check_scored(heads, heads == 4 ? 10 : 40, heads != 6, heads == 2 ? 1 : 3);
     for (int kind = 0; kind < KINDS; ++kind)
       for (int64_t n : {1, 3}) check_recurrences(kind == RATES ? 8 : 32, n, kind, n == 1 ? 1 : 3);

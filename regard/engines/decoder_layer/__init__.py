@@ -6,7 +6,7 @@ There is no form in PyTorch: otherwise the model itself computes the layer.
 
 from regard.engines.decoder_layer.native_form import DecoderLayer, Weight, few_tokens
 from regard.engines.decoder_layer.recurrence import State, room_after, unfit
-from regard.engines.decoder_layer.stack import Codes, DecoderLayers, Eviction, Places, Reading
+from regard.engines.decoder_layer.stack import Codes, DecoderLayers, Eviction, Places, Reading, SlotRotation
 
 __all__ = [
     "Codes",
@@ -15,6 +15,7 @@ __all__ = [
     "Eviction",
     "Places",
     "Reading",
+    "SlotRotation",
     "State",
     "Weight",
     "few_tokens",

@@ -64,6 +64,18 @@ class Eviction(NamedTuple):
     kept_from: int
 
 
+class SlotRotation(NamedTuple):
+    """Angles of a cache whose keys are stored as they are: a key is rotated whenever it is read, a query once, both by the
+    row of the token's slot.
+
+    Attributes:
+        cosine, sine: (slots, D) float32, contiguous; at least as many as any row holds with its new tokens.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+
 class Codes(Protocol):
     """A block of tokens in 8 bits; all tensors are contiguous."""
 
@@ -104,6 +116,9 @@ class Places(NamedTuple):
             none anywhere. Not with pages or padding, nor for a cache with a reading or a slot to replace.
         rounded: for each of the caches, the blocks of tokens in 8 bits that come before what it holds, for a single new
             token; None for none anywhere. Not with pages or padding, nor for a cache with any of the above.
+        rotations: for each of the caches, the angles of its slots, or None if its keys are rotated once, before they are
+            stored; None for that everywhere. Not with pages or padding, nor for a cache with a reading, an eviction or
+            tokens in 8 bits.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
@@ -116,6 +131,7 @@ class Places(NamedTuple):
     readings: Sequence[Reading | None] | None = None
     evictions: Sequence[Eviction | None] | None = None
     rounded: Sequence[Sequence[Codes]] | None = None
+    rotations: Sequence[SlotRotation | None] | None = None
 
     def of(self, caches: slice, states: slice) -> Places:
         """The places of some of the layers."""
@@ -128,7 +144,7 @@ class Places(NamedTuple):
         return all(getattr(self, name) is None for name in OF_CACHES[1:])
 
 
-OF_CACHES = "caches", "fewer", "replaced", "readings", "evictions", "rounded"
+OF_CACHES = "caches", "fewer", "replaced", "readings", "evictions", "rounded", "rotations"
 """Attributes of :class:`Places` with one entry for each cache."""
 
 
@@ -182,6 +198,10 @@ class _Rounded(ctypes.Structure):
     _fields_ = (("blocks", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
+class _Rotation(ctypes.Structure):
+    _fields_ = (("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p), ("slots", ctypes.c_int64))
+
+
 class DecoderLayersArguments(library.Arguments):
     """The struct `regard_decoder_layers_args`."""
 
@@ -205,6 +225,7 @@ class DecoderLayersArguments(library.Arguments):
         ("reading", ctypes.c_void_p),
         ("evictions", ctypes.c_void_p),
         ("rounded", ctypes.c_void_p),
+        ("rotations", ctypes.c_void_p),
         ("cosine", ctypes.c_void_p),
         ("sine", ctypes.c_void_p),
         ("eps", ctypes.c_float),
@@ -272,6 +293,7 @@ class DecoderLayers:
         padding = None if places.padding is None else (ctypes.c_int64 * batch)(*places.padding)
         fewer, replaced = self._of_layers(places.fewer, 0), self._of_layers(places.replaced, -1)
         reading, evictions, rounded = self._readings(places), self._evictions(places), self._rounded(places)
+        rotations = self._rotations(places)
         library.call(
             DecoderLayersArguments(
                 threads=torch.get_num_threads(),
@@ -292,6 +314,7 @@ class DecoderLayers:
                 reading=None if reading is None else ctypes.addressof(reading),
                 evictions=None if evictions is None else ctypes.addressof(evictions),
                 rounded=None if rounded is None else ctypes.addressof(rounded.layers),
+                rotations=None if rotations is None else ctypes.addressof(rotations),
                 cosine=pointer(cosine),
                 sine=pointer(sine),
                 x=pointer(y),
@@ -327,6 +350,15 @@ class DecoderLayers:
             if eviction is not None:
                 weights, ranks, *rest = eviction
                 found[i] = _Eviction(pointer(weights), pointer(ranks), ranks.shape[2], *rest)
+        return found
+
+    def _rotations(self, places: Places) -> Any:
+        if places.rotations is None:
+            return None
+        found = (_Rotation * len(self._layers))()
+        for i, rotation in zip(self._attending, places.rotations, strict=True):
+            if rotation is not None:
+                found[i] = _Rotation(pointer(rotation.cosine), pointer(rotation.sine), len(rotation.cosine))
         return found
 
     def _rounded(self, places: Places) -> _Codes | None:
@@ -431,12 +463,12 @@ class _Pointed(NamedTuple):
         count = len(self.caches)
         fewer, replaced = places.fewer or [0] * count, places.replaced or [-1] * count
         readings, evictions = places.readings or [None] * count, places.evictions or [None] * count
-        rounded = places.rounded or [()] * count
+        rounded, rotations = places.rounded or [()] * count, places.rotations or [None] * count
         told = f"caches that have dropped {list(fewer)} tokens, with {n} new ones in the slots {list(replaced)}"
         if (
             places.table is not None
             or places.padding is not None
-            or not (count == len(fewer) == len(replaced) == len(readings) == len(evictions) == len(rounded))
+            or any(len(x) != count for x in (fewer, replaced, readings, evictions, rounded, rotations))
         ):
             raise Unsupported(told, supported="a number for each cache, without pages and padding")
         least, most = min(places.lengths), max(places.lengths)
@@ -462,6 +494,14 @@ class _Pointed(NamedTuple):
                 raise Unsupported(
                     "tokens in 8 bits before those of a cache", supported="one token at a time that reads everything"
                 )
+        for cache, rotation, dropped, *others in zip(
+            self.caches, rotations, fewer, readings, evictions, rounded, strict=True
+        ):
+            if rotation is not None and (any(others) or not _rotatable(cache, rotation, most - dropped + n)):
+                raise Unsupported(
+                    "keys of a cache that are rotated when they are read",
+                    supported="angles of all its tokens in float32, for queries that read everything",
+                )
 
 
 def _decodable(cache: tuple[Tensor, Tensor], codes: Codes) -> bool:
@@ -481,6 +521,16 @@ def _evictable(cache: tuple[Tensor, Tensor], eviction: Eviction) -> bool:
         own.append((eviction.weights, torch.float32))
     tensors = all(type(x) in PLAIN and x.dtype == dtype and x.is_contiguous() for x, dtype in own)
     return tensors and eviction.capacity > 0 and all(x.shape == cache[0].shape[:3] for x, _ in own)
+
+
+def _rotatable(cache: tuple[Tensor, Tensor], rotation: SlotRotation, tokens: int) -> bool:
+    """Return whether as many keys of a cache can be rotated in this way."""
+    width = cache[0].shape[3]
+    shapes = all(x.ndim == 2 and len(x) >= tokens and x.shape[1] == width for x in rotation)
+    alike = len(rotation.cosine) == len(rotation.sine)
+    return (
+        shapes and alike and all(type(x) in PLAIN and x.dtype == torch.float32 and x.is_contiguous() for x in rotation)
+    )
 
 
 def _readable(cache: tuple[Tensor, Tensor], reading: Reading | None) -> bool:
