@@ -20,7 +20,7 @@ from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.sparse import sparsely
 from regard.compression.sparse.rounding import Block
 from regard.contract import Recurrence
-from regard.engines.decoder_layer import Eviction, Places, Reading, State, Weight, unfit
+from regard.engines.decoder_layer import Eviction, Places, Reading, SlotRotation, State, Weight, unfit
 from regard.integrations.collecting import collect_losses
 from regard.layers.linear import Linear
 
@@ -105,6 +105,7 @@ def _wide(make):
         ("block_sparse:size=8,blocks=3 + snapkv:capacity=24,window=8,local=4,prefix=1", 78),
         ("pyramidkv:capacity=24,window=8,local=4,prefix=1", 78),  # layers of different lengths
         ("streaming:capacity=24,sinks=2", 77),  # full: one token at a time
+        ("streaming:capacity=24,sinks=2,positions=text", 77),
         ("streaming:capacity=90,sinks=2", 78),  # full later
         ("quest:budget=16,page=8", 77),  # one token at a time
         ("quest:budget=16,page=8,share=false", 77),
@@ -150,6 +151,17 @@ def test_sparse_models_decode_in_one_native_call(method, fused, calls):
         if (kept := getattr(state, name)) is not None:
             near(getattr(left, name)[:, :, :held], kept[:, :, :held])
     bridge.unfuse_layers(model)
+
+
+def test_a_fused_model_refuses_positions_that_do_not_count_where_keys_have_places_in_the_cache(calls):
+    model, tokens = llama(), ids(2, 12)
+    bridge.fuse_layers(model)
+    with sparsely(model, "streaming:capacity=6,sinks=2"), torch.inference_mode():
+        cache = getattr(model(tokens, use_cache=True, position_ids=torch.arange(5, 17)[None]), bridge.CACHE)
+        model(tokens[:, :1], **{bridge.CACHE: cache}, use_cache=True, position_ids=torch.tensor([[17]]))
+        assert calls[-1] == "decoder_layers"
+        with pytest.raises(regard.Unsupported, match="positions that do not count"):
+            model(tokens[:, :1], **{bridge.CACHE: cache}, use_cache=True, position_ids=torch.tensor([[30]]))
 
 
 @pytest.mark.parametrize("make", [llama, mistral, qwen2])
@@ -247,6 +259,9 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
         Eviction(ranks.double(), ranks, 4, 9),
         Eviction(None, ranks, 0, 9),
     )
+    angles = SlotRotation(torch.zeros(2, 8), torch.zeros(2, 8))
+    other_angles = torch.zeros(1, 8), torch.zeros(3, 8), torch.zeros(2, 6), torch.zeros(2, 8).double()
+    unturned = [angles._replace(**{name: x}) for x in other_angles for name in ("cosine", "sine")]
     for places, said in (
         (Places(caches, [9, 2]), "9"),
         (Places(caches, [2]), "1 lengths"),
@@ -272,6 +287,8 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
         *((Places(caches, [1, 1], rounded=[[codes], [codes, x]]), "codes and steps of all its rows") for x in unlike),
         (Places(caches, [1, 1], replaced=[0, -1], rounded=[[codes], []]), "reads everything"),
         (Places(caches, [1, 1], replaced=[0, -1], evictions=[Eviction(None, ranks, 4, 9), None]), "reads everything"),
+        *((Places(caches, [1, 1], rotations=[None, x]), "angles of all its tokens") for x in unturned),
+        (Places(caches, [1, 1], rotations=[angles, None], rounded=[[codes], []]), "read everything"),
     ):
         with pytest.raises(regard.Unsupported, match=said):
             layers(x, turned, turned, places)

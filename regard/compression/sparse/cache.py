@@ -187,38 +187,65 @@ class HeadCache(MethodCache):
 
 @dataclass(frozen=True)
 class RollingCache(HeadCache):
-    """The first tokens and the last ones: a new token replaces the oldest that is not among the first.
+    """The first tokens and the last ones, the same in all heads: from a full cache on, a new token takes the slot of the
+    oldest that is not among the first. Rows may have different lengths.
+
+    The last tokens go round the slots after the first ones: if token r of a row is in slot s, r - s is a multiple of the
+    number of those slots.
 
     Attributes:
         capacity: tokens that it holds when it is full.
         sinks: first tokens, which stay.
-        full_at: number of tokens in the sequence from which on it is full.
     """
 
     capacity: int = 1
     sinks: int = 0
-    full_at: int = 1
 
-    def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"]) -> Self:
-        slot = self.replaced()
-        if slot < 0:
-            return super().appended(k, v)
+    @classmethod
+    def rolled(
+        cls,
+        k: Float[Tensor, "b g n d"],
+        v: Float[Tensor, "b g n e"],
+        lengths: Int[Tensor, " b"],
+        capacity: int,
+        sinks: int,
+    ) -> RollingCache:
+        """Build a cache from right-padded prompts with `lengths` tokens."""
+        groups, n = k.shape[1:3]
+        slots, newest = torch.arange(min(n, capacity), device=k.device), lengths[:, None] - 1
+        ranks = torch.where(slots < sinks, slots, newest - (newest - slots) % (capacity - sinks)).clamp(min=0)
+        ranks = ranks[:, None].expand(-1, groups, -1)
+        k, v = (x.gather(2, ranks[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
+        counts = lengths.clamp(max=capacity).cpu()[:, None].repeat(1, groups)
+        held = with_room(ranks[..., None])[..., 0]
+        return cls(with_room(k), with_room(v), counts, held, lengths, capacity=capacity, sinks=sinks)
+
+    def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"], there: Tensor | None = None) -> Self:
+        """Append one token in each row, or only in the rows where `there` (B,) is true."""
+        slots, cache = self._next(), self
+        while max(slots, default=-1) >= cache.k.shape[2]:
+            cache = cache._grown()
         with torch.no_grad():
-            for where, x in ((self.k, k), (self.v, v)):
-                where.narrow(2, slot, 1).copy_(x)
-        return self.extended(1)
+            # a row that has no token is written to as well: its next token takes the same slot
+            for where, x in ((cache.k, k), (cache.v, v), (cache.ranks, cache.length.view(-1, 1, 1))):
+                if len({*slots}) == 1:
+                    where.narrow(2, slots[0], 1).copy_(x)
+                else:
+                    rows = torch.arange(len(slots), device=where.device)
+                    where[rows, :, torch.tensor(slots, device=where.device)] = x[:, :, 0].to(where.dtype)
+        more = torch.ones_like(cache.length) if there is None else there.long()
+        counts = (cache.counts + more.cpu()[:, None]).clamp(max=self.capacity)
+        return dataclasses.replace(cache, counts=counts, length=cache.length + more)
 
     def even(self, tokens: int) -> int | None:
         held = super().even(tokens)
         if held is None or held + tokens <= self.capacity:
             return held
-        return held - 1 if tokens == 1 and self.replaced() >= 0 else None
+        return held - 1 if tokens == 1 and held == self.capacity and len({*self._next()}) == 1 else None
 
     def replaced(self) -> int:
-        length = int(self.length[0]) if len(self.length) else 0
-        if length < self.full_at:
-            return -1
-        return self.sinks + (length - self.full_at) % (self.capacity - self.sinks)
+        slot = next(iter(self._next()), -1)
+        return slot if self._extent()[0] == self.capacity else -1
 
     def extended(self, tokens: int) -> Self:
         slot = self.replaced()
@@ -227,6 +254,20 @@ class RollingCache(HeadCache):
         with torch.no_grad():
             self.ranks.narrow(2, slot, 1).copy_(self.length.view(-1, 1, 1))
         return dataclasses.replace(self, length=self.length + 1)
+
+    def places(self) -> Int[Tensor, "b s"]:
+        """The place of each slot's token among those that its row holds, in the order of the text; 0 for empty slots."""
+        ranks = self.ranks[:, 0]
+        dropped = self.length - self.counts[:, 0].to(ranks.device)
+        return torch.where(ranks < self.sinks, ranks, ranks - dropped[:, None]).clamp(min=0)
+
+    def _next(self) -> list[int]:
+        """The slot of the next token of each row."""
+        held, ring = self.counts[:, 0].tolist(), self.capacity - self.sinks
+        return [
+            count if count < self.capacity else self.sinks + (length - self.sinks) % ring
+            for count, length in zip(held, self.length.tolist(), strict=True)
+        ]
 
 
 @dataclass(frozen=True)

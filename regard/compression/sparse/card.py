@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from regard.catalogue import get_mechanism
 from regard.compression.sparse.cache import MethodCache
 from regard.compression.sparse.method import Method, Place, call
-from regard.contract import Call, Mechanism, Pattern, Result, Unsupported
+from regard.contract import Call, LayerCall, LayerSpec, Mechanism, Pattern, Projection, Result, Tensors, Unsupported
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,14 +40,14 @@ def chunked(
 
 
 def _run(given: Call, q: Tensor, k: Tensor, v: Tensor, *, keeps: bool) -> Result:
-    if given.lengths is not None or given.memory_lengths is not None:
+    config: Config = given.config
+    if given.lengths is not None and not config.method.pads:
         raise Unsupported(
             "sparse attention of padded or packed sequences",
-            supported="sequences of one length",
+            supported="sequences of one length, and streaming",
             nearest="one prompt at a time",
         )
-    config: Config = given.config
-    place = dataclasses.replace(config.place, scale=given.scale)
+    place = dataclasses.replace(config.place, scale=given.scale, rotate=given.rotate, lengths=given.lengths)
     return Result(*call(config.method, q, k, v, given.state, place, keeps=keeps))
 
 
@@ -74,4 +74,23 @@ def card() -> Mechanism:
     )
 
 
+class Unrotated(Projection):
+    """Lets another library's model leave the rotation of queries and keys to the method."""
+
+    reads_unrotated = ("keys", "streaming:positions=text")
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+
+    def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
+        return heads
+
+
 CARD = card()
+PLACING = dataclasses.replace(CARD, honours=frozenset({"rotate"}), projection=Unrotated)
+"""The card of a method that places keys itself."""
+
+
+def card_of(method: Method) -> Mechanism:
+    """The card of a layer with a method."""
+    return PLACING if method.places_keys else CARD

@@ -14,12 +14,14 @@ from regard.compression.sparse.cache import EvictingCache, HeadCache, RollingCac
 from regard.compression.sparse.method import Method, Place, count_whole
 from regard.compression.sparse.prefilling import asked
 from regard.compression.sparse.scores import grouped, key_sums, pooled, top
-from regard.contract import Unsupported, at_least
+from regard.contract import Unsupported, at_least, one_of
 from regard.engines.decoder_layer import Eviction
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+POSITIONS = ("cache", "text")
+"""Where the positions of keys are counted."""
 NO_RANK = 1 << 62
 """A rank that no token has."""
 
@@ -155,34 +157,54 @@ class PyramidKV(SnapKV):
 class StreamingLLM(Method):
     """Keep the first tokens and the last ones, in the prompt and after it (arXiv 2309.17453).
 
-    Keys keep their positions in the text, where the paper renumbers them inside the cache.
+    After the prompt, keys are rotated to their places in the cache, 0 to capacity - 1, and a query to the place of its
+    token, the last one: distances are never longer than the cache, however long the text. The cache holds keys that are
+    not rotated, and each token rotates all of them. The prompt itself is read in full, at its own positions. Several
+    tokens after a prompt are read one after the other, each with a full cache, where the authors' code drops as many
+    tokens beforehand.
 
     Attributes:
         capacity: tokens in the cache, including the first ones.
         sinks: first tokens that stay.
+        positions: ``cache``, or ``text``: keys keep the positions of their tokens in the text, as rotated once.
     """
 
     phases: ClassVar = ("decode",)
     summary: ClassVar = "The cache keeps the first tokens and the last ones."
+    pads: ClassVar = True
     capacity: int = 1024
     sinks: int = 4
+    positions: str = "cache"
 
     def __post_init__(self) -> None:
         at_least("sinks", self.sinks, 0)
         at_least("capacity", self.capacity, self.sinks + 1)
+        one_of("positions", self.positions, POSITIONS)
 
-    def keep(self, q: Tensor, k: Tensor, place: Place) -> Bool[Tensor, "b g n"] | None:
-        batch, groups, n = k.shape[:3]
-        if n <= self.capacity:
-            return None
-        j = torch.arange(n, device=k.device)
-        return ((j < self.sinks) | (j >= n - (self.capacity - self.sinks))).expand(batch, groups, n)
+    @property
+    def places_keys(self) -> bool:
+        return self.positions == "cache"
 
-    def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> HeadCache:
-        made = super().compress(q, k, v, place)
-        held = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
-        full_at = max(k.shape[2], self.capacity)
-        return RollingCache(**held, capacity=self.capacity, sinks=self.sinks, full_at=full_at)
+    def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> RollingCache:
+        n, lengths = k.shape[2], place.lengths
+        if lengths is None:
+            lengths = torch.full((k.shape[0],), n, dtype=torch.int64, device=k.device)
+        cache = RollingCache.rolled(k, v, lengths, self.capacity, self.sinks)
+        place.meter.count_prompt(float(cache.counts[:, 0].sum()) / max(float(lengths.sum()), 1))
+        return cache
+
+    def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
+        if place.rotate is None:
+            return super().decode(q, cache, place)
+        assert isinstance(cache, RollingCache)
+        count_whole(cache, place, q.shape[1])
+        newest = cache.counts[:, :1].to(q.device) - 1
+        rotated = dataclasses.replace(cache, k=place.rotate(cache.k, cache.places()))
+        return rotated.read(place.rotate(q, newest), place.scale), cache
+
+    @property
+    def in_kernel(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)

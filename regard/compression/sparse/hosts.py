@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from regard.compression.sparse.card import CARD, Config
+from regard.compression.sparse.card import Config, card_of
 from regard.compression.sparse.catalogue import read_method
 from regard.compression.sparse.method import PHASES, Meter, Method, Place
 from regard.contract import Pattern, Unsupported, an_instance
@@ -114,14 +114,18 @@ def _in_own(model: LanguageModel, method: Method) -> Sparse:
                 f"{layer.positions.name}",
                 supported="softmax without options, with positions that add nothing to its scores",
             )
-    sparse = Sparse(model, method, len(found))
+        here = (layer.positions, *(() if model.positions is None else (model.positions,)))
+        if method.places_keys and any(x.embed or x.prepare or x.rotate_keys for x in here):
+            raise _unplaceable(name, f"{here[-1].name} positions")
+    sparse, card = Sparse(model, method, len(found)), card_of(method)
     for number, (_, layer) in enumerate(found):
         config = _config(sparse, number)
-        before = layer.card, layer.config, layer.projection
-        layer.card, layer.config, layer.projection = CARD, config, None
+        before = layer.card, layer.config, layer.projection, layer.places_keys
+        layer.card, layer.config, layer.projection = card, config, None
+        layer.places_keys = card.places_keys(layer.pattern)
 
         def undo(layer: Any = layer, before: tuple[Any, ...] = before) -> None:
-            layer.card, layer.config, layer.projection = before
+            layer.card, layer.config, layer.projection, layer.places_keys = before
 
         sparse._undoing.append(undo)
     return sparse
@@ -132,9 +136,10 @@ def _in_transformers(model: Any, method: Method) -> Sparse:
     from regard.integrations.heads import HeadAttention
     from regard.integrations.swap import reader_of
     from regard.integrations.transformers import PLACE, RECORD, SWAPPED, check_interface, take_out
-    from regard.integrations.transformers.attending import Placement
+    from regard.integrations.transformers.attending import Placement, heads_of
     from regard.integrations.transformers.caches import keeps_every_key
     from regard.integrations.transformers.placing import place
+    from regard.integrations.transformers.rotary import find_rotary
 
     check_interface(model)
     if model.config.is_encoder_decoder:
@@ -155,21 +160,28 @@ def _in_transformers(model: Any, method: Method) -> Sparse:
                 f"sparse attention in {name}, {an_instance(module)}",
                 supported="causal layers whose cache keeps every key and that have no window of their own",
             )
+    rotaries = [find_rotary(model, *layer, heads_of) if method.places_keys else None for layer in found]
+    for (name, module), rotary in zip(found, rotaries, strict=True):
+        if method.places_keys and (rotary is None or not rotary.counts):
+            why = (
+                "no rotation of keys that could be left out" if rotary is None else "frequencies that follow the length"
+            )
+            raise _unplaceable(name, f"{an_instance(module)} and {why}")
     sparse = Sparse(model, method, len(found))
     before = model.config._attn_implementation
-    for number, (_, module) in enumerate(found):
+    for number, ((_, module), rotary) in enumerate(zip(found, rotaries, strict=True)):
         config, module_config = _config(sparse, number), module.config
         heads = module_config.num_attention_heads
         attend = HeadAttention(
-            Chosen(CARD, config),
+            Chosen(card_of(method), config),
             dim=module_config.hidden_size,
             heads=heads,
             kv_heads=heads // getattr(module, "num_key_value_groups", 1),
             head_dim=getattr(module, "head_dim", None) or module_config.hidden_size // heads,
             pattern=Pattern.CAUSAL_SELF,
         )
-        # the model rotates queries and keys before this point, as they are stored in a cache
-        attend.placement = Placement.of(module, module.layer_idx)
+        # without a rotary, the model rotates queries and keys before this point, as they are stored in a cache
+        attend.placement = Placement.of(module, module.layer_idx, rotary)
         place(module, attend.train(module.training))
 
         def undo(module: Any = module) -> None:
@@ -186,6 +198,14 @@ def _config(sparse: Sparse, number: int) -> Config:
     meter = Meter()
     sparse.meters.append(meter)
     return Config(sparse.method, Place(number, sparse.layers, meter=meter))
+
+
+def _unplaceable(name: str, found: str) -> Unsupported:
+    return Unsupported(
+        f"keys at their places in the cache in {name}, which has {found}",
+        supported="rotary positions whose frequencies are the same at every length",
+        nearest="streaming:positions=text",
+    )
 
 
 def _check_found(model: nn.Module, found: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +14,7 @@ from regard.compression.sparse.cache import HeadCache
 from regard.compression.sparse.selection import Everything, Selection
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
     from regard.engines.decoder_layer import Codes, Eviction, Reading
 
@@ -59,19 +59,24 @@ class Meter:
 
 @dataclass(frozen=True)
 class Place:
-    """The layer in which a hook runs.
+    """The layer in which a hook runs, and its call.
 
     Attributes:
         layer: its number, from 0.
         layers: number of layers.
         scale: scale of the scores.
         meter: counters of the layer.
+        rotate: rotates queries or keys (B, H, N, D) to positions (B or 1, N), for a method that places keys itself; None
+            for other methods, and where the model rotates nothing.
+        lengths: number of tokens of the call in each row, which is right-padded; None if all have as many.
     """
 
     layer: int = 0
     layers: int = 1
     scale: float = 1.0
     meter: Meter = field(default_factory=Meter)
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    lengths: Int[Tensor, " b"] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,18 @@ class Method:
     Attributes:
         phases: the phases in which it saves work.
         summary: a one-sentence description.
+        pads: whether it takes padded prompts.
     """
 
     phases: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = "Every query sees every key before it."
+    pads: ClassVar[bool] = False
+
+    @property
+    def places_keys(self) -> bool:
+        """Whether it decides at which positions keys are rotated: it then gets queries and keys that are not rotated,
+        except for those of the first hook, and :attr:`Place.rotate`."""
+        return False
 
     def select(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], place: Place) -> Selection:
         """Select the keys that each query of a prompt sees."""
@@ -125,8 +138,8 @@ class Method:
 
     @property
     def in_kernel(self) -> bool:
-        """Whether :meth:`reading`, :meth:`evicting` and :meth:`rounded` say all that the third hook does, so that a kernel
-        can do it in its place."""
+        """Whether :attr:`places_keys`, :meth:`reading`, :meth:`evicting` and :meth:`rounded` say all that the third hook does,
+        so that a kernel can do it in its place."""
         return type(self).decode is Method.decode
 
     def reading(self, cache: HeadCache) -> Reading | None:
@@ -154,6 +167,10 @@ class Combined(Method):
 
     first: Method = field(default_factory=Method)
     second: Method = field(default_factory=Method)
+
+    @property
+    def places_keys(self) -> bool:
+        return self.second.places_keys
 
     def select(self, q: Tensor, k: Tensor, place: Place) -> Selection:
         return self.first.select(q, k, place)
@@ -202,11 +219,21 @@ def call(
 ) -> tuple[Tensor, Any]:
     """Run a prompt (without a state), or tokens after one; return the output, and the cache if requested."""
     if state is None:
-        output = method.prefill(q, k, v, place)
+        output = method.prefill(*_rotated(q, k, place), v, place)
         return output, method.compress(q, k, v, place) if keeps else None
     outputs = []
     for i in range(q.shape[2]):
         here = slice(i, i + 1)
-        output, state = method.decode(q[:, :, here], state.appended(k[:, :, here], v[:, :, here]), place)
+        there = () if place.lengths is None else (place.lengths > i,)
+        state = state.appended(k[:, :, here], v[:, :, here], *there)
+        output, state = method.decode(q[:, :, here], state, place)
         outputs.append(output)
     return torch.cat(outputs, 2) if outputs else v.new_zeros(*q.shape[:3], v.shape[3]), state
+
+
+def _rotated(q: Tensor, k: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """Queries and keys of a prompt at their positions in it."""
+    if place.rotate is None:
+        return q, k
+    positions = torch.arange(q.shape[2], device=q.device)[None]
+    return place.rotate(q, positions), place.rotate(k, positions)

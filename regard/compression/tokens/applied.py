@@ -96,6 +96,12 @@ def settle(model: nn.Module, step: FewerTokens) -> str:
             supported=", ".join(KINDS[kind]),
             nearest=f"tokens:method={KINDS[kind][0]}",
         )
+    if kind == "cache":
+        try:
+            sparsify(model, SPARSE[method]()).undo()
+        except Unsupported as error:
+            nearest = f"tokens:method={KINDS[kind][0]}"
+            raise Unsupported(error.asked, supported=error.supported, nearest=nearest) from None
     return method
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from regard.backends.linear.product import FEW_ROWS
 from regard.backends.operators import runs_plainly
 from regard.contract import Recurrence
-from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, Places, Weight, few_tokens
+from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, Places, SlotRotation, Weight, few_tokens
 from regard.integrations.collecting import is_collecting
 from regard.integrations.transformers.attending import PLACE, PREFIX, SWAPPED, UNPLACED
 from regard.integrations.transformers.caches import CACHE, places
@@ -133,6 +133,8 @@ class FusedDecoder:
         cosine, sine = decoder.rotary_emb(x, position_ids=positions)
         if not few_tokens(x, cosine, sine) or not stack.seen.natives[0].fits(x, cosine):
             return None
+        if stack.counted and not _counts_on(stack.counted[0], cache, positions):
+            return None
         states = None
         if stack.recurrences is not None and not (is_collecting() or stack.seen.is_overheard()):
             states = stack.recurrences.states(cache, rows, tokens)
@@ -146,7 +148,7 @@ class FusedDecoder:
         if any(padding):
             where = where._replace(padding=padding)
         if stack.counted:
-            where = _with_methods(where, stack.counted, cache)
+            where = _with_methods(where, stack.counted, cache, x)
         told = {ANGLES: (cosine, sine), "position_ids": positions, CACHE: cache, "use_cache": True}
         for part in parts:
             found = part.windows(x, cosine, sine, cache) if isinstance(part, Local) else None
@@ -277,14 +279,33 @@ def _method_of(placed: Any) -> Any:
     return method if getattr(method, "in_kernel", False) else None
 
 
-def _with_methods(where: Places, counted: Sequence[Any], cache: Any) -> Places:
-    """Places with what the sparse methods of the layers read and drop."""
+def _counts_on(placed: Any, cache: Any, positions: Tensor) -> bool:
+    """Return whether positions count on from those of a cache, where a sparse method places keys itself."""
+    layers, index = getattr(cache, "layers", []), placed.placement.layer
+    layer: Any = layers[index] if index < len(layers) else None
+    if getattr(layer, "state", None) is None or layer.shift is None:
+        return True
+    ranks = layer.state.length[:, None] + torch.arange(positions.shape[1], device=positions.device)
+    return len(positions) in (1, len(ranks)) and bool((positions == ranks + layer.shift[:, None]).all())
+
+
+def _with_methods(where: Places, counted: Sequence[Any], cache: Any, x: Tensor) -> Places:
+    """Places with what the sparse methods of the layers read and drop, and how they rotate keys."""
     held = [(placed.config.method, _held(cache, placed)) for placed in counted]
     return where._replace(
-        readings=_some([method.reading(x) for method, x in held]),
-        evictions=_some([method.evicting(x) for method, x in held]),
-        rounded=_some([method.rounded(x) for method, x in held]),
+        readings=_some([method.reading(own) for method, own in held]),
+        evictions=_some([method.evicting(own) for method, own in held]),
+        rounded=_some([method.rounded(own) for method, own in held]),
+        rotations=_rotations(counted[0], _held(cache, counted[0]), x, len(counted)),
     )
+
+
+def _rotations(placed: Any, held: Any, x: Tensor, layers: int) -> list[SlotRotation] | None:
+    """The angles of the slots of caches whose keys are not rotated; all layers hold the same tokens in the same slots."""
+    if not placed.config.method.places_keys:
+        return None
+    cosine, sine = placed.placement.rotary.by_rank(x, held.places()[:1])
+    return [SlotRotation(cosine[0], sine[0])] * layers
 
 
 def _some(found: list[Any]) -> list[Any] | None:
