@@ -120,7 +120,7 @@ class Found:
         name: name of the model.
         weights: number of weights in its matrices.
         cells: cells of every method, including ``dense`` at compression 1.
-        refused: for each task and length left out, the reason.
+        refused: for each method, and each task and length, left out, the reason.
         beyond: a warning if the longest prompts exceed the length that the model was trained on.
         over: whether the budget ran out before everything was asked.
         effects: side effects of every method at every compression, with ``dense`` first.
@@ -226,7 +226,8 @@ def study(
         seconds: time limit; None for no limit.
 
     Raises:
-        Unsupported: for lengths beyond the model's positions, and for models whose attention cannot be made sparse.
+        Unsupported: for lengths beyond the model's positions, and for models whose attention cannot be made sparse, or by
+            none of the methods.
     """
     sizes = Sizes.of(reader.model)
     sparsify(reader.model, Method()).undo()
@@ -249,8 +250,13 @@ def study(
         name: Continuation(reader, plan.data, CONTINUED) if name == TEXT else _task(name, plan) for name in plan.tasks
     }
     refused = {f"{method} at {ratio:g}x": FIXED for method, ratio in chosen if not compresses(method, ratio)}
-    for pair, why in refused.items():
-        say(f"{pair} is left out: {why}")
+    unfit = _unfit(reader.model, fitting, plan.lengths[0])
+    refused |= {method: str(error) for method, error in unfit.items()}
+    if fitting and unfit.keys() == {method for method, _ in fitting}:
+        raise next(iter(unfit.values()))
+    fitting = [(method, ratio) for method, ratio in fitting if method not in unfit]
+    for what, why in refused.items():
+        say(f"{what} is left out: {why}")
     variants = [("dense", 1.0), *fitting]
     total, done, over = plan.samples * len(plan.lengths) * len(tasks) * len(variants), 0, False
     rows: dict[tuple[str, float, str, int], list[dict[str, Any]]] = {}
@@ -306,6 +312,17 @@ def study(
             own = {"model": identity, "data": data}
             effects, over = _effects(reader, plan, probes, variants, store, own, late, on_progress)
     return Found(reader.name, sizes.weights, plan, cells, refused, over, effects, farther)
+
+
+def _unfit(model: Any, variants: Iterable[tuple[str, float]], length: int) -> dict[str, Unsupported]:
+    """Why the model cannot run some of the methods."""
+    found = {}
+    for method, ratio in dict(variants).items():
+        try:
+            sparsify(model, at_compression(method, ratio, length)).undo()
+        except Unsupported as error:
+            found[method] = error
+    return found
 
 
 def _effects(

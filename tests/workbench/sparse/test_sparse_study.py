@@ -9,11 +9,14 @@ import pytest
 import torch
 from byte_tokenizer import save_byte_tokenizer
 from command_line import answer, run
+from support import refused
 
 from regard import Unsupported
 from regard.compression.sparse.constructed import cost, retrieval
+from regard.measurement.store import Store
 from regard.models import LanguageModel, LanguageModelConfig, save_pretrained
 from regard.tasks.long_context import create_long_task
+from regard.tasks.tokenizer import ByteTokenizer
 from regard.workbench.sparse import study as study_module
 from regard.workbench.sparse import tiny
 from regard.workbench.sparse.analysis import (
@@ -28,6 +31,7 @@ from regard.workbench.sparse.analysis import (
     scaling_law,
 )
 from regard.workbench.sparse.constructed import isoflops
+from regard.workbench.sparse.readers import OfRegard
 
 
 def test_a_compression_is_safe_while_no_smaller_one_loses():
@@ -191,6 +195,18 @@ def test_the_bytes_of_a_token_are_those_of_codes_where_the_model_or_its_cache_ha
         assert n == int(n) and n - 65 > 20  # those in codes
         steps = 2 * 2 * (n - 65 + 8) * 4
         assert rounded - weights[name] == 2 * 2 * 2 * 8 * (n - 65 + 4 * 65) + steps
+
+
+def test_a_method_that_the_model_cannot_run_is_left_out_and_the_others_are_asked(tmp_path):
+    config = LanguageModelConfig(vocab_size=256, dim=16, num_layers=1, num_heads=2, positions="learned", max_length=64)
+    reader = OfRegard(LanguageModel(config).eval(), ByteTokenizer(), "small")
+    (tmp_path / "text.txt").write_text("one and two and " * 40)
+    sizes = {"ratios": (2.0,), "tasks": ("text",), "samples": 1, "data": tmp_path / "text.txt"}
+    with Store(tmp_path / "store") as store:
+        found = study_module.study(reader, study_module.Plan((64,), ("streaming", "tova"), **sizes), store)
+        assert {cell.method for cell in found.cells} == {"dense", "tova"}
+        assert "positions=text" in found.refused["streaming"]
+        refused("positions=text", study_module.study, reader, study_module.Plan((64,), ("streaming",), **sizes), store)
 
 
 @pytest.mark.parametrize(
