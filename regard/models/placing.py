@@ -103,19 +103,27 @@ def make_input_positions(name: str, config: Any) -> Positions | None:
 
 
 def place_input(
-    scheme: Positions | None, x: Float[Tensor, "b n c"], where: Int[Tensor, "#b n"], context: Context, *, movable: bool
+    scheme: Positions | None,
+    x: Float[Tensor, "b n c"],
+    where: Int[Tensor, "#b n"],
+    context: Context,
+    *,
+    movable: bool,
+    before: Float[Tensor, "t width"] | None = None,
 ) -> tuple[Float[Tensor, "b n c"], Context, dict[str, Loss]]:
     """Add positions to a model's right-padded input; returns it with the layers' context and the scheme's losses.
 
     Args:
         movable: whether `where` holds the ranks of whole sequences, which a scheme may shift in training.
+        before: for a scheme of `SHARED_POSITIONS`, the position vectors of tokens without a position, which the model
+            will put before `x`.
     """
     losses: dict[str, Loss] = {}
     if scheme is None:
         return x, context, losses
     if scheme.prepare is not None:
         where = torch.arange(x.shape[1], device=x.device)[None] if movable else where  # one row for all
-        where, losses = scheme.prepare(where, context.grid, context.generator, movable=movable)
+        where, losses = scheme.prepare(where, context.grid, context.generator, movable=movable, before=before)
     if scheme.embed is None:
         return x, context.replace(position_vectors=where), losses
     return scheme.embed(x, where), context, losses

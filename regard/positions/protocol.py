@@ -43,8 +43,9 @@ class Positions(nn.Module):
         turns: for schemes that rotate planes of features i and i + R / 2 of a head: ``turns(count)`` returns the
             cosines, then the sines, of the planes at the first positions, (count, R) in float32 on the CPU.
         prepare: for schemes that first compute position vectors, once for all layers:
-            ``prepare(positions (B, N), grid, generator, movable=)`` returns the vectors (B or 1, N, width) that
-            ``embed`` and ``rotate`` receive instead of positions, and auxiliary losses.
+            ``prepare(positions (B, N), grid, generator, movable=, before=)`` returns the vectors (B or 1, N, width)
+            that ``embed`` and ``rotate`` receive instead of positions, and auxiliary losses. Vectors given as `before`
+            (T, width) stand in for those of T more tokens, at the front.
         shared: whether the model computes these vectors for its layers.
     """
 

@@ -18,13 +18,17 @@ published models: the paper's MoH-ViT is a TransNeXt, a pyramid with cosine atte
 ``mixture_of_heads``; with 12 heads, 3 are shared and 6 of the other 9 active, as in the 12-head stage of the paper's S
 model; with 6 heads, 2 are shared and 2 of the other 4 active. :meth:`VisionTransformer.forward_with_losses` returns the
 balance loss, which training adds with a weight of 0.01.
+
+With SeqPE (Li et al., arXiv 2506.13277) one encoder reads the row and column of each patch, for all layers. The class
+tokens, which have neither, have learned vectors in place of the encoder's. :meth:`VisionTransformer.forward_with_losses`
+returns its two losses, which training adds with a weight of 0.1.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -41,12 +45,13 @@ from regard.layers.residual import Branch, fused, is_called_plainly
 from regard.models.blocks import Block, check_sequences
 from regard.models.layer_plan import check_plan, read_plan
 from regard.models.losses import add_losses
-from regard.models.placing import input_positions
+from regard.models.placing import SHARED_POSITIONS, input_positions, make_input_positions, place_input
 from regard.models.stack import StackConfig
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of
 from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import agent_table, context_of, fit_tables, options_on
-from regard.positions import Sinusoidal
+from regard.positions import Positions, create_positions
+from regard.positions.seqpe.schemes import SeqpeInside
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -65,10 +70,13 @@ class VisionTransformerConfig(BackboneConfig):
             The default `bias_grid` of agent attention is the grid of patches.
         expansion: hidden width of the feed-forward networks as a multiple of `dim`, unless set in the plan.
         positions: ``learned``, a table for one image size with a row for every token; ``sinusoidal``, fixed, with half
-            of the features for the row and half for the column, for patches only; ``none``; or a scheme inside the
-            layers, such as ``rotary``, over the sequence of tokens; ``auto`` as in
+            of the features for the row and half for the column, for patches only; ``none``; ``seqpe``, added to the
+            patches; ``seqpe_mul``, ``seqpe_add`` or ``seqpe_scalar``, one encoder for all layers; or another scheme
+            inside the layers, such as ``rotary``, over the sequence of tokens; ``auto`` as in
             :class:`regard.models.LanguageModelConfig`. Layers may also have a scheme of their own (`positions` in the
-            plan's options).
+            plan's options). Images of other sizes than `image_size` are taken unless positions are ``learned``.
+        position_options: options of the scheme. SeqPE reads rows and columns unless its `axes` is 1.
+        max_length: for SeqPE, a bound of positions: its square root bounds the rows and the columns of patches.
         pool: ``class`` reads a class token; ``mean`` averages the patches, without a class token.
         distillation_token: whether there is a second class token with its own head; the logits are then the mean of
             both heads.
@@ -85,6 +93,8 @@ class VisionTransformerConfig(BackboneConfig):
     plan: Any = "softmax"
     expansion: float = 4.0
     positions: str = "learned"
+    position_options: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int = 10_000
     pool: str = "class"
     distillation_token: bool = False
     bias: bool = True
@@ -95,6 +105,7 @@ class VisionTransformerConfig(BackboneConfig):
         super().__post_init__()
         at_least("dim", self.dim, 1)
         at_least("patch", self.patch, 1)
+        at_least("max_length", self.max_length, 1)
         one_of("pool", self.pool, POOLS)
         if self.distillation_token and self.pool != "class":
             raise Unsupported(
@@ -158,25 +169,28 @@ class VisionTransformer(Backbone):
         super().__init__(config)
         check_plan(config.plan, Pattern.NONCAUSAL_SELF, "a vision transformer")
         scheme = input_positions(config.plan, config.positions)
-        if scheme not in ("learned", "sinusoidal", "none"):
-            raise Unsupported(
-                f"{scheme} positions in a vision transformer",
-                supported="learned, sinusoidal, none, auto, or a scheme inside the layers",
-                nearest="learned",
-            )
-        width = config.dim
+        width, shape = config.dim, _BlockShape(config)
         self.embedding = PatchEmbedding(config.channels, width, config.patch)
         rows, columns = self.embedding.grid(*config.size)
         before = config.class_tokens
         self.class_tokens = nn.Parameter(torch.empty(before, width)) if before else None
         learned = scheme == "learned"
+        if learned and config.position_options:
+            raise Unsupported("position_options of learned positions", supported="position_options={}")
         self.positions = nn.Parameter(torch.empty(before + rows * columns, width)) if learned else None
-        self.sinusoids: Sinusoidal | None = None
+        self.sinusoids: Positions | None = None
         if scheme == "sinusoidal":
             if width % 2:
                 raise Unsupported(f"sinusoidal positions of rows and columns with dim={width}", supported="an even dim")
-            self.sinusoids = Sinusoidal(dim=width // 2)
-        shape = _BlockShape(config)
+            heads = config.num_heads
+            self.sinusoids = create_positions(
+                scheme, dim=width // 2, heads=heads, head_dim=width // heads, **config.position_options
+            )
+        #: SeqPE: the encoder, and the vectors that it has for class tokens
+        self.encoding = make_input_positions(scheme, shape) if scheme in ("seqpe", *SHARED_POSITIONS) else None
+        self.class_positions: nn.Parameter | None = None
+        if before and isinstance(self.encoding, SeqpeInside):
+            self.class_positions = nn.Parameter(torch.empty(before, self.encoding.query_width))
         rates = drop_path_rates(config.drop_path, [len(config.plan)])[0]
         self.blocks = Blocks(
             VisionBlock(_entry(entry, config), shape, before, rate)
@@ -186,10 +200,11 @@ class VisionTransformer(Backbone):
             check_sequences(
                 self.blocks, "a vision transformer with a class token", supported="pool='mean', without a class token"
             )
+            _check_own_positions(self.blocks)
         self.norm = LayerNorm(width, eps=1e-6)
         self.levels = [Level(width, config.patch)] * len(self.blocks)
         self.apply(_initialise)
-        for table in (self.class_tokens, self.positions):
+        for table in (self.class_tokens, self.positions, self.class_positions):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
         self.distillation_head: nn.Module | None = None
@@ -205,11 +220,8 @@ class VisionTransformer(Backbone):
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
     ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]], dict[str, Loss]]:
         """Return the normed tokens (class tokens first), the maps of the levels in `keep`, and the layers' losses."""
-        grid, before = self.embedding.grid(*images.shape[2:]), self.config.class_tokens
-        x = self.embed(images)
-        context = context_of(grid, before, x)
+        x, context, losses = self._placed(images)
         maps: dict[int, Tensor] = {}
-        losses: dict[str, Loss] = {}
         found = None if keep else fused_blocks(self.blocks, x)
         if found is not None:
             return self.norm(found), maps, losses
@@ -218,21 +230,31 @@ class VisionTransformer(Backbone):
             x = result.output
             add_losses(losses, result.losses)
             if number in keep:
-                maps[number] = map_of(x[:, before:], grid)
+                maps[number] = map_of(x[:, self.config.class_tokens :], self.embedding.grid(*images.shape[2:]))
         return self.norm(x), maps, losses
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
         """Return the first block's input: class tokens and patches with their positions."""
+        return self._placed(images)[0]
+
+    def _placed(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n c"], Context, dict[str, Loss]]:
+        """Return the first block's input, the layers' context, and the losses of positions."""
         x, grid = self.embedding(images), self.embedding.grid(*images.shape[2:])
         if self.sinusoids is not None:
             rows, columns = (place.flatten()[None] for place in _places(grid, x.device))
             halves = x.chunk(2, -1)
-            x = torch.cat([self.sinusoids.embed(h, at) for h, at in zip(halves, (rows, columns), strict=True)], -1)
+            embed: Any = self.sinusoids.embed
+            x = torch.cat([embed(h, at) for h, at in zip(halves, (rows, columns), strict=True)], -1)
+        places = torch.arange(x.shape[1], device=x.device)[None]
+        x, placed, losses = place_input(
+            self.encoding, x, places, Context(grid=grid), movable=True, before=self.class_positions
+        )
         if self.class_tokens is not None:
             x = torch.cat([self.class_tokens.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
         if self.positions is not None:
             x = x + self.positions.to(x.dtype)
-        return F.dropout(x, self.config.branch_dropout, self.training)
+        context = context_of(grid, self.config.class_tokens, x).replace(position_vectors=placed.position_vectors)
+        return F.dropout(x, self.config.branch_dropout, self.training), context, losses
 
     def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
         before = self.config.class_tokens
@@ -279,7 +301,9 @@ class VisionTransformer(Backbone):
             self.distillation_head, self.head = self.head, head
 
     def no_weight_decay(self) -> set[str]:
-        return {name for name in ("class_tokens", "positions") if getattr(self, name) is not None}
+        marked = {name for name, parameter in self.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
+        own = ("class_tokens", "positions", "class_positions")
+        return marked | {name for name in own if getattr(self, name) is not None}
 
     def check_size(self, height: int, width: int) -> None:
         self.embedding.grid(height, width)
@@ -380,13 +404,15 @@ def fused_blocks(blocks: Blocks, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b 
 
 
 class _BlockShape:
-    """The part of a model's config that :class:`regard.models.blocks.Block` reads."""
+    """The part of a model's config that its blocks and :func:`regard.models.placing.make_input_positions` read."""
 
     head_dim = num_kv_heads = None
     norm = "layer:1e-6"
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         self.dim, self.num_heads, self.positions = config.dim, config.num_heads, config.positions
+        axes = {"axes": 2} if config.positions in ("seqpe", *SHARED_POSITIONS) else {}
+        self.position_options, self.max_length = {**axes, **config.position_options}, config.max_length
         self.feed_forward = int(config.expansion * config.dim)
         self.dropout = config.branch_dropout
         self.stack = StackConfig(layer_scale=config.layer_scale)
@@ -399,6 +425,18 @@ def _entry(entry: tuple[str, Mapping[str, Any]], config: VisionTransformerConfig
         options |= {"feed_forward_kind": "gelu"}
         options["feed_forward_options"] = {"bias": True, **options.get("feed_forward_options", {})}
     return entry[0], options
+
+
+def _check_own_positions(blocks: Blocks) -> None:
+    """Raise Unsupported for a layer with its own encoder of rows and columns, beside class tokens, which have none."""
+    for block in blocks:
+        scheme = getattr(block.mixer, "positions", None)
+        if isinstance(scheme, SeqpeInside) and scheme.axes > 1 and not scheme.shared:
+            raise Unsupported(
+                f"{scheme.name} positions of {scheme.axes} axes for one layer of a vision transformer with a class token",
+                supported="one encoder for all layers, or pool='mean'",
+                nearest=f"positions={scheme.name!r} in the model's config",
+            )
 
 
 def _places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

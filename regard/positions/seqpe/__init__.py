@@ -34,8 +34,10 @@ In a share of the training calls (`shift`) the block is moved to a random start;
 
 Deviations: one start for each call, where the authors use several for parts of a batch; draws are made in the process,
 from the call's generator; the range is divided into equal parts with one pivot each, instead of a shuffled pass;
-candidates that equal the pivot or another candidate are masked instead of being drawn again; class tokens are left to
-the model.
+candidates that equal the pivot or another candidate are masked instead of being drawn again.
+
+A class token has no position on the grid. A model learns a vector for it that stands in for E(p) (`before` of
+:meth:`SequentialEncoding.prepare`), as :mod:`regard.models.vision.vit` does.
 """
 
 from regard.positions.seqpe.definition import DigitEncoder, closest_loss, digit_count, to_digits, transfer_loss

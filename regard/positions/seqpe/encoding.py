@@ -179,8 +179,12 @@ class SequentialEncoding(Positions):
     def encode(
         self, positions: Int[Tensor, "*b"] | Int[Tensor, "*b axes"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "*b width"]:
-        """Return the tensor that `embed` takes instead of positions: :meth:`vectors`."""
-        return self.vectors(positions, generator)
+        """Return the tensor that `embed` takes instead of positions: :meth:`project` of :meth:`vectors`."""
+        return self.project(self.vectors(positions, generator))
+
+    def project(self, e: Float[Tensor, "*b width"]) -> Float[Tensor, "*b width2"]:
+        """Return what layers read of vectors E(p); by default the vectors themselves."""
+        return e
 
     def prepare(
         self,
@@ -189,22 +193,29 @@ class SequentialEncoding(Positions):
         generator: torch.Generator | None = None,
         *,
         movable: bool = True,
-    ) -> tuple[Float[Tensor, "#b n width"], dict[str, Loss]]:
+        before: Float[Tensor, "t width"] | None = None,
+    ) -> tuple[Float[Tensor, "#b t+n width"], dict[str, Loss]]:
         """:meth:`encode` the positions of a call, and in training compute both losses.
 
         Args:
             movable: whether the block may be moved in training; False for explicit positions or a continued state.
+            before: vectors that stand in for E(p) of tokens without a position, which come before the others.
         """
         self._check_encoder()
         located = self.locate(positions, grid)
+
+        def encoded() -> Tensor:
+            e = self.vectors(located, generator)
+            return self.project(e if before is None else torch.cat([before.expand(e.shape[0], -1, -1), e], 1))
+
         if not self.training:
-            return self.encode(located, generator), {}
+            return encoded(), {}
         sides = (positions.shape[1],) if self.axes == 1 else tuple(grid or ())
         moved = None
         if movable and self.shift:
             start, moved = self.moved(sides, generator)
             located = located + (start[0] if self.axes == 1 else start)
-        return self.encode(located, generator), self.regularize(sides, generator, moved)
+        return encoded(), self.regularize(sides, generator, moved)
 
     def _check_encoder(self) -> None:
         if self.shared:

@@ -93,7 +93,10 @@ class SeqpeInside(SequentialEncoding):
     def encode(self, positions: Tensor, generator: torch.Generator | None = None) -> Float[Tensor, "*b width"]:
         """Return the tensor that `rotate` and `rotate_keys` take instead of positions: [e^q, e^k], or E(p)."""
         self._check_encoder()
-        e = self.vectors(positions, generator)
+        return super().encode(positions, generator)
+
+    def project(self, e: Float[Tensor, "*b width"]) -> Float[Tensor, "*b width2"]:
+        """Return [e^q, e^k], or the vectors where each layer projects them, or nothing does."""
         if self.query_projection is None or self.key_projection is None:
             return e
         return torch.cat([self.query_projection(e), self.key_projection(e)], -1)

@@ -15,6 +15,7 @@ from regard.contract import Kind, Pattern, Unsupported
 from regard.models import StackConfig, build_model, config_for, count_parameters, match_parameters
 from regard.models.frames import in_frame
 from regard.models.image_model import ImageModelConfig
+from regard.models.placing import EMBEDDED_POSITIONS
 from regard.models.segmentation_model import SegmentationModelConfig
 from regard.models.variants import Variant
 from regard.models.vision.segmentation import SEGMENTERS
@@ -38,7 +39,13 @@ def model_config(
     placed = task.grid is not None and all("sinusoidal" in card.accepts_positions for card in variant.cards)
     plan = _plan(variant, variant.plan(settings.layers), task, task.pattern, frame, placed, longest)
     sizes: dict[str, Any] = {"dim": settings.dim, "num_layers": settings.layers, "num_heads": settings.heads}
-    sizes |= {"stack": settings.stack, "positions": "sinusoidal" if placed else "auto"}
+    # a scheme of the input that is named for all layers is the model's
+    named = {options.get("positions") for _, options in plan}
+    if named <= {*EMBEDDED_POSITIONS} and len(named) == 1 and not task.pattern.cross:
+        positions = named.pop()
+    else:
+        positions = "sinusoidal" if placed else "auto"
+    sizes |= {"stack": settings.stack, "positions": positions}
     sizes["max_length"] = max(task.length, task.memory_length or 0, *settings.lengths)
     if variant.cards[0].kind is Kind.POOLING:
         sizes["pool"], sizes["pool_options"] = variant.layers[0]

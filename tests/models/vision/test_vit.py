@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from support import GRAPH, close, load, recorded_state, refused, shaken
 from torch import Tensor, nn
 
 from regard.contract import Context
+from regard.models import Encoder, EncoderConfig
+from regard.models.losses import LOSS_WEIGHTS
 from regard.models.vision import create_backbone
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
 
@@ -123,13 +127,91 @@ def test_layers_that_are_told_the_class_token_are_compiled(entry: object) -> Non
         close(torch.compile(model, backend=GRAPH, fullgraph=True)(x), model(x))
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "none", "rotary"])
+SEQPE = ["seqpe", "seqpe_mul", "seqpe_add", "seqpe_scalar"]
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "none", "rotary", *SEQPE])
 def test_without_a_table_of_positions_images_of_another_size_are_taken(positions: str) -> None:
     model, x = tiny(positions=positions), images(16, 48)
     again = tiny(positions=positions, image_size=(16, 48))
     again.load_released(model.state_dict())
     close(model(x), again(x))
     assert float((model(x) - model(x.flip(-1))).detach().abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("positions", SEQPE)
+def test_seqpe_without_class_tokens_is_that_of_an_encoder_on_the_grid(positions: str, training: bool) -> None:
+    given = {"positions": positions, "max_length": 400, "expansion": 2}
+    model = shaken(tiny(pool="mean", position_options={"dropout": 0.0, "shift": 0.5}, **given)).train(training)
+    options = {"bias": True, "feed_forward_kind": "gelu", "feed_forward_options": {"bias": True}}
+    config = EncoderConfig(
+        **{name: TINY[name] for name in ("dim", "num_heads", "num_layers", "num_classes")},
+        features=3 * 8 * 8,
+        plan=[("softmax", options)] * 3,
+        feed_forward=32,
+        norm="layer:1e-6",
+        positions=positions,
+        position_options={"axes": 2, "dropout": 0.0, "shift": 0.5},
+        max_length=400,
+    )
+    encoder = Encoder(config).double().train(training)
+    for ours, theirs in (("blocks", "blocks"), ("norm", "norm"), ("head", "head"), ("encoding", "positions")):
+        getattr(encoder, theirs).load_state_dict(getattr(model, ours).state_dict())
+    x = images()
+    encoder.embedding.load_state_dict(model.embedding.state_dict())
+    for seed in range(1 + 3 * training):
+        torch.manual_seed(seed)
+        found = model.forward_with_losses(x)
+        torch.manual_seed(seed)
+        expected = encoder(F.unfold(x, 8, stride=8).mT, context=Context(grid=(4, 4)))
+        close(found.output, expected.output)
+        assert found.losses.keys() == expected.losses.keys() == (LOSS_WEIGHTS.keys() & found.losses.keys())
+        assert bool(found.losses) == training
+        for name, (total, count) in expected.losses.items():
+            close(found.losses[name][0], total)
+            assert found.losses[name][1] == count
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("positions", SEQPE[1:])
+def test_class_tokens_have_vectors_in_place_of_the_encoders_for_all_layers(positions: str, distilled: bool) -> None:
+    model, x = shaken(tiny(positions=positions, distillation_token=distilled)), images(16, 40)
+    before, seen = 1 + distilled, []
+    for block in model.blocks:
+        block.register_forward_pre_hook(
+            lambda _, __, more: seen.append(more["context"].position_vectors), with_kwargs=True
+        )
+    output = model(x)
+    assert len(seen) == 3 and seen[0] is seen[1] is seen[2]
+    places = torch.cartesian_prod(torch.arange(2), torch.arange(5))
+    e = torch.cat([model.class_positions, model.encoding.vectors(places)])
+    close(seen[0][0], torch.cat([model.encoding.query_projection(e), model.encoding.key_projection(e)], -1))
+    assert "encoder" not in {part for name, _ in model.blocks.named_parameters() for part in name.split(".")}
+    with torch.no_grad():
+        model.class_positions[-1] += 1
+    assert not torch.allclose(model(x), output)
+    assert model.class_positions.shape == (before, 16)
+
+
+@pytest.mark.parametrize("positions", SEQPE)
+def test_seqpe_learns_is_saved_and_its_tables_do_not_decay(positions: str, tmp_path: Path) -> None:
+    model = tiny(positions=positions, position_options={"encoder_dim": 24, "encoder_heads": 2}).train()
+    result = model.forward_with_losses(images())
+    (result.output.square().sum() + sum(total for total, _ in result.losses.values())).backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert {"encoding.encoder.token", "encoding.encoder.last", "class_tokens"} <= model.no_weight_decay()
+    assert ("class_positions" in model.no_weight_decay()) == (positions != "seqpe")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    again = tiny(positions=positions, position_options={"encoder_dim": 24, "encoder_heads": 2})
+    again.load_state_dict(torch.load(tmp_path / "model.pt"))
+    close(again(x := images()), model.eval()(x))
+
+
+def test_a_model_with_seqpe_is_compiled() -> None:
+    model, x = tiny(positions="seqpe_mul", num_layers=1), images()
+    with torch.no_grad():
+        close(torch.compile(model, backend=GRAPH, fullgraph=True)(x), model(x))
 
 
 def test_fixed_positions_tell_rows_in_one_half_of_the_features_and_columns_in_the_other() -> None:
@@ -219,7 +301,13 @@ def test_what_cannot_be_done_is_refused() -> None:
     refused("pool='mean'", tiny, plan="large_kernel")
     refused("pool='class'", tiny, pool="mean", distillation_token=True)
     refused("pool='last'", tiny, pool="last")
-    refused("seqpe", tiny, positions="seqpe")
+    refused("positions='seqpe' in", tiny, plan=[("softmax", {"positions": "seqpe"})] * 3)
+    own = ("softmax", {"positions": "seqpe_mul", "position_options": {"axes": 2}})
+    refused("positions='seqpe_mul' in", tiny, plan=[own] * 3)
+    tiny(plan=[own] * 3, pool="mean", positions="none")(images())
+    refused("max_length=25", tiny(positions="seqpe_mul", max_length=16), images(40, 32))
+    refused("position_options of learned", tiny, position_options={"base": 10})
+    refused("supported: base", tiny, positions="sinusoidal", position_options={"axes": 2})
     refused("height 36", tiny, image_size=(36, 32))
     refused("image_size=\\(32, 40\\)", tiny(), images(32, 40))
     refused("a plan of 2 layers", tiny, plan=["softmax", "linear"])

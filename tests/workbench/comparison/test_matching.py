@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 from command_line import answer, run
-from support import ALL
+from support import ALL, refused
 
 from regard.contract import Unsupported
 from regard.measurement.budget import Budget
 from regard.models import build_model, count_parameters
 from regard.models.image_model import ImageModelConfig
 from regard.models.segmentation_model import SegmentationModelConfig
+from regard.models.variants import read_variant
 from regard.models.vision import list_backbones, read_backbone
 from regard.models.vision.scaling import scaled_widths
 from regard.models.vision.vit import VisionTransformer
@@ -22,6 +23,7 @@ from regard.tasks import create_task
 from regard.workbench.comparison import matching
 from regard.workbench.comparison.matching import flops, match, sentence, with_options
 from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.comparison.task_models import model_config
 from regard.workbench.comparison.work import Work
 
 pytest.importorskip("sklearn")
@@ -31,6 +33,16 @@ SMALL = ("van_nano:widths=[8,12,16]", "mixer_nano:width=32,hidden=48,depth=2,tok
 @pytest.fixture(scope="module")
 def task():
     return create_task("images", size=32, evaluation_items=20)
+
+
+@pytest.mark.parametrize("positions", ["seqpe", "learned"])
+def test_positions_of_the_input_named_for_all_layers_are_the_models(task, positions):
+    def config(name):
+        return model_config(read_variant(name), task, CompareSettings(("softmax",), Budget.parse("40 steps")), "bare")
+
+    assert build_model(config(f"softmax:positions={positions}")).positions.name == positions
+    assert config("softmax").positions == "sinusoidal"
+    refused("for one layer", lambda: build_model(config(f"softmax:positions={positions}+softmax")))
 
 
 VM_UNET = "vm_unet_nano:widths=[24,48],depths=[1,1],decoder_depths=[1,1]"
