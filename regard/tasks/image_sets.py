@@ -16,7 +16,7 @@ from regard.contract import Unsupported, closest
 from regard.tasks.documents import nearest_path
 from regard.tasks.idx import FASHION_MNIST, has_idx, load_fashion_mnist, load_idx
 from regard.tasks.image_files import Images, load_folders
-from regard.tasks.protocol import SPLIT, check_integer, counter_generator, in_batches
+from regard.tasks.protocol import SPLIT, check_sides, counter_generator, in_batches
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
@@ -31,7 +31,7 @@ _SUPPORTED = f"digits, {FASHION_MNIST}, a folder with one sub-folder per class, 
 def load_images(
     data: Any,
     validation: Any,
-    size: int | None,
+    size: int | Sequence[int] | None,
     channels: int | None,
     *,
     skip_unreadable: bool,
@@ -42,7 +42,7 @@ def load_images(
     Args:
         data: one of `NAMED`, a folder with one sub-folder per class, or one with MNIST's IDX files.
         validation: a folder like `data`, whose images are held out.
-        size: side to which images are resized; None keeps their size, but means 32 for a folder's.
+        size: side to which images are resized, or height and width; None keeps their size, but means 32 for a folder's.
         channels: 3 or 1, for images from a folder.
         skip_unreadable: whether unreadable files in a folder are left out and reported, instead of refused.
         span: least and greatest value of images with more than 8 bits, from a folder.
@@ -62,9 +62,9 @@ def load_images(
                 supported=f"{option} with a folder of images",
                 nearest=f"no {option}",
             )
-    side = None if size is None else check_integer("size", size, 4, 1024)
+    sides = None if size is None else check_sides(size, 2, 4, 1024)
     if name == "digits" or (name == FASHION_MNIST and not has_idx(folder)):
-        images = _resized(_load_digits() if name == "digits" else load_fashion_mnist(), side)
+        images = _resized(_load_digits() if name == "digits" else load_fashion_mnist(), sides)
         passed_over = [f"the folder {folder} is passed over; ./{folder} reads it"] if folder.is_dir() else []
         return replace(images, notes=[*images.notes, *passed_over])
     if not folder.is_dir():
@@ -72,13 +72,15 @@ def load_images(
         near = closest(str(data), NAMED) or ("" if folder.exists() else nearest_path(folder))
         raise Unsupported(f"data={data} for images, which {wrong}", supported=_SUPPORTED, nearest=near)
     if not is_classes:
-        return _resized(load_idx(folder), side)
+        return _resized(load_idx(folder), sides)
     depth = 3 if channels is None else channels
     if depth not in (1, 3):
         raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
     held_out = None if validation is None else Path(validation)
-    sides = (side or FOLDER_SIDE,) * 2
-    return load_folders(folder, held_out, sides, depth, skip_unreadable=skip_unreadable, span=check_span(span))
+    height, width = sides or (FOLDER_SIDE,) * 2
+    return load_folders(
+        folder, held_out, (height, width), depth, skip_unreadable=skip_unreadable, span=check_span(span)
+    )
 
 
 def check_span(span: Sequence[float] | None) -> tuple[float, float] | None:
@@ -107,20 +109,20 @@ def _load_digits() -> Images:
     return Images("scikit-learn's digits", (8, 8, 1), pixels, digits.target.astype(np.int64), DIGITS)
 
 
-def _resized(images: Images, side: int | None) -> Images:
-    """Resize images to squares of this side, as bytes of one shape."""
+def _resized(images: Images, sides: tuple[int, ...] | None) -> Images:
+    """Resize images to this height and width, as bytes of one shape."""
     height, width, depth = images.shape
-    if side is None or (height, width) == (side, side):
+    if sides is None or (height, width) == sides:
         return images
     given = torch.from_numpy(np.asarray(images.pixels))
-    made = np.empty((len(given), side, side, depth), dtype=np.uint8)
+    made = np.empty((len(given), *sides, depth), dtype=np.uint8)
     for rows in in_batches(len(given), 1024):
         floats = given[rows].permute(0, 3, 1, 2).float()
-        large = F.interpolate(floats, (side, side), mode="bicubic", antialias=True).round().clamp(0, 255)
+        large = F.interpolate(floats, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
         made[rows] = large.permute(0, 2, 3, 1).numpy()
     return replace(
         images,
-        shape=(side, side, depth),
+        shape=(sides[0], sides[1], depth),
         pixels=made,
         notes=[*images.notes, f"resized from {height}x{width} pixels"],
     )

@@ -136,7 +136,7 @@ class ImagesTask(Task):
     Features are the pixels of a patch, normalised per channel by the training images' mean and deviation. The split is
     by image, with the same share of each class; exact duplicates count once. An epoch shows each image once.
 
-    Images from a folder keep their proportions: the shorter side is resized to `size` and the centre is cropped.
+    Images from a folder keep their proportions: they are resized to cover `size` and the centre is cropped.
     Augmented training images are instead cropped anywhere.
 
     Args:
@@ -146,8 +146,8 @@ class ImagesTask(Task):
         length: number of patches, as an alternative to `patch`.
         patch: side of a patch in pixels, a divisor of height and width; by default 1 for images up to 8x8, else close
             to 4.
-        size: side to which images are resized, 4 to 1024; by default 32 for images from a folder, while other data keep
-            their size.
+        size: side of the squares to which images are resized, or their height and width, each 4 to 1024; by default 32
+            for images from a folder, while other data keep their size.
         channels: 3 (colour) or 1 (grey), for images from a folder.
         augment: augmentation of training images: ``none``, ``light`` or ``standard``, see
             :class:`regard.tasks.augmentation.Augmentation`.
@@ -173,7 +173,7 @@ class ImagesTask(Task):
         validation: str | Path | None = None,
         length: int | None = None,
         patch: int | None = None,
-        size: int | None = None,
+        size: int | Sequence[int] | None = None,
         channels: int | None = None,
         augment: str = "none",
         flip: bool | None = None,
@@ -258,7 +258,7 @@ class ImagesTask(Task):
         ]
         if not isinstance(images.pixels, np.ndarray):
             lines.append(
-                f"other shapes: the shorter side resized to {min(height, width)} pixels, and the middle is seen"
+                f"other shapes: resized to cover {height}x{width} pixels, and the middle is seen"
                 + (" of what is not varied" if self.augmentation and self.augmentation.name != "none" else "")
             )
         lines.append(f"training images: {self.augmentation or 'as they are (augment=light or standard varies them)'}")

@@ -463,6 +463,22 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
     return value
 
 
+SIDES = {2: "size=64, or size=[64,96]", 3: "size=32, or size=[16,64,64]"}
+"""Examples of the option `size` for each number of axes."""
+
+
+def check_sides(size: Any, axes: int, low: int, high: int) -> tuple[int, ...]:
+    """Return the sides that the option `size` gives: one number for all axes, or a list with one for each.
+
+    Raises Unsupported for another number of sides, or one out of range.
+    """
+    each = tuple(size) if isinstance(size, list | tuple) else (size,) * axes
+    if len(each) != axes:
+        words = {2: "two (height and width)", 3: "three"}
+        raise Unsupported(f"size={size}", supported=f"one number, or {words[axes]}", nearest=SIDES[axes])
+    return tuple(check_integer("size", side, low, high) for side in each)
+
+
 def check_fraction(name: str, value: Any, low: float, high: float) -> float:
     """Return a fraction if it is within its range; raises Unsupported otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:

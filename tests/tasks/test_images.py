@@ -239,6 +239,20 @@ def test_idx_and_digits_are_resized_on_demand(idx):
     assert "resized from 28x28" in task.describe()
 
 
+def test_images_may_be_of_other_sides_than_square(folder, idx):
+    task = check_task(images(folder, size=[8, 20], patch=4, augment="standard"))
+    assert (task.grid, task.length) == ((2, 5), 10)
+    path = photo(folder.parent / "high.png", 3, (16, 32))
+    large, _ = read_image(path, (8, 20), 3)
+    assert large.shape == (40, 20, 3)
+    np.testing.assert_array_equal(task.reader.pixels(task.reader.read([path]))[0], large[16:24])
+    assert task.reader.picture(path).size == (960, 384)
+    assert images(idx, size=[8, 20]).grid == (2, 5) and "resized to cover 8x20 pixels" in task.describe()
+    assert images(folder, size=[12, 12]).origin["size"] == [12, 12]
+    refused(lambda: images(folder, size=[8, 8, 3]), "one number, or two (height and width)")
+    refused(lambda: images(folder, size=[8, 2]), "size=2")
+
+
 def test_idx_files_that_are_cut_or_hold_nothing_or_too_much_are_refused_by_name(idx, monkeypatch):
     path, packed = idx / "t10k-images-idx3-ubyte", idx / "train-images-idx3-ubyte.gz"
     whole = path.read_bytes()

@@ -8,6 +8,7 @@ import torch
 from task_data import items, masked, refused
 
 from regard.tasks import check_task, create_task
+from regard.tasks.image_files import read_image
 from regard.tasks.protocol import IGNORED, Batch
 from regard.tasks.segmentation import heads
 from regard.tasks.segmentation.scenes import SCENES
@@ -66,22 +67,24 @@ def test_the_loss_is_cross_entropy_and_dice_of_the_classes_that_are_there():
     refused(lambda: dice_and_cross_entropy(logits[:, :4], Batch(torch.zeros(3, 5, 1), targets)), "4 * classes")
 
 
+@pytest.mark.parametrize("size", [32, [32, 48], [64, 32]])
 @pytest.mark.parametrize("data", SCENES)
-def test_scenes_have_the_masks_they_were_drawn_with(data):
-    one = check_task(task(data, size=32))
+def test_scenes_have_the_masks_they_were_drawn_with(data, size):
+    one = check_task(task(data, size=size))
+    height, width = (size, size) if size == 32 else size
     held, training = items(one.evaluation_batches(5)), items([one.training_batch(0, 0, 30)])
     assert len(set(held)) == 12 and not set(held) & set(training)
     batch = one.training_batch(3, 0, 40)
     pixels, masks = one.reader.pixels(batch.inputs), one.whole(batch.targets)
-    assert pixels.shape[:3] == masks.shape == (40, 32, 32)
+    assert pixels.shape[:3] == masks.shape == (40, height, width)
     assert set(np.unique(masks)) == set(range(one.num_classes))
     if data == "shapes":
         return
     for image, mask in zip(pixels[..., 0].astype(float), masks, strict=True):
         if data == "own-corner":
             assert not mask[:8].any() and not mask[-8:].any() and not mask[:, :8].any() and not mask[:, -8:].any()
-            for half in (slice(0, 16), slice(16, 32)):
-                for other in (slice(0, 16), slice(16, 32)):
+            for half in (slice(0, height // 2), slice(height // 2, height)):
+                for other in (slice(0, width // 2), slice(width // 2, width)):
                     corner = image[half, other][0 if half.start == 0 else -1, 0 if other.start == 0 else -1]
                     assert set(np.unique(mask[half, other])) <= {0, 2 if corner > 128 else 1}
             continue
@@ -120,6 +123,22 @@ def test_the_pixels_of_a_patch_lie_in_inputs_targets_and_baseline_alike(tmp_path
         given = torch.nn.functional.one_hot(torch.from_numpy(places), 3).float()
         cut = given.view(4, 4, 4, 4, 3).permute(0, 2, 1, 3, 4).reshape(1, 16, 48)
         assert weight == 1 and value == pytest.approx(float(one.score(cut, batch)[0]), abs=1e-12)
+
+
+def test_images_and_masks_may_be_of_other_sides_than_square(tmp_path):
+    one = check_task(task(masked(tmp_path), size=[16, 36], patch=4, augment="standard", held_out=0.25))
+    assert one.grid == (4, 9) and "16x36 pixels" in one.describe()
+    plain = task(tmp_path, size=[16, 36], patch=4, held_out=0.25)
+    expected = {
+        np.asarray(Image.open(path).resize((36, 16), Image.Resampling.NEAREST)).tobytes()
+        for path in (tmp_path / "masks").iterdir()
+    }
+    batches = [plain.training_batch(0, 0, 9), *plain.evaluation_batches(2)]
+    assert {mask.astype(np.uint8).tobytes() for batch in batches for mask in plain.whole(batch.targets)} == expected
+    pixels = plain.reader.pixels(plain.reader.read([tmp_path / "images" / "0.png"]))
+    np.testing.assert_array_equal(pixels[0], read_image(tmp_path / "images" / "0.png", (16, 36), 3, stretch=True)[0])
+    refused(lambda: task(tmp_path, size=[16]), "one number, or two (height and width)")
+    refused(lambda: task(tmp_path, size=[16, 8]), "size=8")
 
 
 def test_a_folder_is_listed_counted_and_split_by_image(tmp_path):
@@ -314,6 +333,9 @@ def test_a_head_is_read_in_slices_with_the_names_of_its_regions(head):
     assert set(np.unique(masks)) == {0, 1, 2}
     assert pixels[masks == 2].mean() > pixels[masks == 1].mean() + 40 > pixels[masks == 0].mean() + 80
     assert "slabs of 12 slices" in one.describe() and one.baseline.score > 0.9
+    wide = task(head, size=[24, 48], patch=4)._images.labels  # a border more on each side
+    assert not wide[:, :, :12].any() and not wide[:, :, 36:].any()
+    assert np.array_equal(wide[:, :, 12:36], one._images.labels)
     refused(lambda: task(head, channels=3), "which comes as it is")
     assert create_task("segmentation", **one.origin).describe() == one.describe()
     (head / "ch2.nii.gz").write_bytes(b"no volume")

@@ -22,6 +22,7 @@ from regard.tasks.protocol import (
     Baseline,
     Batch,
     check_integer,
+    check_sides,
     counter_generator,
     in_batches,
 )
@@ -54,8 +55,9 @@ class SegmentationTask(MaskTask):
             `masks` of the same names, and optionally `classes.txt` with a line ``value name`` for each class.
         validation: a folder like `data`, if that is a folder; its images are held out.
         length: number of patches, as an alternative to `patch`.
-        patch: side of a patch in pixels, a divisor of `size`; by default close to 4.
-        size: side of the squares in which images and masks are drawn or to which they are resized, 16 to 1024.
+        patch: side of a patch in pixels, a divisor of both sides; by default close to 4.
+        size: side of the squares in which images and masks are drawn or to which they are resized, or their height and
+            width, each 16 to 1024.
         channels: 3 (colour) or 1 (grey), for images from a folder.
         skip_unreadable: whether unreadable images or masks in a folder are left out and reported, instead of refused.
         span: values of images of more than 8 bits from a folder that are black and white, as a list of two; by default
@@ -87,7 +89,7 @@ class SegmentationTask(MaskTask):
         validation: str | Path | None = None,
         length: int | None = None,
         patch: int | None = None,
-        size: int = 64,
+        size: int | Sequence[int] = 64,
         channels: int | None = None,
         skip_unreadable: bool = False,
         span: Sequence[float] | None = None,
@@ -102,12 +104,12 @@ class SegmentationTask(MaskTask):
         seed: int = 0,
     ) -> None:
         super().__init__(metric, held_out, evaluation_items, seed, augment)
-        check_integer("size", size, 16, 1024)
-        self.patch = choose_patch((size, size), length, patch)
-        self.grid: tuple[int, ...] = (size // self.patch,) * 2
+        height, width = check_sides(size, 2, 16, 1024)
+        self.size = height, width
+        self.patch = choose_patch(self.size, length, patch)
+        self.grid: tuple[int, ...] = (height // self.patch, width // self.patch)
         self.length = self.grid[0] * self.grid[1]
         self.num_targets: int = self.patch**2
-        self.size = size
 
         chosen = "shapes" if data is None else str(data)
         values_of_masks = {"background": background, "ignore": ignore}
@@ -125,7 +127,7 @@ class SegmentationTask(MaskTask):
         self._masked = (
             None
             if self._scene
-            else _read(chosen, validation, size, channels, values_of_masks, held_out, seed, skip_unreadable, span)
+            else _read(chosen, validation, self.size, channels, values_of_masks, held_out, seed, skip_unreadable, span)
         )
         if self._masked is not None and classes is not None:
             self._masked = self._masked.largest(check_integer("classes", classes, 1, 255))
@@ -133,7 +135,7 @@ class SegmentationTask(MaskTask):
         if self._masked is None:
             _, names, depth = SCENES[chosen]
             values, colours = tuple(range(len(names))), colours_of(len(names))
-            count = min(SAMPLED, max(16, SAMPLED * 64**2 // size**2))
+            count = min(SAMPLED, max(16, SAMPLED * 64**2 // (height * width)))
             pixels, labels = self._drawn(count, counter_generator(seed, 0, SPLIT))
             self._scored = self._drawn(evaluation_items, counter_generator(seed, 0, EVALUATION))
             self._held_out = evaluation_items
@@ -157,8 +159,8 @@ class SegmentationTask(MaskTask):
         flat = pixels.reshape(-1, depth)
         deviation = flat.std(0, dtype=np.float64)
         self.reader = MaskReader(
-            height=size,
-            width=size,
+            height=height,
+            width=width,
             channels=depth,
             patch=self.patch,
             mean=tuple(flat.mean(0, dtype=np.float64).tolist()),
@@ -205,9 +207,7 @@ class SegmentationTask(MaskTask):
     def whole(self, targets: Int[Tensor, "b n p"]) -> Int[np.ndarray, "b h w"]:
         """Reassemble the masks from which a batch's targets were cut."""
         (rows, columns), p = self.grid, self.patch
-        return (
-            targets.numpy().reshape(-1, rows, columns, p, p).transpose(0, 1, 3, 2, 4).reshape(-1, self.size, self.size)
-        )
+        return targets.numpy().reshape(-1, rows, columns, p, p).transpose(0, 1, 3, 2, 4).reshape(-1, *self.size)
 
     def describe(self) -> str:
         scored, shares = len(self._scored[0]), self._counts / max(1, self._counts.sum())
@@ -218,8 +218,9 @@ class SegmentationTask(MaskTask):
         else:
             source, notes, split = self._images.source, self._images.notes, self._split
             training = f"{len(self._training):,} images"
+        size = "x".join(map(str, self.size))
         lines = [
-            f"segmentation: {source}, {self.size}x{self.size} pixels, {'grey' if self.reader.channels == 1 else 'colour'}",
+            f"segmentation: {source}, {size} pixels, {'grey' if self.reader.channels == 1 else 'colour'}",
             f"{self.length} tokens ({self.grid[0]}x{self.grid[1]}), patches of {self.patch}x{self.patch} pixels",
             self.classes_told(shares, self._seen, self._measured),
             f"training: {training}; held out: {self._held_out:,} images, {scored:,} of them scored",
@@ -249,7 +250,7 @@ class SegmentationTask(MaskTask):
 def _read(
     data: str,
     validation: str | Path | None,
-    size: int,
+    size: tuple[int, int],
     channels: int | None,
     values: Mapping[str, int | str | None],
     held_out: float,

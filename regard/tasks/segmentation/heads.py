@@ -38,8 +38,8 @@ def is_head(data: str) -> bool:
     return data in HEADS or all((Path(data) / name).is_file() for name in COLIN[:2])
 
 
-def read_slices(data: str, size: int, share: float, seed: int) -> Masked:
-    """Axial slices of a head, as squares of `size` pixels, split by slabs.
+def read_slices(data: str, size: tuple[int, int], share: float, seed: int) -> Masked:
+    """Axial slices of a head, of this height and width, split by slabs.
 
     Args:
         data: a name of `HEADS`, or a folder with Colin27's files.
@@ -51,8 +51,8 @@ def read_slices(data: str, size: int, share: float, seed: int) -> Masked:
     """
     head, labels, names, source = read_head(data)
     taken = np.flatnonzero((labels > 0).mean((0, 1)) >= LEAST)
-    pixels = np.stack([_square(head[:, :, i], size, smooth=True) for i in taken])[..., None]
-    classes = np.stack([_square(labels[:, :, i], size, smooth=False) for i in taken]).astype(np.int64)
+    pixels = np.stack([_fitted(head[:, :, i], size, smooth=True) for i in taken])[..., None]
+    classes = np.stack([_fitted(labels[:, :, i], size, smooth=False) for i in taken]).astype(np.int64)
     training, held_out = split_by_slabs(len(taken), share, seed)
     if not len(training):
         raise Unsupported(
@@ -62,7 +62,7 @@ def read_slices(data: str, size: int, share: float, seed: int) -> Masked:
     left = len(taken) - len(training) - len(held_out)
     split = f"by slabs of {SLAB} slices; {left} slices beside the held-out ones are in neither part (seed {seed})"
     notes = [f"axial slices, {taken[0]} to {taken[-1]} of {labels.shape[2]}; one head: other heads are not held out"]
-    images = Images(source, (size, size, 1), pixels, classes, names, None, notes)
+    images = Images(source, (*size, 1), pixels, classes, names, None, notes)
     return Masked(images, tuple(range(len(names))), colours_of(len(names)), 0, (training, held_out, split))
 
 
@@ -117,13 +117,13 @@ def _bytes(head: Shaped[np.ndarray, "x y z"]) -> UInt8[np.ndarray, "x y z"]:
     return np.clip(np.round(head * (255 / bright)), 0, 255).astype(np.uint8)
 
 
-def _square(plane: Shaped[np.ndarray, "x y"], size: int, *, smooth: bool) -> Shaped[np.ndarray, "s s"]:
-    """A slice seen from above, with the nose up, padded to a square and resized."""
+def _fitted(plane: Shaped[np.ndarray, "x y"], size: tuple[int, int], *, smooth: bool) -> Shaped[np.ndarray, "h w"]:
+    """A slice seen from above, with the nose up, padded to the proportions of a height and width and resized to them."""
     from PIL import Image
 
     turned = np.rot90(plane)
-    side = max(turned.shape)
-    before = [(side - each) // 2 for each in turned.shape]
-    filled = np.pad(turned, [(b, side - each - b) for b, each in zip(before, turned.shape, strict=True)])
+    scale = max(have / want for have, want in zip(turned.shape, size, strict=True))
+    room = [round(scale * want) - have for have, want in zip(turned.shape, size, strict=True)]
+    filled = np.pad(turned, [(more // 2, more - more // 2) for more in room])
     how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(filled.astype(np.uint8)).resize((size, size), how))
+    return np.asarray(Image.fromarray(filled.astype(np.uint8)).resize(size[::-1], how))

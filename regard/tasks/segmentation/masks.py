@@ -99,7 +99,7 @@ def colours_of(count: int) -> tuple[Colour, ...]:
 def read_masked(
     folder: Path,
     validation: Path | None,
-    size: int,
+    size: tuple[int, int],
     channels: int,
     background: int | str | None,
     ignore: int | str | None,
@@ -107,7 +107,7 @@ def read_masked(
     skip_unreadable: bool = False,
     span: tuple[float, float] | None = None,
 ) -> Masked:
-    """Read the images and masks of a folder, resized to squares of `size` pixels, masks by nearest neighbour.
+    """Read the images and masks of a folder, resized to a height and width, masks by nearest neighbour.
 
     Args:
         folder: folder with `images` and `masks`, whose files have the same names except for suffixes, and optionally a
@@ -133,7 +133,7 @@ def read_masked(
     for i, (image, drawn_mask) in enumerate(pairs):
         try:
             mask, colours = _read_mask(drawn_mask, image)
-            given.append(read_image(image, (size, size), channels, stretch=True)[0])
+            given.append(read_image(image, size, channels, stretch=True)[0])
         except Unreadable as error:
             if not skip_unreadable:
                 raise
@@ -162,7 +162,7 @@ def read_masked(
     labels = table[np.stack([_resized(mask, size) for mask in masks])]
     images = Images(
         names_of(folder),
-        (size, size, channels),
+        (*size, channels),
         np.stack(pixels),
         labels,
         tuple(names.get(value, str(value)) for value in values),
@@ -220,7 +220,7 @@ def _triples(palette: Sequence[int]) -> list[Colour]:
     return [(whole[i], whole[i + 1], whole[i + 2]) for i in range(0, 768, 3)]
 
 
-def _resized(mask: UInt8[np.ndarray, "h w"], size: int) -> UInt8[np.ndarray, "s s"]:
+def _resized(mask: UInt8[np.ndarray, "h w"], size: tuple[int, int]) -> UInt8[np.ndarray, "h2 w2"]:
     from PIL import Image
 
-    return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+    return np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))

@@ -15,14 +15,14 @@ Drawn = tuple[np.ndarray, np.ndarray]
 """Images (B, H, W, C) as bytes, and class indices (B, H, W)."""
 
 
-def shapes(rng: np.random.Generator, count: int, side: int) -> Drawn:
+def shapes(rng: np.random.Generator, count: int, sides: tuple[int, int]) -> Drawn:
     """Draw one to four discs, squares, triangles and rings of any colour and rotation, later ones over earlier ones.
 
     The colour gives no information about the class; the background has a gradient, and the whole image has noise.
     """
-    row, column = np.mgrid[:side, :side] / side - 0.5
-    images = np.empty((count, side, side, 3))
-    classes = np.zeros((count, side, side), dtype=np.int64)
+    row, column = (each - 0.5 for each in _places(sides))
+    images = np.empty((count, *sides, 3))
+    classes = np.zeros((count, *sides), dtype=np.int64)
     for image, found in zip(images, classes, strict=True):
         slope = rng.normal(0, 60, (2, 3))
         image[:] = rng.uniform(60, 200, 3) + row[..., None] * slope[0] + column[..., None] * slope[1]
@@ -47,46 +47,46 @@ def _inside(kind: int, row: np.ndarray, column: np.ndarray, rng: np.random.Gener
     return distance < size * (0.8 if sides == 4 else 0.6)
 
 
-def corner_cue(rng: np.random.Generator, count: int, side: int, *, far: bool) -> Drawn:
+def corner_cue(rng: np.random.Generator, count: int, sides: tuple[int, int], *, far: bool) -> Drawn:
     """Draw one to three grey ellipses in noise, all of one of two classes, a quarter of the side from the border or
     more.
 
     With `far`, they look alike, and their class is shown by a small square in one of the corners, bright or dark;
     otherwise the ellipses themselves are bright or dark, and there is no square.
     """
-    row, column = np.mgrid[:side, :side] / side
-    images = 128 + rng.normal(0, 25, (count, side, side, 1))
-    classes = np.zeros((count, side, side), dtype=np.int64)
-    marker = max(2, side // 10)
+    row, column = _places(sides)
+    images = 128 + rng.normal(0, 25, (count, *sides, 1))
+    classes = np.zeros((count, *sides), dtype=np.int64)
+    marker = max(2, min(sides) // 10)
     for image, found in zip(images, classes, strict=True):
         sign = int(rng.integers(2))
-        blobs = np.zeros((side, side), dtype=bool)
+        blobs = np.zeros(sides, dtype=bool)
         for _ in range(rng.integers(1, 4)):
             blobs |= _ellipse(rng, row, column, rng.uniform(0.35, 0.65, 2), 0.1)
         image[blobs] += 60 if far else 60 * (2 * sign - 1)
         if far:
-            y, x = rng.choice([0, side - marker], 2)
+            y, x = rng.choice([0, 1], 2) * (np.array(sides) - marker)
             image[y : y + marker, x : x + marker] = 245 if sign else 10
         found[blobs] = 1 + sign
     return _bytes(images), classes
 
 
-def own_corner(rng: np.random.Generator, count: int, side: int) -> Drawn:
+def own_corner(rng: np.random.Generator, count: int, sides: tuple[int, int]) -> Drawn:
     """Draw up to four grey ellipses in noise, all alike, one per quadrant at most, a quarter of the side from the
     border.
 
     Each of the four corners has a bright or dark square, which shows the class of the ellipse in its quadrant only: a
     single number for the whole map, as carried by norms, does not say to which ellipse it belongs.
     """
-    row, column = np.mgrid[:side, :side] / side
-    images = 128 + rng.normal(0, 25, (count, side, side, 1))
-    classes = np.zeros((count, side, side), dtype=np.int64)
-    marker = max(2, side // 10)
+    row, column = _places(sides)
+    images = 128 + rng.normal(0, 25, (count, *sides, 1))
+    classes = np.zeros((count, *sides), dtype=np.int64)
+    marker = max(2, min(sides) // 10)
     for image, found in zip(images, classes, strict=True):
         for quarter in rng.permutation(4):
             below, right = divmod(int(quarter), 2)
             sign = int(rng.integers(2))
-            y, x = below * (side - marker), right * (side - marker)
+            y, x = below * (sides[0] - marker), right * (sides[1] - marker)
             image[y : y + marker, x : x + marker] = 245 if sign else 10
             if found.any() and rng.integers(2):
                 continue
@@ -107,21 +107,26 @@ def _ellipse(
     return (along / axes[0]) ** 2 + (across / axes[1]) ** 2 < 1
 
 
-def far_cue(rng: np.random.Generator, count: int, side: int) -> Drawn:
+def far_cue(rng: np.random.Generator, count: int, sides: tuple[int, int]) -> Drawn:
     """:func:`corner_cue` with the cue in a corner."""
-    return corner_cue(rng, count, side, far=True)
+    return corner_cue(rng, count, sides, far=True)
 
 
-def near_cue(rng: np.random.Generator, count: int, side: int) -> Drawn:
+def near_cue(rng: np.random.Generator, count: int, sides: tuple[int, int]) -> Drawn:
     """:func:`corner_cue` with the cue in the ellipses themselves: the control."""
-    return corner_cue(rng, count, side, far=False)
+    return corner_cue(rng, count, sides, far=False)
+
+
+def _places(sides: tuple[int, int]) -> np.ndarray:
+    """The row and the column of each pixel, 0 to 1 along its axis: in images that are not square, shapes are wider."""
+    return np.mgrid[: sides[0], : sides[1]] / np.array(sides)[:, None, None]
 
 
 def _bytes(images: np.ndarray) -> UInt8[np.ndarray, "b h w c"]:
     return np.clip(np.round(images), 0, 255).astype(np.uint8)
 
 
-Draw = Callable[[np.random.Generator, int, int], Drawn]
+Draw = Callable[[np.random.Generator, int, tuple[int, int]], Drawn]
 SCENES: dict[str, tuple[Draw, tuple[str, ...], int]] = {
     "shapes": (shapes, ("background", "disc", "square", "triangle", "ring"), 3),
     "far-cue": (far_cue, ("background", "dark", "bright"), 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from regard.tasks.protocol import (
     Batch,
     check_fraction,
     check_integer,
+    check_sides,
     counter_generator,
 )
 from regard.tasks.sampling import in_epochs, spread
@@ -117,7 +118,7 @@ class Segmentation3DTask(MaskTask):
         seed: int = 0,
     ) -> None:
         super().__init__(metric, held_out, evaluation_items, seed, augment)
-        self.size = _sides(size)
+        self.size = check_sides(size, 3, LEAST_SIDE, 256)
         check_fraction("overlap", overlap, 0.0, 0.9)
         one_of("normalise", normalise, ("volume", "data"))
         if spacing is not None:
@@ -324,14 +325,6 @@ class Segmentation3DTask(MaskTask):
             found, truth = best[shade], labels.ravel().astype(np.int64)
             items.append((float(self.of_images(torch.from_numpy(found)[None], torch.from_numpy(truth)[None])), 1.0))
         return Baseline("the commonest class of each shade", np.array(items))
-
-
-def _sides(size: Any) -> tuple[int, ...]:
-    """Sides of a crop; raises Unsupported for anything but one number or three."""
-    each = tuple(size) if isinstance(size, list | tuple) else (size,) * 3
-    if len(each) != 3:
-        raise Unsupported(f"size={size}", supported="one number, or three", nearest="size=32, or size=[16,64,64]")
-    return tuple(check_integer("size", side, LEAST_SIDE, 256) for side in each)
 
 
 def _scale(seen: Sequence[Labelled], background: int | None) -> tuple[tuple[float, ...], ...]:
