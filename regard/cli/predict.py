@@ -57,6 +57,7 @@ def predict(
         regard predict heads scan.nii.gz --output mask.nii.gz
         regard predict my_model photos/ --reduce evit:keep=0.7
     """
+    from regard.tasks.image_files import several_pictures
     from regard.tasks.segmentation import MaskReader
     from regard.tasks.segmentation.folders import PICTURES, VOLUMES, files_of
     from regard.tasks.segmentation_3d import VolumeReader
@@ -90,9 +91,10 @@ def predict(
         found += _named(kept, chances, reader, top)
     if not found:
         raise Unsupported("images, none of which can be read", supported="one image or more")
+    notes = several_pictures([Path(row["image"]) for row in found])
     if as_json:
         beside = {} if speeds is None else {"reduced": {"by": reduce, "differ": differ, **speeds}}
-        emit({"folder": str(folder), "images": found, "skipped": skipped, **beside})
+        emit({"folder": str(folder), "images": found, "skipped": skipped, "notes": notes, **beside})
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("image", "class", "probability", "others"):
@@ -104,8 +106,7 @@ def predict(
     console.print(table)
     if speeds is not None:
         console.print(Text(f"{reduce}: {differ} of {len(found)} classes differ; {told(speeds)}."))
-    for name in skipped:
-        console.print(Text(f"not read: {name}", style="dim"))
+    _tell(skipped, notes)
 
 
 def _segment(
@@ -120,6 +121,7 @@ def _segment(
     as_json: bool,
 ) -> None:
     """Report the class shares of each file and write its mask; files that cannot be read are added to `skipped`."""
+    from regard.tasks.image_files import several_pictures
     from regard.tasks.segmentation import MaskReader
     from regard.workbench.trained import segment, segment_3d
     from regard.workbench.trained.reading import readable
@@ -136,14 +138,19 @@ def _segment(
             masks.write(place, classes, reader)
             row["mask"] = str(place)
         found.append(row)
+    notes = several_pictures([Path(row["image"]) for row in found]) if isinstance(reader, MaskReader) else []
     if as_json:
-        emit({"folder": str(folder), "images": found, "skipped": skipped or []})
+        emit({"folder": str(folder), "images": found, "skipped": skipped or [], "notes": notes})
         return
     for row in found:
         written = f": {row['mask']}" if "mask" in row else ""
         console.print(Text(f"{row['image']}: {segment.described(row['shares'])}{written}"))
-    for name in skipped or ():
-        console.print(Text(f"not read: {name}", style="dim"))
+    _tell(skipped or [], notes)
+
+
+def _tell(skipped: list[str], notes: list[str]) -> None:
+    for line in [f"not read: {name}" for name in skipped] + [f"note: {note}" for note in notes]:
+        console.print(Text(line, style="dim"))
 
 
 def _read(

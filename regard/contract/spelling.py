@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 from regard.contract.errors import Unsupported
@@ -12,7 +13,7 @@ from regard.contract.errors import Unsupported
 def read_options(text: str, name: str, before: str | None = None) -> dict[str, Any]:
     """Parse the options ``option=value,option=value`` of `name`; errors show them after `before` (``name:`` when None).
 
-    Values are JSON; anything else is a string.
+    Values are JSON, whose numbers may also begin or end with the point (``.7``, ``7.``); anything else is a string.
 
     Raises:
         Unsupported: for a part without a value.
@@ -35,7 +36,9 @@ def split_list(text: str) -> list[str]:
 
 
 def _literal(text: str) -> Any:
-    try:
-        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except json.JSONDecodeError:
-        return text
+    words = {"True": "true", "False": "false", "None": "null"}
+    pointed = re.sub(r"(?<!\d)\.(?=\d)", "0.", re.sub(r"(?<=\d)\.(?!\d)", ".0", text))
+    for spelling in (words.get(text, text), pointed):
+        with suppress(json.JSONDecodeError):
+            return json.loads(spelling)
+    return text

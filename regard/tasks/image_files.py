@@ -178,6 +178,20 @@ def load_folders(
     )
 
 
+def several_pictures(paths: Sequence[Path]) -> list[str]:
+    """A note on the image files that hold several pictures, such as animations; no note if there are none."""
+    from PIL import Image
+
+    moving = []
+    for path in paths:
+        with Image.open(path) as opened:
+            if getattr(opened, "n_frames", 1) > 1:
+                moving.append(path)
+    if len(moving) == 1:
+        return [f"{moving[0]} holds several pictures: the first is read"]
+    return [f"{len(moving)} files of several pictures: the first of each is read"] if moving else []
+
+
 def left_out(unread: Sequence[str]) -> list[str]:
     """Notes on unreadable files: what is wrong with the first ones, and how many there are."""
     notes = [f"left out: {said}" for said in unread[:TOLD]]

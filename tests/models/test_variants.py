@@ -5,6 +5,7 @@ from model_checks import small
 
 from regard import Unsupported, create_layer, get_mechanism
 from regard.catalogue import unregister
+from regard.contract import read_options
 from regard.models.variants import known_name, read_variant, read_variants, written_layers
 from regard.workbench.verification.verify import verify
 
@@ -116,3 +117,13 @@ def test_a_file_names_the_layers_within_an_encoder_decoder(tmp_path):
     file.write_text(json.dumps({"layers": ["linear"], "encoder": []}))
     with pytest.raises(Unsupported, match="encoder"):
         read_variant(str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(".7", 0.7), ("-.5", -0.5), ("7.", 7.0), (".5e-3", 5e-4), ("-1.e2", -100.0), ("[.7,.5]", [0.7, 0.5]), ("3", 3)]
+    + [(name, name) for name in (".", "..", "./x", "x.7", "1.2.0", ".5.", "v1.", "photos.")],
+)
+def test_numbers_may_begin_or_end_with_the_point_and_names_stay_names(text: str, value: object) -> None:
+    found = read_options(f"a={text}", "n")["a"]
+    assert found == value and type(found) is type(value)

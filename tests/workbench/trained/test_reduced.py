@@ -66,6 +66,21 @@ def test_a_score_on_fewer_tokens_stands_beside_that_on_all(folder: Path, capsys:
     assert code == 0 and "images/s" in said and "evit:keep=0.5,blocks=[0]" in said
 
 
+def test_a_file_of_several_pictures_is_told_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = (image.fromarray(np.full((16, 16, 3), 60 * i, np.uint8)) for i in range(3))
+    moving, still = folder / "moving.gif", folder / "photos" / "dark" / "0.png"
+    first.save(moving, save_all=True, append_images=others)
+    found = answer(capsys, "predict", folder, moving, still)
+    assert found["notes"] == [f"{moving} holds several pictures: the first is read"] and len(found["images"]) == 2
+    first.save(folder / "first.png")
+    assert (
+        answer(capsys, "predict", folder, folder / "first.png")["images"][0]["classes"] == found["images"][0]["classes"]
+    )
+    assert "holds several pictures" in run(capsys, "predict", folder, moving)[1].replace("\n", " ")
+    assert "2 files of several pictures" in run(capsys, "predict", folder, moving, moving)[1]
+    assert "note" not in run(capsys, "predict", folder, still)[1]
+
+
 def test_predictions_are_those_on_fewer_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo = folder / "photos" / "dark" / "0.png"
     plain = answer(capsys, "predict", folder, photo)
