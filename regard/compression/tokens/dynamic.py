@@ -317,7 +317,8 @@ def train_dynamic(
 ) -> None:
     """Train predictors and blocks together, in place, with the initial model as the teacher.
 
-    The same call, with the same initial model, resumes from `checkpoint` and ends with the same weights.
+    The same call, with the same initial model, resumes from `checkpoint` and ends with the same weights. Losses of layers
+    (a mixture's balance) are not part of it.
 
     Args:
         model: built around a trained vision transformer.

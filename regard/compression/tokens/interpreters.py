@@ -340,7 +340,8 @@ def train_interpreters(
 ) -> None:
     """The paper's curriculum, in place: for each group its policy, then the blocks from that group on.
 
-    The same call resumes from `checkpoint`, where an earlier one was stopped, and ends with the same weights.
+    The same call resumes from `checkpoint`, where an earlier one was stopped, and ends with the same weights. Losses of
+    layers (a mixture's balance) are not part of it.
 
     Args:
         model: built around a trained vision transformer.
