@@ -44,7 +44,7 @@ def sparse(
             help="all, or a comma-separated list; two of different phases are joined as in block_sparse + quest."
         ),
     ] = "all",
-    ratios: Annotated[str, typer.Option(help="Compression ratios to try.")] = "2,4,8,16",
+    ratios: Annotated[str, typer.Option(help="Compression ratios to try.")] = "2,4,8,16,20",
     tasks: Annotated[str, typer.Option(help="all, or a comma-separated list.")] = "all",
     samples: Annotated[
         int | None, typer.Option(help="Questions of each task at each length; 10 when not given.")

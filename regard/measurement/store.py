@@ -40,6 +40,7 @@ KINDS = (
     "reproduction",
     "sparse",
     "side_effects",
+    "attention_error",
 )
 SECONDS_TO_WAIT = 60.0
 """Timeout for another writer to finish its row."""

@@ -22,7 +22,7 @@ from regard.compression.sparse.cost import (
     prefill_index,
 )
 from regard.compression.sparse.evicting import AdaSnapKV, PyramidKV, SnapKV
-from regard.compression.sparse.fidelity import kept_mass, relative_error
+from regard.compression.sparse.fidelity import Beside
 from regard.compression.sparse.method import call
 from regard.compression.sparse.paging import Quest, bounds
 from regard.compression.sparse.prefilling import BlockSparse, VerticalSlash
@@ -669,10 +669,29 @@ def test_a_table_that_is_looked_up_counts_only_where_it_is_the_output_too(tied):
         assert Sizes.of(model).weights == before
 
 
-def test_fidelity_is_whole_of_everything_and_less_of_a_part():
+@pytest.mark.parametrize("model_of", [own_model, causal_model])
+@pytest.mark.parametrize("text", ["block_sparse:size=8,blocks=3", "quest:budget=16,page=4", "h2o:capacity=20"])
+def test_beside_a_method_a_model_runs_densely_and_the_method_has_the_error_of_its_own_attention(model_of, text):
+    model, ids = model_of(), torch.randint(40, (1, 70))
+    dense = model.generate(ids, max_new_tokens=6)
+    full = Beside(at_compression("dense", 1, 70))
+    beside = Beside(read_method(text))
+    for method in (full, beside):
+        with sparsely(model, method) as sparse:
+            assert torch.equal(model.generate(ids, max_new_tokens=6), dense)
+            assert sparse.sparsity("prefill") == sparse.sparsity("decode") == 0
+    assert full.error("prefill") == full.error("decode") == 0
+    (phase,) = read_method(text).phases
+    (other,) = {"prefill", "decode"} - {phase}
+    assert beside.error(phase) > 1e-3 and beside.error(other) < 1e-12
+
+
+def test_the_error_beside_is_that_of_the_definition():
     q, k, v = heads(64)
+    beside = Beside(read_method("local_sinks:window=16,sinks=2"))
+    beside.prefill(q, k, v, Place(scale=SCALE))
+    ranks = torch.arange(64)
+    seen = causal(64) & ((ranks[:, None] - ranks < 16) | (ranks < 2))
     dense = masked(q, k, v, causal(64))
-    assert kept_mass(q, k, Method().select(q, k, Place()), SCALE) == pytest.approx(1)
-    selection = read_method("local_sinks:window=16,sinks=2").select(q, k, Place())
-    assert 0.3 < kept_mass(q, k, selection, SCALE) < 0.95
-    assert relative_error(dense, dense) == 0 and relative_error(selection.attend(q, k, v, SCALE), dense) > 0.1
+    error = (masked(q, k, v, seen) - dense).norm() / dense.norm()
+    assert beside.error("prefill") == pytest.approx(float(error))

@@ -20,6 +20,7 @@ from regard.workbench.sparse.study import Cell, Found, phases_of, recommend
 MEASURED = (
     "Every method and the dense model answer the same samples, and greedily.",
     "A compression is safe if, at it and at all smaller ones, no task that the dense model can do shows a loss (z below 1.645, one-sided).",
+    "The error of attention is that of a layer's output, relative to dense attention on the same queries, keys and values, on one prompt or its reply: the phase in which a method saves work.",
     "Sparsity is counted while the model runs; times are medians of replies given in turns.",
 )
 
@@ -50,6 +51,18 @@ def safe_table(found: Found) -> tuple[list[str], list[list[str]]]:
 def effects_table(found: Found) -> tuple[list[str], list[list[str]]]:
     """Headings and rows for side effects: of dense attention, of each method, and of the text itself."""
     return ["method", *side_effects.HEADINGS], side_effects.rows("dense", found.effects)
+
+
+def errors_table(found: Found) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: for each method and length, the relative error of a layer's attention at each compression."""
+    ratios = sorted({ratio for _, ratio, _ in found.errors})
+    rows = []
+    for method in found.plan.methods:
+        for n in found.lengths():
+            here = [found.errors.get((method, ratio, n)) for ratio in ratios]
+            if any(error is not None for error in here):
+                rows.append([method, units.tokens(n), *("" if error is None else f"{error:.1%}" for error in here)])
+    return ["method", "length", *(f"{ratio:g}x" for ratio in ratios)], rows
 
 
 CELLS = [
@@ -109,6 +122,7 @@ def write_page(found: Found, path: Path) -> Path:
         lede="1 is the dense model; the mean over the tasks that it can do, and the worst of them: a mean hides what fails.",
         tables=[
             ("Safe compressions", headings, rows),
+            *([("Error of attention", *errors_table(found))] if found.errors else []),
             *([("Side effects", *effects_table(found))] if found.effects else []),
             ("All measurements", CELLS, [cell_row(c) for c in cells]),
         ],

@@ -18,6 +18,7 @@ from regard.compression.sparse.cost import (
     prefill_flops,
     prefill_index,
 )
+from regard.compression.sparse.fidelity import Beside
 from regard.contract import Unsupported
 from regard.measurement.store import Store
 from regard.models.weights import weights_digest
@@ -35,8 +36,8 @@ from regard.workbench.sparse.readers import Reader, reply
 from regard.workbench.sparse.texts import TEXT, Continuation
 from regard.workbench.trained.folder import beyond
 
-KIND, EFFECTS = "sparse", "side_effects"
-RATIOS = (2.0, 4.0, 8.0, 16.0)
+KIND, EFFECTS, ERRORS = "sparse", "side_effects", "attention_error"
+RATIOS = (2.0, 4.0, 8.0, 16.0, 20.0)
 TASKS = (*LONG_TASKS, TEXT)
 CONTINUED = 32
 """Tokens of a text that are predicted, each given those before it."""
@@ -124,6 +125,8 @@ class Found:
         beyond: a warning if the longest prompts exceed the length that the model was trained on.
         over: whether the budget ran out before everything was asked.
         effects: side effects of every method at every compression, with ``dense`` first.
+        errors: by method, compression and length, the relative error of a layer's attention in the phases in which the
+            method saves work, on one prompt and its reply (:class:`regard.compression.sparse.fidelity.Beside`).
     """
 
     name: str
@@ -134,6 +137,7 @@ class Found:
     over: bool = False
     effects: dict[str, Effects] = field(default_factory=dict)
     beyond: str = ""
+    errors: dict[tuple[str, float, int], float] = field(default_factory=dict)
 
     def cell(self, method: str, ratio: float, task: str, length: int) -> Cell | None:
         """The matching cell; None if it was not run."""
@@ -197,6 +201,10 @@ class Found:
             "name": self.name,
             "weights": self.weights,
             "cells": cells,
+            "attention_error": [
+                {"method": method, "ratio": ratio, "length": length, "error": error}
+                for (method, ratio, length), error in self.errors.items()
+            ],
             "safe": safe,
             "refused": self.refused,
             "beyond": self.beyond,
@@ -297,6 +305,12 @@ def study(
                         payload = row.payload
                     rows.setdefault((method, ratio, name, length), []).append(payload)
     cells = [_cell(sizes, *key, payloads) for key, payloads in rows.items()]
+
+    def late() -> bool:
+        return over or (seconds is not None and time.monotonic() - began > seconds)
+
+    own = {"model": identity, "wording": plan.wording, "data": data}
+    errors, over = _errors(reader, tasks, cells, store, own, late, on_progress)
     effects: dict[str, Effects] = {}
     if plan.effects:
         try:
@@ -305,13 +319,47 @@ def study(
             refused["side effects"] = str(error)
             say(f"side effects are left out: {error}")
         else:
-
-            def late() -> bool:
-                return over or (seconds is not None and time.monotonic() - began > seconds)
-
             own = {"model": identity, "data": data}
             effects, over = _effects(reader, plan, probes, variants, store, own, late, on_progress)
-    return Found(reader.name, sizes.weights, plan, cells, refused, over, effects, farther)
+    return Found(reader.name, sizes.weights, plan, cells, refused, over, effects, farther, errors)
+
+
+def _errors(
+    reader: Reader,
+    tasks: dict[str, Any],
+    cells: Sequence[Cell],
+    store: Store,
+    identity: dict[str, Any],
+    late: Callable[[], bool],
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[dict[tuple[str, float, int], float], bool]:
+    """The error of each method's attention on the first sample of the first task asked at a length; and whether the time
+    ran out."""
+    first: dict[int, str] = {}
+    for cell in cells:
+        first.setdefault(cell.length, cell.task)
+    asked = [c for c in cells if c.method != "dense" and c.task == first[c.length]]
+    found: dict[tuple[str, float, int], float] = {}
+    over, prompts = late(), dict[int, list[int]]()
+    for number, cell in enumerate(asked):
+        key = identity | {"task": cell.task, "length": cell.length, "method": cell.method, "ratio": cell.ratio}
+        row = store.get(ERRORS, key)
+        if row is None:
+            over = over or late()
+            if over:
+                continue
+            on_progress(f"attention error: {cell.method} {cell.ratio:g}x", number, len(asked))
+            if cell.length not in prompts:
+                prompts[cell.length], _ = _prepared(reader, tasks[cell.task], 0, cell.length)
+            beside = Beside(at_compression(cell.method, cell.ratio, cell.length))
+            with sparsely(reader.model, beside):
+                reply(reader, prompts[cell.length], CONTINUED)
+            payload = {phase: beside.error(phase) for phase in phases_of(cell.method)}
+            store.put(ERRORS, key, payload)
+        else:
+            payload = row.payload
+        found[cell.method, cell.ratio, cell.length] = max(payload.values())
+    return found, over
 
 
 def _unfit(model: Any, variants: Iterable[tuple[str, float]], length: int) -> dict[str, Unsupported]:

@@ -156,10 +156,18 @@ def test_a_folder_is_asked_judged_and_reported_and_goes_on_where_it_was_stopped(
     assert cells["block_sparse", 4.0]["prefill"] > 0.6 and cells["block_sparse", 4.0]["decode"] == 0
     assert cells["snapkv", 4.0]["cache"] == pytest.approx(0.25, abs=0.1)
     assert cells["quest", 4.0]["token_bytes"] < dense["token_bytes"]
+    errors = {(e["method"], e["ratio"]): e["error"] for e in found["attention_error"] if e["length"] == 128}
+    assert set(errors) == set(cells) - {("dense", 1.0)}
+    assert all(0 < errors[method, 2.0] < errors[method, 4.0] for method in ("snapkv", "block_sparse"))
     assert set(found["safe"]) == {"snapkv", "block_sparse", "quest"}
     assert "ruler_niah at 128" in found["refused"] and "At 128 tokens" in found["recommendation"]["text"]
     page = (tmp_path / "report.html").read_text()
-    assert "Safe compressions" in page and "<script" not in page and "block_sparse" in page
+    assert (
+        "Safe compressions" in page
+        and "Error of attention" in page
+        and "<script" not in page
+        and "block_sparse" in page
+    )
     _, shown, _ = run(capsys, line, *more)
     assert "safe at 128" in shown and "Report" in shown and len(asked) == 29
 
