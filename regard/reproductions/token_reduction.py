@@ -162,7 +162,8 @@ REPRODUCTION = Reproduction(
         ),
     ),
     left_out=(
-        "language models, multimodal models, hallucination and overthinking: canvases are images",
+        "language models: the reproduction `cache_eviction`, and `regard sparse --effects` for hallucination and repetition",
+        "multimodal models and overthinking: canvases are images, and nothing here reasons in words",
         "stability of training: nothing here is unstable",
     ),
     timings=frozenset({"time"}),

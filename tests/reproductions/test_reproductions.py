@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from regard.compression.sparse import sparsely
 from regard.contract import Context, Unsupported
-from regard.reproductions import get_reproduction, landmark, list_reproductions, seqpe
+from regard.reproductions import cache_eviction, get_reproduction, landmark, list_reproductions, seqpe
 from regard.reproductions.framework.protocol import Reproduction
 from regard.reproductions.framework.runs import MOST_SEEDS, run_cell
 from regard.reproductions.framework.training import digit_pixels
@@ -107,3 +108,37 @@ def test_a_pixel_of_seqpe_has_one_number_in_windows_of_any_size():
         seqpe.NumberedByPlace(encoder)(inputs, context=Context(grid=(side, side)))
     assert torch.equal(seen[8, 8], torch.arange(64).view(1, 8, 8).expand(2, -1, -1))
     assert torch.equal(seen[6, 6], seen[8, 8][:, :6, :6])
+
+
+def test_second_questions_are_about_the_facts_of_the_first():
+    task = cache_eviction.AskedTwice(96, 8)
+    (batch,) = task.evaluation_batches(8)
+    count = cache_eviction.QUESTIONS
+    for ids, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        first, second = (
+            dict(zip(ids[part], targets[part], strict=True))
+            for part in (slice(-2 * count, -count), slice(-count, None))
+        )
+        assert first == second and len(first) == count
+        assert all(targets[i] == IGNORED for i in range(96 - 2 * count))
+        facts = {ids[i]: ids[i + 1] for i in range(0, 96 - 2 * count, 2)}
+        assert all(facts[key] == value for key, value in first.items())
+
+
+def test_uniform_choice_keeps_each_token_so_far_as_likely_as_the_others():
+    task = cache_eviction.AskedTwice(96, 1)
+    model = cache_eviction.language_model(task, ["softmax"], dim=16, num_heads=2).eval()
+    ids, kept = torch.randint(task.vocab_size, (1, 40)), torch.zeros(40)
+    for seed in range(60):
+        drawn = cache_eviction.Drawn(capacity=10, longest=40, seed=seed)
+        with torch.no_grad(), sparsely(model, drawn):
+            state = model(ids[:, :30], context=cache_eviction.STATE).state
+            for token in ids[:, 30:].split(1, 1):
+                state = model(token, context=cache_eviction.STATE, state=state).state
+        cache = state.layers[0].mechanism
+        assert cache.counts.tolist() == [[10, 10]]
+        ranks = cache.ranks[0, 0, :10]
+        assert torch.equal(ranks.sort().values, cache.ranks[0, 1, :10].sort().values)
+        kept[ranks] += 1
+    assert 0.15 < kept[:30].mean() / 60 < 0.35 and 0.15 < kept[30:].mean() / 60 < 0.35
+    assert (kept > 0).all()
