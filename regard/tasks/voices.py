@@ -104,16 +104,23 @@ def _bands() -> Float[Tensor, "m f"]:
 
 
 def _read_wave(path: Path) -> tuple[Tensor, int]:
+    """The samples of a recording, from -1 to 1, and how many there are in a second."""
     try:
         with wave.open(str(path)) as file:
-            if (file.getsampwidth(), file.getnchannels()) != (2, 1) or not file.getnframes():
-                raise wave.Error("not 16 bits of one channel")
-            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
-            return torch.from_numpy(samples.astype(np.float64) / 2**15), file.getframerate()
-    except (wave.Error, EOFError, OSError) as error:
-        raise Unsupported(
-            f"{path}, which cannot be read ({error})", supported="WAV of 16 bits and one channel"
-        ) from None
+            bits, channels, count = 8 * file.getsampwidth(), file.getnchannels(), file.getnframes()
+            if (bits, channels) != (16, 1):
+                raise wave.Error(f"{bits} bits and {channels} channels")
+            if not count:
+                raise wave.Error("no samples")
+            content = file.readframes(count)
+            if len(content) < 2 * count:
+                raise wave.Error(f"it ends after {len(content) // 2:,} of {count:,} samples")
+            return torch.from_numpy(np.frombuffer(content, "<i2").astype(np.float64) / 2**15), file.getframerate()
+    except EOFError:
+        why = "it ends within its header"
+    except (wave.Error, OSError) as error:
+        why = str(error)
+    raise Unsupported(f"{path}, which cannot be read ({why})", supported="WAV of 16 bits and one channel")
 
 
 def _said() -> list[tuple[int, str, Tensor, int]]:

@@ -168,8 +168,23 @@ def test_folders_without_recordings_are_refused(tmp_path):
     (tmp_path / "3_ann_0.wav").unlink()
     (tmp_path / "3_ann_1.wav").unlink()
     refused(lambda: create_task("speech", data=tmp_path), "without 3 of ann")
-    (tmp_path / "3_ann_0.wav").write_bytes(b"RIFF")
-    refused(lambda: create_task("speech", data=tmp_path), "3_ann_0.wav, which cannot be read")
+
+
+def test_recordings_that_cannot_be_read_are_refused_with_the_reason(tmp_path):
+    write_recordings(tmp_path)
+    file = tmp_path / "3_ann_0.wav"
+    whole = file.read_bytes()
+    samples = (len(whole) - 44) // 2
+    for content, why in (
+        (b"", "it ends within its header"),
+        (whole[:30], "it ends within its header"),
+        (whole[:-501], f"it ends after {samples - 251:,} of {samples:,} samples"),
+        (whole[:40] + bytes(4), "no samples"),
+        (b"OggS" + whole[4:], "file does not start with RIFF"),
+        (whole[:22] + b"\2\0" + whole[24:32] + b"\4\0" + whole[34:], "16 bits and 2 channels"),
+    ):
+        file.write_bytes(content)
+        refused(lambda: create_task("speech", data=tmp_path), f"{file}, which cannot be read ({why}", "WAV of 16 bits")
 
 
 def test_rouge_of_hand_cases():
