@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,9 +25,16 @@ ATTENTION = {
 """FLOP formulas for operators that torch's counter ignores: without them softmax attention would appear to be free."""
 
 
-def flop_counter() -> FlopCounterMode:
-    """Return a mode that counts the FLOPs of torch's own operators inside its block; read ``get_total_flops()``.
+@contextlib.contextmanager
+def flop_counter() -> Iterator[FlopCounterMode]:
+    """A block in which the FLOPs of torch's own operators are counted; read ``get_total_flops()``.
 
     For causal attention all pairs are counted.
     """
-    return FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention as one operator would appear to be free
+    try:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -33,7 +33,7 @@ from regard.models.exits import apply_head, make_exits, run_with_exits
 from regard.models.generation import generate, generate_stream
 from regard.models.inputs import check_ids, embed_tokens
 from regard.models.language_model import ModelState, next_token_loss
-from regard.models.layer_plan import Plan, check_plan, read_plan
+from regard.models.layer_plan import Plan, check_plan, keeps_state, read_plan
 from regard.models.losses import add_losses
 from regard.models.placing import input_positions, make_input_positions, place_input
 from regard.models.stack import LayersConfig, Stack
@@ -342,6 +342,7 @@ class EncoderDecoder(nn.Module):
         memory_mask: Mask | None = None,
         beams: int = 1,
         length_penalty: float | None = None,
+        use_state: bool | None = None,
         **options: Any,
     ) -> Int[Tensor, "b new"]:
         """Generate tokens by sampling (with the options of :meth:`generate_stream`) or by beam search.
@@ -351,8 +352,9 @@ class EncoderDecoder(nn.Module):
             length_penalty: a beam search ranks hypotheses by the sum of their log-probabilities divided by
                 ``new tokens ** length_penalty``; 1 when None.
         """
-        reader = _Reader(self, memory, memory_mask, options.get("use_state", True))
-        options |= {"beams": beams, "length_penalty": length_penalty, "state": reader.start}
+        options |= {"beams": beams, "length_penalty": length_penalty, "use_state": self._uses_state(use_state)}
+        reader = _Reader(self, memory, memory_mask, options["use_state"])
+        options["state"] = reader.start
         return generate(reader, ids, max_new_tokens, **options)
 
     def generate_stream(
@@ -368,7 +370,7 @@ class EncoderDecoder(nn.Module):
         top_p: float | None = None,
         stop_tokens: Sequence[int] = (),
         generator: torch.Generator | None = None,
-        use_state: bool = True,
+        use_state: bool | None = None,
     ) -> Iterator[Int[Tensor, " b"]]:
         """Continue prompts (usually a start token each); yields the next token of every row until all have stopped.
 
@@ -380,8 +382,10 @@ class EncoderDecoder(nn.Module):
             memory: the memory of each prompt, with `memory_mask`.
             temperature, top_k, top_p, stop_tokens, generator: as in
                 :meth:`regard.models.LanguageModel.generate_stream`.
-            use_state: if False, the encoded memory and the whole sequence are read again for each token.
+            use_state: if False, the encoded memory and the whole sequence are read again for each token; when None, if a
+                mechanism of the decoder has no state.
         """
+        use_state = self._uses_state(use_state)
         reader = _Reader(self, memory, memory_mask, use_state)
         return generate_stream(
             reader,
@@ -396,6 +400,9 @@ class EncoderDecoder(nn.Module):
             generator=generator,
             use_state=use_state,
         )
+
+    def _uses_state(self, asked: bool | None) -> bool:
+        return keeps_state(self.config.decoder_plan, self.config.cross_plan) if asked is None else asked
 
 
 class _Reader:

@@ -33,7 +33,7 @@ from regard.models.exits import apply_head, joint_loss, make_exits, run_with_exi
 from regard.models.generation import Read, generate, generate_stream
 from regard.models.inputs import check_ids, embed_tokens, right_padded_mask
 from regard.models.insertion import Insertion
-from regard.models.layer_plan import read_plan
+from regard.models.layer_plan import keeps_state, read_plan
 from regard.models.losses import add_losses, auxiliary_loss
 from regard.models.placing import input_positions, make_input_positions, place_input
 from regard.models.stack import LayersConfig, Stack
@@ -229,6 +229,7 @@ class LanguageModel(nn.Module):
         *,
         beams: int = 1,
         length_penalty: float | None = None,
+        use_state: bool | None = None,
         **options: Any,
     ) -> Int[Tensor, "b new"]:
         """Generate tokens by sampling (with the options of :meth:`generate_stream`) or by beam search.
@@ -238,8 +239,8 @@ class LanguageModel(nn.Module):
             length_penalty: a beam search ranks hypotheses by the sum of their log-probabilities divided by
                 ``new tokens ** length_penalty``; 1 when None.
         """
-        read = self.reader(options.get("use_state", True))
-        return generate(read, ids, max_new_tokens, beams=beams, length_penalty=length_penalty, **options)
+        options |= {"beams": beams, "length_penalty": length_penalty, "use_state": self._uses_state(use_state)}
+        return generate(self.reader(options["use_state"]), ids, max_new_tokens, **options)
 
     def generate_stream(
         self,
@@ -252,7 +253,7 @@ class LanguageModel(nn.Module):
         top_p: float | None = None,
         stop_tokens: Sequence[int] = (),
         generator: torch.Generator | None = None,
-        use_state: bool = True,
+        use_state: bool | None = None,
     ) -> Iterator[Int[Tensor, " b"]]:
         """Continue prompts; yields the next token of every row until all have stopped.
 
@@ -266,8 +267,9 @@ class LanguageModel(nn.Module):
                 arXiv 1904.09751).
             stop_tokens: a row stops after one of these tokens, and repeats it until all other rows have stopped too.
             generator: random generator for sampling.
-            use_state: if False, the whole sequence is read again for each token, for mechanisms without a state.
+            use_state: if False, the whole sequence is read again for each token; when None, if a mechanism has no state.
         """
+        use_state = self._uses_state(use_state)
         return generate_stream(
             self.reader(use_state),
             ids,
@@ -280,6 +282,9 @@ class LanguageModel(nn.Module):
             generator=generator,
             use_state=use_state,
         )
+
+    def _uses_state(self, asked: bool | None) -> bool:
+        return keeps_state(self.config.plan) if asked is None else asked
 
     def reader(self, use_state: bool = True) -> Read:
         """Return a function that reads tokens for :mod:`regard.models.generation`, without dropout.

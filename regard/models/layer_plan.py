@@ -14,6 +14,11 @@ Plan = tuple[tuple[str, Mapping[str, Any]], ...]
 """Mechanism and options of each layer."""
 
 
+def keeps_state(*plans: Plan) -> bool:
+    """Whether every mechanism of these plans can continue a sequence from a state, as a user's module cannot."""
+    return all(resolve(name)[0].state is not None for plan in plans for name, _ in plan)
+
+
 def read_plan(plan: str | Sequence[Any], num_layers: int | None) -> Plan:
     """Read the plan of a model: one (name, options) for each layer.
 
