@@ -80,6 +80,10 @@ PLUGGED = ("MECHANISM", "TASK", "MODEL")
 """Names that a plugin may define: a mechanism card, a task (or its class), or a pair (model class, config class)."""
 
 
+RUN = "regard_plugin_"
+"""How the names of modules begin that :func:`run_file` made."""
+
+
 def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
     """Run a user's Python file as a module of its own; `what` is what error messages call the file.
 
@@ -92,7 +96,7 @@ def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
         raise Unsupported(
             f"{what} {str(path)!r}: no such file", supported="a Python file", nearest=closest(file.name, siblings)
         )
-    name = f"regard_plugin_{file.stem}"
+    name = f"{RUN}{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise Unsupported(f"{what} {str(path)!r}", supported="a Python file ending in .py")
@@ -125,9 +129,16 @@ def load_plugin(path: str | Path) -> ModuleType:
         register(card, module)
     elif not any(hasattr(module, name) for name in PLUGGED):
         raise Unsupported(
-            f"plugin {str(path)!r} without {' or '.join(PLUGGED)}", supported="a file that defines one of them"
+            f"plugin {str(path)!r} without {' or '.join(PLUGGED)}",
+            supported=f"a file that defines one of them; in commands also {path}:CLASS, of a torch module",
         )
     return module
+
+
+def plugin_file(name: str) -> str | None:
+    """The file that :func:`load_plugin` ran for a mechanism; None for those that are found without it."""
+    module = _plugins[name][1] if name in _plugins else None
+    return module.__file__ if module is not None and module.__name__.startswith(RUN) else None
 
 
 def get_mechanism(name: str) -> Mechanism:

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import answer
+from command_line import answer, run
 
 from regard import catalogue
+from regard.cli.app import COMMANDS, parser
 from regard.contract import Kind, Pattern
 from regard.layers import linear
 from regard.workbench.verification.verify import PROGRAMS, PROPERTIES
@@ -88,6 +89,97 @@ def test_it_is_compared(capsys, name, tmp_path):
     sizes = [e["parameters"] for e in entries]
     assert max(sizes) <= 1.04 * min(sizes)
     assert name in (tmp_path / "out" / "report.html").read_text()
+
+
+MODULE = """
+import torch
+
+class Sums(torch.nn.Module):
+    def forward(self, x):
+        return x.cumsum(1)
+"""
+TASK = "--task recall:length=16,pairs=2,queries=4,evaluation_items=8"
+SIZES = "--dim 16 --heads 2 --batch-tokens 64 --layers 1"
+NOWHERE = (2, "nowhere")
+TO_A_MODULE = {
+    "list": (0, "Sums"),
+    "show Sums": (0, "Sums mixer, mine.py, no paper"),
+    "verify": (2, "without a definition to verify it against; supported: mechanisms with a card; try regard detect"),
+    "detect-patterns Sums": (0, "causal-self"),
+    "profile Sums --lengths 8 --seconds 0.01": (2, "--layer of regard profile"),
+    "profile Sums --lengths 8 --seconds 0.01 --layer --dim 16 --heads 2": (0, "Sums has no state that decodes"),
+    "advise --mechanisms Sums --lengths 8": (2, "whose costs are not declared"),
+    f"compare {TASK} --mechanisms nothing": (2, "mechanism 'nothing'"),
+    "compare nowhere --from nowhere --mechanisms Sums": (2, "has no queries, keys and values"),
+    f"search {TASK} --mechanisms Sums,nothing": (2, "mechanism 'nothing'"),
+    f"train {TASK} {SIZES} --mechanism Sums --budget '20 steps' --output model": (0, "on held-out data"),
+    "evaluate nowhere": NOWHERE,
+    "generate nowhere text": NOWHERE,
+    "serve nowhere": NOWHERE,
+    "offload nowhere": NOWHERE,
+    "predict nowhere a.png": NOWHERE,
+    "explain nowhere a.png": NOWHERE,
+    "compress nowhere --recipe int8 --output small": NOWHERE,
+    "sparse nowhere": NOWHERE,
+    "retrofit nowhere --mechanism Sums --data mine.py --output out": (2, "has no queries, keys and values"),
+    "study nothing": (2, "study 'nothing'"),
+}
+"""Command lines, and what they say with a torch module as a plugin."""
+
+
+def test_every_command_that_takes_plugins_is_tried_with_a_module():
+    takes = {name for name in COMMANDS if any("--plugin" in one.opts for one in parser.commands[name].params)}
+    assert takes == {line.split()[0] for line in TO_A_MODULE}
+
+
+@pytest.mark.parametrize("line", TO_A_MODULE)
+def test_a_module_enters_every_command_or_is_refused_with_the_reason(capsys, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MODULE)
+    try:
+        code, out, said = run(capsys, f"{line} --plugin mine.py:Sums")
+        assert catalogue.find_mechanism("Sums") is not None, "the plugin is entered first"
+    finally:
+        catalogue.unregister("Sums")
+    assert (code, TO_A_MODULE[line][1] in " ".join((out + said).split())) == (TO_A_MODULE[line][0], True), out + said
+
+
+def test_a_module_that_cannot_enter_is_refused_with_the_reason(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MODULE + "\n    def __init__(self, window):\n        super().__init__()\n")
+    for plugin, words in (
+        ("mine.py", "mine.py:CLASS, of a torch module"),
+        ("mine.py:Sum", "'Sum' in mine.py; supported: Sums; try Sums"),
+        (
+            "mine.py:Sums",
+            "Sums without window; supported: a value for each argument that has none: a default, a function",
+        ),
+        ("min.py:Sums", "no such file; supported: a Python file; try mine.py"),
+    ):
+        code, _, said = run(capsys, f"search {TASK} --mechanisms Sums --plugin {plugin}")
+        assert code == 2 and words in said and len(said.splitlines()) == 1
+
+
+def test_a_module_is_compared_and_searched_like_a_mechanism(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("regard.workbench.search.predictor.STEPS", 20)
+    Path("mine.py").write_text(MODULE)
+    small = "--frame bare --budget '20 steps' --rates 0.01 --seeds 1 --dim 16 --layers 1 --heads 2 --lengths 16"
+    lines = (
+        f"compare {TASK} --mechanisms softmax,Sums {small} --output compared",
+        f"search {TASK} --mechanisms softmax,Sums --budget '90% flops' --dims 8 --layers 1,2 --heads 1 --feed-forward 8,16 "
+        "--steps 2 --batch-tokens 64 --networks 10 --evaluations 20 --finalists 1 --retrain 2 --seeds 1 --output searched",
+    )
+    found = []
+    for line in lines:
+        try:
+            found.append(answer(capsys, f"{line} --plugin mine.py:Sums"))
+        finally:
+            catalogue.unregister("Sums")
+    (entries,) = found[0]["summary"].values()
+    assert {one["mechanism"] for one in entries} == {"softmax", "Sums"}
+    assert {row["name"] for row in found[1]["entrants"]} >= {"found", "Sums alone"}
+    assert all(f" --plugin {tmp_path / 'mine.py'}:Sums" in command for command in found[1]["commands"])
 
 
 def test_their_pages_are_written(tmp_path, monkeypatch):

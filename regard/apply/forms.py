@@ -17,6 +17,11 @@ def choose_form(
 ) -> str:
     """The form to run if the caller requests none."""
     forms = card.forms
+    if not forms:
+        raise Unsupported(
+            f"{card.name} as a function, of which there is only a module",
+            supported="its layer: regard.create_layer, and --layer of regard profile",
+        )
     if pattern.cross:
         if continuing and not has_memory:
             return "read"

@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.arguments import read_lengths, read_names
-from regard.cli.console import console, emit, load_plugins
+from regard.cli.console import console, emit
 from regard.cli.options import DEVICE, JSON, PLUGINS
 from regard.cli.progress import progress
 from regard.contract import Pattern
+from regard.workbench.plugins import enter_plugins
 
 
 def advise_command(
@@ -80,7 +81,7 @@ def advise_command(
     from regard.workbench.advice.settings import AdviseSettings
     from regard.workbench.advice.text import advice_text, errors_table, short_text
 
-    load_plugins(plugin)
+    enter_plugins(plugin)
     if show_needs:
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, meaning in NEEDS.items():

@@ -175,18 +175,19 @@ def read_tasks(
     validation: list[str] | None,
     length: int | None,
     tokenizer: str,
-    modules: list[Any],
+    plugged: Sequence[Any],
     recognised: Callable[[str], None] = lambda described: None,
     skip_unreadable: bool = False,
 ) -> list[Any]:
     """The tasks of a comparison: those named, those of plugins, those that suit the data, or the default tasks.
 
     Args:
+        plugged: tasks of plugins, or their classes.
         recognised: called with a description of the task recognised from the data.
     """
     from regard.tasks import create_task
 
-    own = plugged_tasks(modules, () if chosen else (data, validation))
+    own = plugged_tasks(plugged, () if chosen else (data, validation))
     if not chosen and not own and not data:
         chosen = ["text", "recall"]
     described = []
@@ -195,15 +196,16 @@ def read_tasks(
     return [*(create_task(name, **options) for name, options in described), *own]
 
 
-def plugged_tasks(modules: list[Any], data: Sequence[list[str] | None] = ()) -> list[Any]:
-    """The tasks that plugins define.
+def plugged_tasks(plugged: Sequence[Any], data: Sequence[list[str] | None] = ()) -> list[Any]:
+    """The tasks that plugins define, made and checked.
 
     Args:
+        plugged: tasks, or their classes.
         data: data that were given too, which no plugin task would read.
     """
     from regard.tasks import check_task
 
-    own = [check_task(m.TASK() if isinstance(m.TASK, type) else m.TASK) for m in modules if hasattr(m, "TASK")]
+    own = [check_task(one() if isinstance(one, type) else one) for one in plugged]
     if own and any(data):
         raise Unsupported(
             f"data for {own[0].name}, a plugin's task, which reads its own",

@@ -8,14 +8,16 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from regard.catalogue import get_mechanism, get_module, list_mechanisms
-from regard.cli.console import console, emit, load_plugins
+from regard.cli.console import console, emit
 from regard.cli.options import JSON, PLUGINS
-from regard.contract import Pattern, Unsupported, spelled
+from regard.contract import Mechanism, Pattern, Unsupported, spelled
 from regard.functional import function_name
+from regard.workbench.plugins import enter_plugins
 
 
 def list_command(
@@ -49,7 +51,7 @@ def list_command(
     if backbones:
         _list_backbones(as_json)
         return
-    load_plugins(plugin)
+    enter_plugins(plugin)
     cards = [get_mechanism(n) for n in list_mechanisms(pattern=pattern, kind=kind, recurrent=recurrent)]
     if as_json:
         emit([_card(card.name) for card in cards])
@@ -62,7 +64,7 @@ def list_command(
         table.add_column(heading, no_wrap=heading != "what it does")
     for card in cards:
         marks = " ".join(_SHORT[p] if p in card.patterns else "--" for p in Pattern)
-        cells = {"mechanism": card.name, "kind": card.kind.value, "paper": f"arXiv {card.paper.arxiv}"}
+        cells = {"mechanism": card.name, "kind": card.kind.value, "paper": _paper(card)}
         cells |= {"patterns": marks, "what it does": card.summary}
         table.add_row(*(Text(cells[heading]) for heading in headings))
     console.print(table)
@@ -172,7 +174,7 @@ def show(
         regard show local:window=32
         regard show local --matrix --pattern noncausal-self
     """
-    load_plugins(plugin)
+    enter_plugins(plugin)
     if matrix:
         _show_matrix(name, pattern, as_json)
         return
@@ -189,7 +191,8 @@ def show(
         return
     if meant:
         console.print(Text(f"{name} is {card.name} with {spelled(meant)}:"))
-    console.print(f"[bold]{card.name}[/bold]  {card.kind.value}, arXiv {card.paper.arxiv} ({card.paper.year})")
+    year = f" ({card.paper.year})" if card.paper.year else ""
+    console.print(f"[bold]{card.name}[/bold]  {card.kind.value}, {escape(_paper(card))}{year}")
     if card.aliases:
         console.print(f"[dim]also called {', '.join(card.spelled_aliases())}[/dim]")
     console.print()
@@ -206,10 +209,16 @@ def show(
     if card.refused_positions:
         table.add_row("refused", Text(f"other positions: {card.refused_positions}"))
     table.add_row("engine", card.engine or "none: torch operators")
-    table.add_row("function", Text(f"regard.functional.{function_name(card)}"))
+    if card.forms:
+        table.add_row("function", Text(f"regard.functional.{function_name(card)}"))
     table.add_row("layer", Text(f'regard.create_layer("{card.name}", dim, num_heads)'))
     console.print()
     console.print(table)
+
+
+def _paper(card: Mechanism) -> str:
+    """The paper's place; its title, or the file of a user's module, if it is not on arXiv."""
+    return f"arXiv {card.paper.arxiv}" if card.paper.arxiv else card.paper.title
 
 
 def _show_matrix(name: str, pattern: str | None, as_json: bool) -> None:

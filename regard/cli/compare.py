@@ -17,7 +17,7 @@ from regard.cli.arguments import (
     read_stack,
     read_tasks,
 )
-from regard.cli.console import console, emit, load_plugins, plain
+from regard.cli.console import console, emit, plain
 from regard.cli.options import (
     ADDRESS,
     BATCH_SIZE,
@@ -47,6 +47,7 @@ from regard.cli.retrofits import OF_RETROFITS, compare_from
 from regard.cli.sweeps import sweep_of
 from regard.contract import Unsupported
 from regard.measurement import units
+from regard.workbench.plugins import enter_plugins
 
 
 def compare(
@@ -208,9 +209,9 @@ def compare(
         raise Unsupported(
             f"--shard {only} together with --engine {engine}", supported="one of them: both divide the runs"
         )
-    modules = load_plugins(plugin)
+    entered = enter_plugins(plugin)
     sweeps = sweep_of(engine, address, plugin)
-    tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised, skip_unreadable)
+    tasks = read_tasks(task, data, validation, length, tokenizer, entered.tasks, recognised, skip_unreadable)
     compared = [] if models is None else read_backbones(models)
     compared += [] if mechanisms is None else read_mechanisms(mechanisms, tasks)
     settings = CompareSettings(
@@ -233,6 +234,7 @@ def compare(
         device=device,
         match=match,
         model=model,
+        plugins=tuple(entered.files),
     )
     left_out: dict[str, str] = {}
     if mechanisms is not None and mechanisms.strip() == "all":

@@ -14,9 +14,10 @@ from rich.text import Text
 
 from regard.cli.arguments import only_beside
 from regard.cli.console import console, emit
-from regard.cli.options import JSON
+from regard.cli.options import JSON, PLUGINS
 from regard.cli.progress import progress
 from regard.contract import Unsupported, at_least
+from regard.workbench.plugins import enter_plugins, plugin_words
 
 if TYPE_CHECKING:
     from regard.compression import Recipe
@@ -65,6 +66,7 @@ def compress(
             help="Questions that look for side effects: repetition, facts lost among distractors, made-up answers. 0 turns this off."
         ),
     ] = 0,
+    plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
     """Make a model smaller and faster, with fewer bits, heads, neurons, layers or tokens, and measure what that costs.
@@ -104,6 +106,7 @@ def compress(
     from regard.measurement.budget import Budget
     from regard.workbench.lighter.subjects import open_subject
 
+    entered = enter_plugins(plugin)
     at_least("calibration", calibration, 1)
     at_least("tolerance", tolerance, 0)
     at_least("effects", effects, 0)
@@ -125,7 +128,8 @@ def compress(
     check_folder(output or OUTPUT)
     subject = open_subject(model, data or None, length, several)
     asked = _probes(subject, effects, length, data)
-    _several(subject, several, output or OUTPUT, time, _command(model, data, length), tolerance, asked, as_json)
+    command = _command(model, data, length, entered.files)
+    _several(subject, several, output or OUTPUT, time, command, tolerance, asked, as_json)
 
 
 Asked: TypeAlias = "tuple[Probes | None, int]"
@@ -244,7 +248,7 @@ def _several(
     console.print(Text(f"Report: {page}"))
 
 
-def _command(model: Path, data: list[str] | None, length: int | None) -> Callable[[str], str]:
+def _command(model: Path, data: list[str] | None, length: int | None, plugins: Sequence[str]) -> Callable[[str], str]:
     """A function that turns a recipe into the command that makes its model from the same data."""
 
     def made(recipe: str) -> str:
@@ -254,7 +258,7 @@ def _command(model: Path, data: list[str] | None, length: int | None) -> Callabl
         if read_recipe(recipe).needs:
             words += [word for path in data or () for word in ("--data", path)]
             words += [] if length is None else ["--length", str(length)]
-        return f'{shlex.join(words)} --recipe "{recipe}" --output small/'
+        return f'{shlex.join(words)} --recipe "{recipe}"{plugin_words(plugins)} --output small/'
 
     return made
 

@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from regard.catalogue import load_plugin
-from regard.contract import Unsupported
-
 console = Console()
 errors = Console(stderr=True)
-
-
-def load_plugins(plugins: list[Path] | None) -> list[Any]:
-    """Run plugin files; what they define is then in the catalogue and the registry of models."""
-    modules = [load_plugin(path) for path in plugins or ()]
-    for module in modules:
-        pair = getattr(module, "MODEL", None)
-        if pair is not None:
-            if not isinstance(pair, tuple) or [isinstance(part, type) for part in pair] != [True, True]:
-                raise Unsupported(
-                    f"MODEL of type {type(pair).__name__} in {module.__file__}",
-                    supported="MODEL = (the model's class, its config's class)",
-                )
-            from regard.models import register_model
-
-            register_model(*pair)
-    return modules
 
 
 def plain(text: str) -> Text:

@@ -10,9 +10,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.cli.console import console, emit, load_plugins
+from regard.cli.console import console, emit
 from regard.cli.options import JSON, LARGEST_SEED, PLUGINS
 from regard.contract import Unsupported
+from regard.workbench.plugins import enter_plugins
 
 
 def detect_patterns(
@@ -66,7 +67,7 @@ def detect_patterns(
     from regard.workbench.detection.patterns import detect
     from regard.workbench.detection.suspects import suspect
 
-    load_plugins(plugin)
+    enter_plugins(plugin)
     expected = [Pattern.parse(name) for name in expect or ()]
     given = dict(_option(text) for text in option or ())
     names = targets or [name for name in list_mechanisms() if get_mechanism(name).kind in MIXING]

@@ -9,11 +9,12 @@ import typer
 from rich.text import Text
 
 from regard.cli.arguments import plugged_tasks
-from regard.cli.console import console, emit, load_plugins
+from regard.cli.console import console, emit
 from regard.cli.options import DEVICE, JSON, PLUGINS, REDUCE, SKIP_UNREADABLE
 from regard.cli.progress import progress
 from regard.contract import Unsupported
 from regard.measurement import units
+from regard.workbench.plugins import enter_plugins
 
 
 def evaluate(
@@ -72,12 +73,13 @@ def evaluate(
     from regard.workbench.trained.reduced import AT_ONCE, reduced, told
 
     rules = exit_rules or []
+    entered = enter_plugins(plugin)
     library = library_of_place(folder)
     if library in ("transformers", "timm"):
         own_options = {
             "--exit": rules,
             "--reduce": reduce,
-            "--plugin": plugin,
+            "the task of a plugin": entered.tasks,
             "--skip-unreadable": skip_unreadable,
         }
         for option, given in own_options.items():
@@ -85,7 +87,7 @@ def evaluate(
                 raise Unsupported(f"{option} of {folder}, a model of {library}", supported="models of regard train")
         _of_other_libraries(folder, data, device, as_json)
         return
-    own = plugged_tasks(load_plugins(plugin), (data,))
+    own = plugged_tasks(entered.tasks, (data,))
     if own and skip_unreadable:
         raise Unsupported("--skip-unreadable with the task of a plugin", supported="tasks that read images")
     trained = open_trained(folder)

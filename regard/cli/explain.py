@@ -10,8 +10,9 @@ import typer
 from rich.text import Text
 
 from regard.cli.console import console, emit
-from regard.cli.options import DEVICE, JSON, REDUCE, SKIP_UNREADABLE
+from regard.cli.options import DEVICE, JSON, PLUGINS, REDUCE, SKIP_UNREADABLE
 from regard.contract import Unsupported, closest
+from regard.workbench.plugins import enter_plugins
 
 
 def explain(
@@ -33,6 +34,7 @@ def explain(
     reduce: REDUCE = None,
     skip_unreadable: SKIP_UNREADABLE = False,
     device: DEVICE = "cpu",
+    plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
     """Draw each image next to a map of what the model's class depends on: bright parts count most.
@@ -64,6 +66,7 @@ def explain(
     from regard.workbench.trained.reduced import patches_in, reduced
     from regard.workbench.trained.segment import check_output, place_of
 
+    enter_plugins(plugin)
     trained = open_trained(folder)
     reader, model = trained.reader, trained.model(device)
     if isinstance(reader, MaskReader | VolumeReader):

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from regard.cli.arguments import only_beside
 from regard.cli.console import emit, errors
-from regard.cli.options import DEVICE, JSON, LARGEST_SEED
+from regard.cli.options import DEVICE, JSON, LARGEST_SEED, PLUGINS
 from regard.contract import Unsupported, an_instance
+from regard.workbench.plugins import enter_plugins
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,7 @@ def generate(
         ),
     ] = None,
     device: DEVICE = "cpu",
+    plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
     """Continue a text, token by token, from the model's state.
@@ -110,6 +112,7 @@ def generate(
     from regard.models.generation import check_sampling
     from regard.workbench.trained.folder import beyond, trained_length
 
+    enter_plugins(plugin)
     prompt = sys.stdin.read() if text == "-" else text
     if not prompt:
         raise Unsupported("an empty text", supported="one character or more")

@@ -28,5 +28,5 @@ def new(
     path = new_mechanism(name, output)
     console.print(Text(f"{path} is written. Next:"))
     console.print(Text("- write `reference`, the definition, and the lines of the docstring"))
-    console.print(Text(f"- regard verify --plugin {path} {name}"))
-    console.print(Text(f"- regard compare --plugin {path} --mechanisms softmax,{name}"))
+    console.print(Text(f"- regard verify --plugin {path} {name}"), soft_wrap=True)
+    console.print(Text(f"- regard compare --plugin {path} --mechanisms softmax,{name}"), soft_wrap=True)

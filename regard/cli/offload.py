@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.arguments import read_lengths
-from regard.cli.console import console, emit, errors, load_plugins
+from regard.cli.console import console, emit, errors
 from regard.cli.options import JSON, PLUGINS
 from regard.contract import Unsupported
+from regard.workbench.plugins import enter_plugins
 
 if TYPE_CHECKING:
     from regard.models import LanguageModel
@@ -65,7 +66,7 @@ def offload(
         regard offload my_model --devices table.yaml --json
         regard offload my_model --workers 1 --batch 16 --context 4096 --cores 0,1
     """
-    load_plugins(plugins)
+    enter_plugins(plugins)
     contexts = read_lengths(context, "--context")
     if devices is not None:
         _plan(devices, folder, contexts, as_json)

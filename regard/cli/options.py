@@ -10,7 +10,10 @@ import typer
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
 PLUGINS = Annotated[
     list[Path] | None,
-    typer.Option("--plugin", help="Python file that defines a MECHANISM, a TASK or a MODEL. Repeatable."),
+    typer.Option(
+        "--plugin",
+        help="Python file that defines a MECHANISM, a TASK or a MODEL, or file.py:Class of your own torch module. Repeatable.",
+    ),
 ]
 DATA = Annotated[
     list[str] | None, typer.Argument(help="Your files: text, a table or a folder, whichever the task reads.")

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.console import console, emit
-from regard.cli.options import DEVICE, JSON, REDUCE, SKIP_UNREADABLE
+from regard.cli.options import DEVICE, JSON, PLUGINS, REDUCE, SKIP_UNREADABLE
 from regard.contract import Unsupported, at_least
+from regard.workbench.plugins import enter_plugins
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +39,7 @@ def predict(
     ] = None,
     reduce: REDUCE = None,
     device: DEVICE = "cpu",
+    plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
     """Classify images, or their pixels or voxels, with a trained model.
@@ -64,6 +66,7 @@ def predict(
     from regard.workbench.trained.folder import open_trained
     from regard.workbench.trained.reduced import reduced, told
 
+    enter_plugins(plugin)
     at_least("top", top, 1)
     trained = open_trained(folder)
     reader, model = trained.reader, trained.model(device)

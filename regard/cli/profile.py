@@ -9,11 +9,12 @@ import typer
 from rich.table import Table
 
 from regard.cli.arguments import read_lengths
-from regard.cli.console import console, emit, load_plugins
+from regard.cli.console import console, emit
 from regard.cli.options import DEVICE, JSON, PLUGINS
 from regard.cli.progress import progress
 from regard.contract import Pattern
 from regard.measurement import units
+from regard.workbench.plugins import enter_plugins
 
 
 def profile_command(
@@ -53,7 +54,7 @@ def profile_command(
     """
     from regard.workbench.profile import ProfileSettings, growth, profile
 
-    load_plugins(plugin)
+    enter_plugins(plugin)
     settings = ProfileSettings(
         tuple(mechanisms),
         Pattern.parse(pattern),

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.arguments import read_lengths
-from regard.cli.console import console, emit, load_plugins, plain
+from regard.cli.console import console, emit, plain
 from regard.cli.options import (
     BATCH_SIZE,
     DISTIL,
@@ -28,6 +28,7 @@ from regard.cli.options import (
 )
 from regard.cli.progress import progress
 from regard.measurement import units
+from regard.workbench.plugins import enter_plugins
 
 
 def retrofit(
@@ -99,7 +100,7 @@ def retrofit(
     from regard.workbench.reports.retrofit_report import write_retrofit_report
     from regard.workbench.retrofits import folder_of
 
-    load_plugins(plugin)
+    enter_plugins(plugin)
     with showing(as_json) as (watch, say):
         if output is None:
             output = Path("runs") / folder_of(f"{Path(model).absolute().name.removesuffix('.gguf')}-{mechanism}")

@@ -9,9 +9,10 @@ import typer
 from rich.text import Text
 
 from regard.cli.arguments import given_options, read_lengths, spelled_option
-from regard.cli.console import console, emit, load_plugins, plain
+from regard.cli.console import console, emit, plain
 from regard.cli.retrofit import showing
 from regard.contract import Unsupported
+from regard.workbench.plugins import enter_plugins
 
 OF_RETROFITS = (
     "keep_layers",
@@ -53,7 +54,7 @@ def compare_from(context: typer.Context, source: Path) -> None:
         raise Unsupported(
             "--from without --mechanisms", supported="mechanisms to retrofit", nearest="--mechanisms lolcats,local"
         )
-    load_plugins(asked["plugin"])
+    enter_plugins(asked["plugin"])
     more: dict[str, Any] = {"length": asked["length"]} if asked["length"] is not None else {}
     more |= {name: asked[name] for name in OF_RETROFITS if name in given}
     if "lengths" in given:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.arguments import read_integers, read_mechanisms, read_tasks
-from regard.cli.console import console, emit, load_plugins, plain
+from regard.cli.console import console, emit, plain
 from regard.cli.options import (
     DATA,
     DEVICE,
@@ -26,6 +26,7 @@ from regard.cli.options import (
 )
 from regard.cli.progress import progress
 from regard.contract import Unsupported
+from regard.workbench.plugins import enter_plugins
 
 
 def search(
@@ -114,6 +115,7 @@ def search(
         if not as_json:
             console.print(plain(f"By its contents: --task {described}"))
 
+    entered = enter_plugins(plugin)
     settings = SearchSettings(
         NetworkBudget.parse(budget),
         steps=steps,
@@ -132,11 +134,11 @@ def search(
         frame=frame,
         precision=precision,
         device=device,
+        plugins=tuple(entered.files),
     )
-    modules = load_plugins(plugin)
-    own = data or any(hasattr(module, "TASK") for module in modules)
+    own = data or entered.tasks
     chosen = [task] if task is not None else [] if own else ["text"]
-    tasks = read_tasks(chosen, data, validation, length, tokenizer, modules, recognised, skip_unreadable)
+    tasks = read_tasks(chosen, data, validation, length, tokenizer, entered.tasks, recognised, skip_unreadable)
     if len(tasks) != 1:
         raise Unsupported(f"a search for {len(tasks)} tasks", supported="one task")
     choices = Choices(
@@ -173,7 +175,7 @@ def search(
     console.print()
     console.print(Text(record["verdict"], style="bold"))
     for command in record["commands"]:
-        console.print(Text(command))
+        console.print(Text(command), soft_wrap=True)  # on one line, so that it can be copied
     console.print(Text(f"Report: {page}"))
 
 

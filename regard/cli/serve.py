@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.arguments import only_beside, read_integers
-from regard.cli.console import console, emit, errors, load_plugins
+from regard.cli.console import console, emit, errors
 from regard.cli.options import DEVICE, JSON, PLUGINS
 from regard.contract import Unsupported, one_of
+from regard.workbench.plugins import enter_plugins
 
 if TYPE_CHECKING:
     from regard.serving.bench import Load
@@ -111,7 +112,7 @@ def serve(
         curl localhost:8000/v1/completions -d '{"prompt": "Once", "max_tokens": 20}'
         regard serve my_model --bench --clients 1,4,16 --output runs/load
     """
-    load_plugins(plugins)
+    enter_plugins(plugins)
     if folder is None and url is None:
         raise Unsupported("no model to serve", supported="regard serve FOLDER, or --bench --url URL")
     if folder is not None and url is not None:

@@ -12,9 +12,10 @@ from rich.text import Text
 
 from regard.cli.arguments import given_options, read_lengths, spelled_option
 from regard.cli.console import console, emit
-from regard.cli.options import JSON
+from regard.cli.options import JSON, PLUGINS
 from regard.cli.progress import progress
 from regard.contract import Unsupported, at_least, closest, one_of
+from regard.workbench.plugins import enter_plugins
 
 if TYPE_CHECKING:
     from regard.workbench.sparse.study import Plan
@@ -66,6 +67,7 @@ def sparse(
     ] = 0,
     budget: Annotated[str | None, typer.Option(help="Time after which no new question is asked: 90s, 20m, 2h.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command resumes from it.")] = OUTPUT,
+    plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
     """Ask a trained model questions about long contexts, with dense and with sparse attention, and say what is safe.
@@ -87,6 +89,7 @@ def sparse(
     from regard.core.files import check_folder
     from regard.measurement.budget import Budget
 
+    enter_plugins(plugin)
     if samples is not None:
         at_least("samples", samples, 1)
     at_least("effects", effects, 0)

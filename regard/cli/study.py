@@ -10,11 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.console import console, emit
-from regard.cli.options import ADDRESS, ENGINE, JSON, SHARD, TIMINGS
+from regard.cli.options import ADDRESS, ENGINE, JSON, PLUGINS, SHARD, TIMINGS
 from regard.cli.reproduce import cells_in, run_cells, tell_judged
-from regard.cli.sweeps import enter_plugins, sweep_of
+from regard.cli.sweeps import sweep_of
 from regard.contract import Unsupported
 from regard.measurement import units
+from regard.workbench.plugins import enter_plugins
 
 
 def study(
@@ -42,10 +43,7 @@ def study(
     timings: TIMINGS = None,
     engine: ENGINE = "local",
     address: ADDRESS = None,
-    plugin: Annotated[
-        list[Path] | None,
-        typer.Option(help="Python file that defines a MECHANISM, or file.py:Class of your own module. Repeatable."),
-    ] = None,
+    plugin: PLUGINS = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder of the results; the same command resumes from it. runs/studies when not given."),
@@ -77,7 +75,7 @@ def study(
     from regard.reproductions import plan
     from regard.studies import get_study, list_studies, opened
 
-    entered = enter_plugins(plugin or [])
+    entered = enter_plugins(plugin).mechanisms
     sweeps = sweep_of(engine, address, plugin)
     if name is None:
         found = [get_study(one) for one in list_studies()]

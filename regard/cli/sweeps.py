@@ -8,28 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regard.cli.console import load_plugins
 from regard.contract import Unsupported, one_of
 
 if TYPE_CHECKING:
     from regard.measurement.sweeps import Sweep
 
 ENGINES = ("local", "ray")
-
-
-def enter_plugins(plugins: Sequence[Path]) -> list[str]:
-    """Load plugins; for ``file.py:Class``, adopt the module. Returns the names of the mechanisms that were added."""
-    from regard.workbench.detection.adopted import adopt
-    from regard.workbench.detection.suspects import FILE
-
-    names = []
-    for file in plugins:
-        module = FILE.fullmatch(str(file))
-        if module is not None and module["name"]:
-            names.append(adopt(module["path"], module["name"]).name)
-        else:
-            names += [one.MECHANISM.name for one in load_plugins([file]) if hasattr(one, "MECHANISM")]
-    return names
 
 
 def sweep_of(
@@ -52,6 +36,7 @@ def sweep_of(
             raise Unsupported(f"--address {address} of this process", supported="--engine ray", nearest="--engine ray")
         return nullcontext()
     from regard.measurement.sweeps import Plugins, RaySweep
+    from regard.workbench.plugins import enter_plugins
 
     return printing_apart(RaySweep(address, Plugins.read(enter_plugins, plugins or ())))
 

@@ -18,7 +18,7 @@ from regard.cli.arguments import (
     read_stack,
     spelled_option,
 )
-from regard.cli.console import console, emit, load_plugins, plain
+from regard.cli.console import console, emit, plain
 from regard.cli.options import (
     DATA,
     DEVICE,
@@ -37,6 +37,7 @@ from regard.cli.options import (
 from regard.cli.progress import progress
 from regard.contract import Unsupported, one_of
 from regard.measurement import units
+from regard.workbench.plugins import enter_plugins
 
 MONITOR = "attention"
 """The quantity that a run can be monitored for, and the base name of the files written."""
@@ -231,7 +232,8 @@ def train(
             console.print(plain(f"By its contents: --task {described}"))
 
     kept = None if frozen is None else _frozen(context, frozen, exits, device)
-    own = plugged_tasks(load_plugins(plugin), () if task else (data, validation))
+    entered = enter_plugins(plugin)
+    own = plugged_tasks(entered.tasks, () if task else (data, validation))
     if kept is not None:
         asked = kept.trained.task()
     elif own and task is None:
@@ -278,6 +280,7 @@ def train(
         precision=precision,
         device=device,
         model=model,
+        plugins=tuple(entered.files),
         **sizes,
     )
     master = None

@@ -15,9 +15,10 @@ from rich.text import Text
 
 from regard.catalogue import list_mechanisms
 from regard.cli.arguments import given_options, spelled_option
-from regard.cli.console import console, emit, load_plugins
+from regard.cli.console import console, emit
 from regard.cli.options import JSON, LARGEST_SEED, PLUGINS
 from regard.cli.progress import progress
+from regard.workbench.plugins import enter_plugins, plugin_words
 
 
 def verify(
@@ -73,7 +74,7 @@ def verify(
     from regard.workbench.verification.verify import KEY, Cell, Place, plan, unmeasured
     from regard.workbench.verification.verify import verify as run
 
-    modules = load_plugins(plugin)
+    entered = enter_plugins(plugin)
     if case is not None:
         others = [name for name in given_options(context) if name not in ("case", "plugin", "as_json")]
         if others:
@@ -85,8 +86,7 @@ def verify(
             )
         _one_case(case, as_json)
         return
-    if not mechanisms and modules:
-        mechanisms = [m.MECHANISM.name for m in modules if hasattr(m, "MECHANISM")]
+    mechanisms = mechanisms or entered.mechanisms
     names = [known_name(n) for n in mechanisms] if mechanisms else list_mechanisms()
     if random:
         if prop or full:
@@ -95,7 +95,7 @@ def verify(
                 supported="--pattern and --variant with it",
                 nearest=f"regard verify --property {prop[0]}" if prop else "regard verify --full",
             )
-        _random_cases(names, random, pattern, variant or (), seed, as_json)
+        _random_cases(names, random, pattern, variant or (), seed, entered.files, as_json)
         return
     total = sum(1 for _ in plan(names, patterns=pattern, properties=prop, variants=variant or ()))
     store = Store(output / "results.db") if full else None
@@ -178,7 +178,13 @@ def _one_case(text: str, as_json: bool) -> None:
 
 
 def _random_cases(
-    names: list[str], count: int, patterns: list[str] | None, variants: Sequence[str], seed: int, as_json: bool
+    names: list[str],
+    count: int,
+    patterns: list[str] | None,
+    variants: Sequence[str],
+    seed: int,
+    plugins: Sequence[str],
+    as_json: bool,
 ) -> None:
     from regard.catalogue import get_mechanism
     from regard.contract import Pattern
@@ -221,7 +227,8 @@ def _random_cases(
             f"{ran} cases of {len(names)} mechanisms: {len(failures)} searches fail, {refused} cases were refused"
         )
         for name, smallest, detail in failures:
-            console.print(Text(f"- {name}: {detail}\n  {smallest.command}"))
+            console.print(Text(f"- {name}: {detail}"))
+            console.print(Text(f"  {smallest.command}{plugin_words(plugins)}"), soft_wrap=True)  # to be copied
         for name, missing in {row[0]: row[3] for row in rows}.items():
             if missing:
                 console.print(Text(f"- {name}: no variant of the card has {', '.join(missing)}"))

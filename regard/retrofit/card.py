@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from regard.catalogue import plugin_file, resolve
 from regard.measurement import units
 from regard.retrofit.measures import kind_of, measures_of
 
@@ -36,12 +37,12 @@ instead of softmax attention and were trained back.
 OF_TRANSFORMERS = """\
 import regard.integrations.transformers
 from transformers import {auto}
-
+{plugin}
 model = {auto}.from_pretrained("this folder")"""
 OF_TIMM = """\
 import regard.integrations.timm
 import timm
-
+{plugin}
 model = timm.create_model("local-dir:this folder", pretrained=True)"""
 RIGHT = {"language": "next-token training", "encoder": "masked-token training", "vision": "training on classes"}
 """Training without a teacher, by kind of model."""
@@ -82,10 +83,12 @@ def readme(record: dict[str, Any]) -> str:
 def loading(record: dict[str, Any]) -> str:
     """The lines of Python that load the model of a record."""
     kind, name = kind_of(record), record["from"]["class"]
+    file = plugin_file(resolve(record["settings"]["mechanism"])[0].name)
+    plugin = "" if file is None else f"\nregard.load_plugin({file!r})"
     if kind == "vision":
-        return OF_TIMM
+        return OF_TIMM.format(plugin=plugin)
     auto = "AutoModelForMaskedLM" if name.endswith("ForMaskedLM") else "AutoModel"
-    return OF_TRANSFORMERS.format(auto="AutoModelForCausalLM" if kind == "language" else auto)
+    return OF_TRANSFORMERS.format(auto="AutoModelForCausalLM" if kind == "language" else auto, plugin=plugin)
 
 
 def numbers(layers: list[int]) -> str:

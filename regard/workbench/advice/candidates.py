@@ -39,6 +39,8 @@ def candidates_of(settings: AdviseSettings) -> tuple[list[str], dict[str, str]]:
             )
         elif settings.pattern not in card.patterns:
             rejected[name] = f"lacks {settings.pattern.value}: {card.refused.get(settings.pattern, 'not defined')}"
+        elif not card.forms:
+            rejected[name] = "a module without a card, whose costs are not declared"
         elif card.kind is Kind.MIXER and reach(name, settings.pattern, FEW)[0] < 2:
             rejected[name] = "mixes no tokens: an output depends on its own token alone (measured)"
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regard.catalogue import get_mechanism
+from regard.catalogue import get_mechanism, plugin_file
 from regard.contract import Pattern
 from regard.workbench.advice.layer_work import ROOM, LayerSettings
 from regard.workbench.verification.subjects import Subject
@@ -28,6 +28,7 @@ def code_for(name: str, settings: LayerSettings, use: str, length: int) -> str:
         "import torch",
         "import regard",
         "",
+        *([f"regard.load_plugin({_quoted(file)})"] if (file := plugin_file(card.name)) else []),
         f"layer = regard.create_layer({_quoted(name)}, {settings.dim}, {settings.heads}{listed}){moved}",
     ]
     arguments, context, with_inserted = ["x"], [], str(length)

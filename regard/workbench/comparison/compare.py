@@ -42,6 +42,7 @@ from regard.workbench.comparison.work import Work
 from regard.workbench.reports.mask_pictures import shown
 from regard.workbench.reports.report import write_report
 from regard.workbench.reports.view import Measured
+from regard.workbench.trained.card import loading
 
 
 @dataclass
@@ -409,10 +410,8 @@ class _Runner:
                 )
             else:
                 kept[work.task.name] = folder
-                advice.notes.append(
-                    f"The {work.task.name} model: from regard.models import from_pretrained; "
-                    f"model = from_pretrained({str(folder)!r})"
-                )
+                lines = loading(folder, self.settings.plugins).splitlines()
+                advice.notes.append(f"The {work.task.name} model: " + "; ".join(filter(None, lines)))
         self.trainer.keep_only(list(kept.values()))
         return kept
 

@@ -61,6 +61,7 @@ class CompareSettings:
         match: the quantity in which image backbones are made equal by scaling their widths, one of `MATCHED`; None to
             leave them as published.
         model: the backbone, a name in :mod:`regard.models.registry`; the first that serves a task when None.
+        plugins: plugins that define what is compared, for the instructions that are written next to kept models.
     """
 
     mechanisms: tuple[str | Variant, ...]
@@ -84,6 +85,7 @@ class CompareSettings:
     device: str = "cpu"
     match: str | None = None
     model: str | None = None
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.mechanisms:

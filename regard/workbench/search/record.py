@@ -17,6 +17,7 @@ from regard.core.files import write_text_atomically
 from regard.measurement import provenance
 from regard.measurement.statistics import Comparison, Scores, items_array
 from regard.tasks import Task
+from regard.workbench.plugins import plugin_words
 from regard.workbench.search.costs import CostTable
 from regard.workbench.search.predictor import Judged
 from regard.workbench.search.space import Genes, Space
@@ -120,12 +121,15 @@ def write_plan(space: Space, genes: Genes, path: Path) -> None:
 def _commands(search: Search, winner: Row) -> list[str]:
     settings, sizes = search.settings, search.space.sized(tuple(winner["genes"]))
     same = f"--dim {sizes.dim} --layers {sizes.layers} --heads {sizes.heads} --frame {settings.frame}"
-    task, plan = task_in_words(search.task), shlex.quote(str(search.output / PLAN))
+    same += plugin_words(settings.plugins)
+    plan = shlex.quote(str(search.output / PLAN))
+    plugged = getattr(search.task, "registered", None) is None and settings.plugins
+    task = "" if plugged else f" {task_in_words(search.task)}"
     both = shlex.quote(f"{search.choices.names[0]},{search.output / PLAN}")
     return [
-        f"regard train {task} --mechanism {plan} {same} --learning-rate {settings.learning_rate:g} "
+        f"regard train{task} --mechanism {plan} {same} --learning-rate {settings.learning_rate:g} "
         f'--budget "{max(20, settings.retrain_steps)} steps"',
-        f"regard compare {task} --mechanisms {both} {same}",
+        f"regard compare{task} --mechanisms {both} {same}",
     ]
 
 

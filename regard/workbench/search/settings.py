@@ -39,6 +39,7 @@ class SearchSettings:
         share: whether the mechanisms in a layer share their projections.
         frame: a name in :data:`regard.models.frames.FRAMES`.
         precision, device: for training and timing.
+        plugins: plugins that define the task or mechanisms, for the commands that use what was found.
     """
 
     budget: NetworkBudget
@@ -58,6 +59,7 @@ class SearchSettings:
     frame: str = "bare"
     precision: str = "float32"
     device: str = "cpu"
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_tokens", 1), ("networks", 10), ("rounds", 1), ("evaluations", 1)):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regard.models.exit_rules import HALTING
+from regard.workbench.plugins import plugin_words
 from regard.workbench.trained.best_weights import Found
 from regard.workbench.trained.folder import DIVERGED, LAST
 
@@ -24,7 +25,7 @@ def card(folder: Path, record: Mapping[str, Any]) -> str:
         )
     rule = record["baseline"]
     beside = f" (without training, {rule['name']}: {rule['score']:.4g})" if rule else ""
-    own = record["settings"]
+    own, plugins = record["settings"], record.get("plugins", ())
     lines = [
         title,
         f"Held out: {record['score']:.4g} {record['metric']}{beside}. {record['parameters']:,} parameters, "
@@ -38,23 +39,30 @@ def card(folder: Path, record: Mapping[str, Any]) -> str:
         ),
         "```\n" + record["described"] + "\n```",
         "## Use",
-        "```python\nfrom regard.models import from_pretrained\n\nmodel = from_pretrained("
-        + repr(str(folder))
-        + ")\n```",
+        "```python\n" + loading(folder, plugins) + "\n```",
     ]
-    commands = [f"regard evaluate {folder}"]
+    more = plugin_words(plugins)
+    commands = [f"regard evaluate {folder}{more}"]
     reader = record.get("reader")
     if reader is not None and "colours" in reader:
         files = "scan.nii.gz --output mask.nii.gz" if "overlap" in reader else "picture.jpg --output mask.png"
-        commands.append(f"regard predict {folder} {files}")
+        commands.append(f"regard predict {folder} {files}{more}")
     elif reader is not None:
-        commands += [f"regard {verb} {folder} picture.jpg" for verb in ("predict", "explain")]
+        commands += [f"regard {verb} {folder} picture.jpg{more}" for verb in ("predict", "explain")]
     if (own.get("stack") or {}).get("exits"):
         halts = str(own["stack"].get("exit_rule")).startswith(HALTING)
-        commands.append(f"regard evaluate {folder} --exit {f'{HALTING}:0.1' if halts else 'entropy:0.3'}")
+        rule = f"{HALTING}:0.1" if halts else "entropy:0.3"
+        commands.append(f"regard evaluate {folder} --exit {rule}{more}")
     if record["tokenizer"] is not None and record["task"]["name"] == "text":
-        commands.append(f'regard generate {folder} "..."')
+        commands.append(f'regard generate {folder} "..."{more}')
     return "\n\n".join([*lines, "```\n" + "\n".join(commands) + "\n```"]) + "\n"
+
+
+def loading(folder: Path, plugins: Sequence[str]) -> str:
+    """The lines of Python that load the model in a folder."""
+    entering = f"from regard.workbench.plugins import enter_plugins\n\nenter_plugins({list(plugins)})\n"
+    first = entering if plugins else "\n"
+    return f"from regard.models import from_pretrained\n{first}model = from_pretrained({str(folder)!r})"
 
 
 def chosen_weights(record: Mapping[str, Any]) -> str:

@@ -45,6 +45,7 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
             "data": work.identity["data"],
         },
         "described": task.describe(),
+        "plugins": list(work.settings.plugins),
         "mechanism": name,
         **variant.record(),
         **({} if variant.backbone is None else {"backbone": [variant.backbone[0], dict(variant.backbone[1])]}),

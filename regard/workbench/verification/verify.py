@@ -181,10 +181,21 @@ def plan(
     """The cells that :func:`verify` would measure with the same arguments.
 
     Raises:
-        Unsupported: for an unknown property, or a variant or patterns that none of the mechanisms has.
+        Unsupported: for an unknown property, a variant or patterns that none of the mechanisms has, and a module of a
+            user's file, which has no definition.
     """
     chosen = None if patterns is None else [Pattern.parse(p) for p in _several(patterns)]
-    cards = [get_mechanism(known_name(name)) for name in (list_mechanisms() if names is None else _several(names))]
+    cards = [
+        get_mechanism(known_name(name))
+        for name in (list_mechanisms(where=lambda card: bool(card.forms)) if names is None else _several(names))
+    ]
+    for card in cards:
+        if not card.forms:
+            raise Unsupported(
+                f"{card.name}, a module without a definition to verify it against",
+                supported="mechanisms with a card",
+                nearest=f"regard detect-patterns FILE.py:{card.name}",
+            )
     if chosen and cards and not any(pattern in card.patterns for card in cards for pattern in chosen):
         cards[0].require_pattern(chosen[0])
     wanted = None if properties is None else list(_several(properties))

@@ -2,7 +2,10 @@
 
 import json
 import random
+import shlex
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ import torch
 from command_line import answer, run
 from torch import nn
 
+from regard.catalogue import unregister
 from regard.contract import Context, Unsupported
+from regard.measurement.flops import flop_counter
 from regard.measurement.store import Store
 from regard.models import count_parameters
 from regard.models.exits import joint_loss
@@ -28,6 +33,7 @@ from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Space
 from regard.workbench.search.supernet import Supernet
 
+EXAMPLES = Path(__file__).parents[3] / "docs/examples/mechanisms"
 RECALL = create_task("recall", length=20, pairs=3, queries=8, evaluation_items=24)
 SIZES = {"dims": (8, 16), "depths": (1, 2), "heads": (1, 2), "feed_forward": (8, 16)}
 
@@ -395,6 +401,41 @@ def test_a_search_leads_to_a_plan_that_train_and_compare_take_and_goes_on_where_
     assert trained["parameters"] == winner["parameters"]
 
 
+OWN_TASK = """
+from regard.tasks.recall import RecallTask
+
+TASK = RecallTask(length=20, pairs=3, queries=8, evaluation_items=24)
+"""
+
+
+@pytest.mark.usefixtures("quick_ranker")
+def test_the_commands_for_what_was_found_bring_its_plugins(capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "my plugins"
+    folder.mkdir()
+    shutil.copy(EXAMPLES / "rectified.py", folder)
+    (folder / "task.py").write_text(OWN_TASK)
+    monkeypatch.chdir(folder)
+    line = SMALL.replace("--task recall:length=20,pairs=3,queries=8,evaluation_items=24 ", "")
+    line += " --mechanisms rectified --budget '90% flops' --plugin rectified.py --plugin task.py"
+    try:
+        found = answer(capsys, f"{line} --output", tmp_path / "search")
+        monkeypatch.chdir(tmp_path)
+        for command in found["commands"]:
+            assert shlex.split(command).count("--plugin") == 2
+            assert "--task" not in command, "which is a plugin's"
+        unregister("rectified")
+        monkeypatch.chdir(folder)
+        _, out, _ = run(capsys, f"{line} --output", tmp_path / "search")
+        assert set(found["commands"]) <= set(out.splitlines()), "each on one line, to be copied"
+        unregister("rectified")
+        monkeypatch.chdir(tmp_path)
+        command = found["commands"][0].removeprefix("regard ")
+        told = answer(capsys, f"{command} --batch-tokens 60 --output", tmp_path / "trained")
+    finally:
+        unregister("rectified")
+    assert told["parameters"] == found["entrants"][0]["parameters"]
+
+
 def test_the_command_for_what_was_found_reads_the_same_files(capsys, tmp_path):
     files = [tmp_path / f"my text {i}.txt" for i in range(3)]
     for i, file in enumerate(files):
@@ -411,6 +452,17 @@ def test_the_command_for_what_was_found_reads_the_same_files(capsys, tmp_path):
         k: v for k, v in task.origin.items() if k != "tokenizer"
     }
     assert told["options"]["tokenizer"].endswith(("bpe:300", ".json"))
+
+
+def test_attention_that_torch_runs_as_one_operator_is_counted():
+    """In evaluation mode nn.MultiheadAttention is one operator, which torch's counter ignores."""
+    one = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    x = torch.randn(1, 7, 16)
+    before = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad(), flop_counter() as counter:
+        one(x, x, x)
+    assert counter.get_total_flops() == 2 * 7 * 16 * 4 * 16 + 2 * 2 * 7 * 7 * 16
+    assert torch.backends.mha.get_fastpath_enabled() == before
 
 
 def test_a_plan_with_all_its_widths_is_compared_as_it_is():

@@ -1,12 +1,16 @@
 """One model, trained into a folder: a stopped run continues, and afterwards the folder is all that is needed."""
 
 import json
+import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import answer, run
 
 from regard import Unsupported
+from regard.catalogue import unregister
 from regard.measurement.budget import Budget
 from regard.models import register_model
 from regard.models.language_model import LanguageModel, LanguageModelConfig
@@ -16,6 +20,14 @@ from regard.workbench.comparison.settings import CompareSettings
 from regard.workbench.trained.folder import CHECKPOINT, open_trained
 from regard.workbench.trained.run import train_model
 
+RECTIFIED = Path(__file__).parents[3] / "docs/examples/mechanisms/rectified.py"
+MODULE = """
+import torch
+
+class Sums(torch.nn.Module):
+    def forward(self, x):
+        return x.cumsum(1)
+"""
 RECALL = {"pairs": 2, "queries": 4, "length": 12, "vocab_size": 8, "evaluation_items": 16}
 
 
@@ -226,6 +238,33 @@ def test_a_plugin_brings_a_model_that_is_found_by_its_name(models, tmp_path, mon
     for asked, words in ((f"--plugin mine.py {TASK} --model Narow", "Narrow"), ("--plugin bad.py", "class")):
         code, _, said = run(capsys, f"train {asked} --output other")
         assert code == 2 and words in said
+
+
+def test_a_model_s_readme_says_how_to_use_it_with_its_plugins(tmp_path, monkeypatch, capsys):
+    """Its commands and its Python, given as they stand there."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my files"
+    folder.mkdir()
+    (folder / "text.txt").write_text("".join(str(random.random()) for _ in range(200)))
+    shutil.copy(RECTIFIED, folder)
+    (folder / "module.py").write_text(MODULE)
+    small = "--task text:length=16 --dim 8 --layers 1 --heads 2 --batch-tokens 64 --budget '20 steps'"
+    for name, plugin in (("rectified", "rectified.py"), ("Sums", "module.py:Sums")):
+        try:
+            line = f"train 'my files/text.txt' {small} --mechanism {name} --plugin 'my files/{plugin}' --output {name}"
+            answer(capsys, line)
+            unregister(name)
+            python, commands = (
+                part.split("```")[0] for part in Path(name, "README.md").read_text().split("```")[-4::2]
+            )
+            for command in commands.strip().splitlines():
+                assert run(capsys, command.removeprefix("regard "))[0] == 0
+                unregister(name)
+            space = {}
+            exec(python.removeprefix("python"), space)
+            assert type(space["model"]) is LanguageModel
+        finally:
+            unregister(name)
 
 
 def test_models_say_what_they_serve(recall):
