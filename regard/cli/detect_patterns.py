@@ -49,8 +49,10 @@ def detect_patterns(
     The probe changes later tokens, later queries, memory and padding: no output that must not see them may change. It
     also runs prefixes alone, which must give the same outputs as within the whole sequence. A class is constructed with
     its width and heads under their usual names and, if its constructor takes causal, cross or pattern, once for each
-    pattern. A mechanism of the catalogue is checked against its card. Ends with exit code 1 if a module does not match
-    its card or --expect, and 2 if it cannot be probed.
+    pattern. Its forward gets key_padding_mask and query_padding_mask, True at padding, if it names them. If it names
+    state or incremental_state, or if the class has step(x_t, state), tokens one by one must give the outputs of the
+    whole causal call. A mechanism of the catalogue is checked against its card. Ends with exit code 1 if a module does
+    not match its card or --expect, or does not do what its masks and state are for, and 2 if it cannot be probed.
 
     Examples:
 
@@ -103,22 +105,40 @@ def _option(text: str) -> tuple[str, Any]:
         return name, {"true": True, "false": False}.get(value.lower(), value)
 
 
+BROKEN = {
+    "padding": "what padding holds changes other outputs",
+    "query_padding": "what padded queries hold changes other outputs",
+    "steps": "token by token, with a state, it does not give the outputs of the whole call",
+}
+
+
 def _disagreement(row: dict[str, Any]) -> str:
-    if row["padding"] is False:
-        return "what padding holds changes other outputs"
-    return row["why"] if not row["has"] else "it has the pattern, and says that it has not"
+    if not row["has"]:
+        return row["why"]
+    broken = [said for name, said in BROKEN.items() if row[name] is False]
+    return ", and ".join(broken) or "it has the pattern, and says that it has not"
 
 
 def _padding(row: dict[str, Any]) -> str:
-    return {None: "", True: "kept out", False: "leaks"}[row["padding"]]
+    keys, queries = row["padding"], row["query_padding"]
+    if queries is False:
+        return "leaks" if keys is False else "queries leak"
+    if keys is False:
+        return "keys leak" if queries else "leaks"
+    return "kept out" if keys else ""
+
+
+def _steps(row: dict[str, Any]) -> str:
+    return {None: "", True: "equal", False: "not equal"}[row["steps"]]
 
 
 def _details(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("module", "pattern", "has it", "padding", "found"):
+    for heading in ("module", "pattern", "has it", "padding", "steps", "found"):
         table.add_column(heading)
     for row in rows:
-        table.add_row(row["module"], row["pattern"], "yes" if row["has"] else "no", _padding(row), Text(row["why"]))
+        has = "yes" if row["has"] else "no"
+        table.add_row(row["module"], row["pattern"], has, _padding(row), _steps(row), Text(row["why"]))
     return table
 
 

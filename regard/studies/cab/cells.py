@@ -107,9 +107,10 @@ def refuses(mechanism: str) -> str | None:
     return None
 
 
-def enters(bench: Bench, mechanism: str) -> bool:
-    """Return whether a mechanism can run in a bench: a user's module may not support padding."""
-    return not bench.padded or getattr(card_of(mechanism).module, "takes_padding", True)
+def enters(bench: Bench, mechanism: str, pattern: Pattern) -> bool:
+    """Return whether a mechanism can run in a bench in a pattern: a user's module may not keep padding out."""
+    keeps_out = getattr(card_of(mechanism).module, "keeps_padding_out", None)
+    return not bench.padded or keeps_out is None or keeps_out(pattern)
 
 
 def task_setting(bench: Bench, mechanism: str, pattern: Pattern) -> str:
@@ -183,7 +184,7 @@ def settings(chosen: Chosen) -> dict[str, Setting]:
         for mechanism in entered(chosen):
             own = patterns_of(mechanism)
             for pattern in bench.patterns:
-                if pattern in own and enters(bench, mechanism):
+                if pattern in own and enters(bench, mechanism, pattern):
                     made[task_setting(bench, mechanism, pattern)] = sizes | {
                         "mechanism": mechanism,
                         "pattern": (bench.patterns[0] if mechanism == SOFTMAX else pattern).value,
@@ -331,7 +332,7 @@ def _read(chosen: Chosen, pattern: Pattern) -> Iterator[str]:
     for bench in benches_of(chosen.preset):
         if pattern in bench.patterns and bench.task in LEADERBOARD[pattern]:
             for mechanism in entered(chosen):
-                if pattern in patterns_of(mechanism) and enters(bench, mechanism):
+                if pattern in patterns_of(mechanism) and enters(bench, mechanism, pattern):
                     yield task_setting(bench, mechanism, pattern)
 
 

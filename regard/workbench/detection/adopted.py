@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from regard.catalogue import register
-from regard.contract import Context, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported
+from regard.contract import Context, Cost, Kind, Mask, Mechanism, Paper, Pattern, Result, Shape, Unsupported
 from regard.layers.base import Layer
 from regard.layers.checks import given_context
-from regard.workbench.detection.patterns import detect
-from regard.workbench.detection.suspects import Arguments, Called, find_maker, module_suspect
+from regard.workbench.detection.patterns import Finding, detect
+from regard.workbench.detection.suspects import (
+    KEY_PADDING,
+    QUERY_PADDING,
+    Arguments,
+    Called,
+    find_maker,
+    module_suspect,
+)
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ def adopt(path: str, name: str | None = None) -> Mechanism:
         )
 
     class Adopted(_Adopted):
-        takes_padding = all(one.padding is True for one in findings if one.has)
+        found: ClassVar = {one.pattern: one for one in findings if one.has}
 
         def __init__(
             self,
@@ -93,15 +101,25 @@ def _unknown(shape: Shape, config: Any) -> Cost:
 
 
 class _Adopted(Layer):
-    """The module in a pattern, with the masks that it accepts."""
+    """The module in a pattern, with the masks that it was found to honour.
 
-    takes_padding = False
+    Attributes:
+        found: the finding for each pattern that it has.
+    """
+
+    found: ClassVar[Mapping[Pattern, Finding]]
 
     def __init__(self, arguments: Arguments, pattern: Pattern) -> None:
         super().__init__()
-        self.name = arguments.name
+        self.name, self.pattern = arguments.name, pattern
         self.module = arguments.maker(**arguments.of(pattern))
         self.called = Called(self.module, pattern)
+
+    @classmethod
+    def keeps_padding_out(cls, pattern: Pattern) -> bool:
+        """Whether padding of any sequence in this pattern leaves the other outputs unchanged."""
+        one = cls.found[pattern]
+        return one.padding is True and one.query_padding in (None, True)
 
     def forward(
         self,
@@ -114,19 +132,35 @@ class _Adopted(Layer):
         context = given_context(context)
         if state is not None or "state" in context.want:
             raise Unsupported(f"a state of {self.name}", supported="whole sequences", nearest="a card with a state")
-        mask = context.mask if memory is None else context.memory_mask
-        keys = x if memory is None else memory
-        hidden = None
-        if mask is not None and mask.ragged:
-            if not self.takes_padding:
-                raise Unsupported(
-                    f"{self.name} with padding", supported="a forward that takes key_padding_mask and keeps padding out"
-                )
-            if mask.cu_seqlens is not None:
-                raise Unsupported(f"{self.name} with packed documents", supported="padding")
-            if mask.lengths is not None:
-                hidden = torch.arange(keys.shape[1], device=x.device) >= mask.lengths[:, None]
-            else:
-                assert mask.valid is not None
-                hidden = ~mask.valid
-        return Result(self.called.run(x, memory, hidden))
+        one = self.found[self.pattern]
+        if memory is None:
+            return Result(self.called.run(x, None, self._hidden(context.mask, x, "padding", one.padding)))
+        hidden = self._hidden(context.memory_mask, memory, "padding in the memory", one.padding)
+        queries = self._hidden(context.mask, x, "padded queries", one.query_padding)
+        return Result(self.called.run(x, memory, hidden, queries))
+
+    def _hidden(
+        self, mask: Mask | None, tokens: torch.Tensor, what: str, kept_out: bool | None
+    ) -> Bool[torch.Tensor, "b n"] | None:
+        """True where a token is padding, as such modules take it; None without padding.
+
+        Raises:
+            Unsupported: for padding that the module does not keep out, and for masks of another kind.
+        """
+        if mask is None:
+            return None
+        if mask.bias is not None or mask.blocks is not None:
+            raise Unsupported(f"{self.name} with a mask of pairs", supported="padding")
+        if not mask.ragged:
+            return None
+        if kept_out is not True:
+            raise Unsupported(
+                f"{self.name} with {what}",
+                supported=f"a forward that takes {KEY_PADDING} and {QUERY_PADDING} and keeps padding out",
+            )
+        if mask.cu_seqlens is not None:
+            raise Unsupported(f"{self.name} with packed documents", supported="padding")
+        if mask.lengths is not None:
+            return torch.arange(tokens.shape[1], device=tokens.device) >= mask.lengths[:, None]
+        assert mask.valid is not None
+        return ~mask.valid

@@ -6,16 +6,20 @@ neither the values nor the number of later tokens matter; *noncausal-self* if ou
 *noncausal-cross* if they see the memory, and not through a triangular mask; *causal-cross* if, in addition, no query
 sees a later one. Both values and gradients are checked, in float64 if the module accepts it.
 
+What a module keeps out by a padding mask, of keys or of queries, must not change its other outputs. A module that
+decodes token by token with a state must give the outputs of the whole causal call.
+
 This tests samples: a leak below the tolerance, or one that only certain inputs trigger, is not found.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-5}
 """Changes below this share of the largest output are rounding: some modules compute in float32 whatever the input."""
+STEP_TOLERANCE = 1e-5
+"""The same for decoding with a state, whose additions have another order."""
 CUTS = 6
 """Number of places at which a sequence is cut."""
 LENGTH, MEMORY_LENGTH = 24, 20
@@ -34,15 +40,35 @@ PADDED = 3
 
 
 class Probe(Protocol):
-    """A module in one pattern that behaves the same at every call."""
+    """A module in one pattern that behaves the same at every call.
+
+    Attributes:
+        dtype: dtype of its inputs.
+        takes_padding: whether it accepts a mask of keys (of tokens, in self patterns).
+        takes_query_padding: whether it accepts a mask of queries, in cross patterns.
+        takes_state: whether it decodes token by token, in causal-self.
+    """
 
     dtype: torch.dtype
     takes_padding: bool
+    takes_query_padding: bool
+    takes_state: bool
 
     def __call__(
-        self, x: Float[Tensor, "b n c"], memory: Float[Tensor, "b m c"] | None = None, *, padded: int = 0
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Float[Tensor, "b m c"] | None = None,
+        *,
+        padded: int = 0,
+        padded_queries: int = 0,
     ) -> Tensor:
-        """The module's output. The last `padded` keys (those of `x` without a memory) are padding."""
+        """The module's output. The last `padded` keys (those of `x` without a memory) are padding and, with a memory,
+        the last `padded_queries` queries; a module without such a mask is not told."""
+        ...
+
+    def decoded(self, x: Float[Tensor, "b n c"]) -> Tensor | None:
+        """The outputs for tokens given one at a time, each with the state that the one before it left; None if the
+        module takes a state but returns none."""
         ...
 
 
@@ -74,8 +100,12 @@ class Finding:
         claimed: whether the module claims to have it; None if it makes no claims.
         leak: the largest change in an output caused by what it must not see, as a share of the largest output; None if
             not tested.
-        padding: whether the content of padding leaves the other outputs unchanged; None if the module accepts no
-            padding mask.
+        padding: whether the content of padded keys (tokens, in self patterns) leaves the other outputs unchanged; None
+            if the module accepts no mask for them.
+        query_padding: the same for padded queries in cross patterns. A module that keeps queries apart needs no mask
+            for it. None in self patterns, and if the module mixes queries and accepts no padding mask at all.
+        steps: whether decoding token by token gives the outputs of the whole call; None if it cannot, and in patterns
+            other than causal-self.
     """
 
     pattern: Pattern
@@ -84,11 +114,14 @@ class Finding:
     claimed: bool | None = None
     leak: float | None = None
     padding: bool | None = None
+    query_padding: bool | None = None
+    steps: bool | None = None
 
     @property
     def agrees(self) -> bool:
         """Whether the module does what it claims."""
-        return self.claimed in (None, self.has) and not (self.has and self.padding is False)
+        broken = False in (self.padding, self.query_padding, self.steps)
+        return self.claimed in (None, self.has) and not (self.has and broken)
 
 
 def detect(
@@ -163,12 +196,9 @@ class _Trial:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.probe.dtype)
 
-    def call(self, x: Tensor, memory: Tensor | None, padded: int = 0) -> Tensor:
-        try:
-            with torch.no_grad():
-                return self.probe(x, memory, padded=padded)
-        except Exception as error:
-            raise _Raised(f"raises {type(error).__name__}: {first_line(error)}") from error
+    def call(self, x: Tensor, memory: Tensor | None, padded: int = 0, padded_queries: int = 0) -> Tensor:
+        with _raising():
+            return self.probe(x, memory, padded=padded, padded_queries=padded_queries)
 
     def fit(self) -> Tensor:
         """The output, checked to be as long and wide as the input, finite, and reproducible."""
@@ -208,14 +238,23 @@ class _Trial:
 
     def finding(self) -> Finding:
         """The result of the probes."""
-        try:
-            padding, note = self.padding(), ""
-        except _Raised as error:
-            padding, note = False, f"; with a padding mask it {error.why}"
-        if self.mixed:
-            note += "; its output for a row changes with the other rows of a batch"
         found = self._own() if self.memory is None else self._cross()
-        return dataclasses.replace(found, padding=padding, why=found.why + note)
+        probes: dict[str, tuple[Callable[[], tuple[bool | None, str]], str]] = {
+            "padding": (self.padding, "with a padding mask"),
+            "query_padding": (self.query_padding, "with padded queries"),
+        }
+        if found.has and self.pattern is Pattern.CAUSAL_SELF:
+            probes["steps"] = (self.steps, "with a state")
+        more, notes = dict[str, Any](), [found.why]
+        for name, (probe, what) in probes.items():
+            try:
+                more[name], note = probe()
+            except _Raised as error:
+                more[name], note = False, f"{what} it {error.why}"
+            notes += [note] if note else []
+        if self.mixed:
+            notes.append("its output for a row changes with the other rows of a batch")
+        return dataclasses.replace(found, why="; ".join(notes), **more)
 
     def _own(self) -> Finding:
         ahead = self.ahead()
@@ -312,10 +351,10 @@ class _Trial:
             first.append(at)
         return first == sorted(first) and any(0 < at < self.n for at in first)
 
-    def padding(self) -> bool | None:
-        """Whether the content of padding leaves the other outputs unchanged."""
+    def padding(self) -> tuple[bool | None, str]:
+        """Whether the content of padded keys leaves the other outputs unchanged, and a note."""
         if not self.probe.takes_padding:
-            return None
+            return None, ""
         keys = self.x if self.memory is None else self.memory
         first, second = (self._replaced(keys, keys.shape[1] - PADDED) for _ in range(2))
         kept = self.n if self.memory is not None else self.n - PADDED
@@ -323,7 +362,48 @@ class _Trial:
             (self.call(k, None, PADDED) if self.memory is None else self.call(self.x, k, PADDED))[:, :kept]
             for k in (first, second)
         ]
-        return self.changed(*found) <= self.tolerance
+        return self.changed(*found) <= self.tolerance, ""
+
+    def query_padding(self) -> tuple[bool | None, str]:
+        """Whether the content of padded queries leaves the other outputs unchanged, and a note."""
+        if self.memory is None:
+            return None, ""
+        kept = self.n - PADDED
+        first, second = (
+            self.call(self._replaced(self.x, kept), self.memory, padded_queries=PADDED)[:, :kept] for _ in range(2)
+        )
+        change = self.changed(first, second)
+        if change <= self.tolerance:
+            return True, ""
+        if not (self.probe.takes_padding or self.probe.takes_query_padding):
+            return None, ""
+        masked = "" if self.probe.takes_query_padding else ", for which it takes no query_padding_mask,"
+        return False, f"padded queries{masked} change the outputs of others (by {change:.1e})"
+
+    def steps(self) -> tuple[bool | None, str]:
+        """Whether the tokens one by one, with a state, give the outputs of the whole call, and a note."""
+        if not self.probe.takes_state:
+            return None, ""
+        with _raising():
+            found = self.probe.decoded(self.x)
+        if found is None:
+            return None, "it takes a state, and returns none"
+        if found.shape != self.y.shape:
+            return False, f"token by token it gives outputs of shape {tuple(found.shape)}"
+        change = self.changed(found, self.y)
+        if change <= STEP_TOLERANCE:
+            return True, ""
+        return False, f"token by token, with its state, it gives other outputs than the whole call (by {change:.1e})"
+
+
+@contextlib.contextmanager
+def _raising() -> Iterator[None]:
+    """Calls of a module, without gradients, whose errors are raised as :class:`_Raised`."""
+    try:
+        with torch.no_grad():
+            yield
+    except Exception as error:
+        raise _Raised(f"raises {type(error).__name__}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,11 @@ user's file.
 A class from a file is constructed by the names of its arguments: a width (``dim``, ``embed_dim``, ``d_model``, ...),
 heads (``num_heads``, ``nhead``, ...), and, if it accepts them, ``causal`` and ``cross`` or ``pattern``, so it is made
 once for each pattern. It is called with tokens (B, N, C), alone, with a memory, or as query, key and value, according
-to the names of ``forward``'s arguments.
+to the names of ``forward``'s arguments, with ``key_padding_mask`` and ``query_padding_mask``, True at padding, if it
+names them.
+
+It decodes if ``forward`` names ``state``, which is returned next to the output (last in a tuple, or as ``.state``), or
+fairseq's ``incremental_state``, a dict that the module fills; or by ``step(x_t, state)``, for one token (B, C).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism, run_file
 from regard.contract import Context, Mask, Pattern, Unsupported, an_instance, closest
+from regard.layers.base import STEP
 from regard.models.variants import known_name
 from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
 from regard.workbench.detection.patterns import LENGTH, MEMORY_LENGTH, Probe, Suspect, first_line
@@ -34,6 +39,10 @@ CAUSAL, CROSS = ("causal", "is_causal"), ("cross", "is_cross", "cross_attention"
 MEMORIES = ("memory", "context", "encoder", "source", "src", "kv", "cond", "y", "other", "key_value")
 """Prefixes of argument names for a second sequence, which holds keys and values."""
 KEYS, VALUES = ("key", "keys", "k"), ("value", "values", "v")
+KEY_PADDING, QUERY_PADDING = "key_padding_mask", "query_padding_mask"
+STATE, INCREMENTAL = "state", "incremental_state"
+RETURNS_STATE = ("return_state", "use_cache")
+"""Flags by which a forward returns its state."""
 
 
 def catalogue_suspect(name: str, *, dim: int = DIM, heads: int = HEADS) -> Suspect:
@@ -58,11 +67,15 @@ class _LayerProbe:
     """A layer from the catalogue, with the grid and the inserted tokens that it needs."""
 
     dtype = torch.float64
-    takes_padding = True
 
     def __init__(self, work: LayerWork) -> None:
         self.work = work
         self.takes_padding = work.card.sample_context is None and not work.subject.on_grid
+        keeps_out = getattr(work.card.module, "keeps_padding_out", None)  # of a user's module, see `adopted`
+        if keeps_out is not None:
+            self.takes_padding = keeps_out(work.subject.pattern)
+        self.takes_query_padding = self.takes_padding
+        self.takes_state = work.decodes and work.card.sample_context is None
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(1)
             for parameter in work.layer.parameters():
@@ -71,14 +84,11 @@ class _LayerProbe:
                 )  # weights initialised to zero would hide what they multiply
         work.layer.eval()
 
-    def __call__(self, x: Tensor, memory: Tensor | None = None, *, padded: int = 0) -> Tensor:
+    def __call__(self, x: Tensor, memory: Tensor | None = None, *, padded: int = 0, padded_queries: int = 0) -> Tensor:
         keys = x if memory is None else memory
-        mask = None
-        if padded:
-            mask = Mask(lengths=torch.full((keys.shape[0],), keys.shape[1] - padded))
         context = Context(
-            mask=mask if memory is None else None,
-            memory_mask=None if memory is None else mask,
+            mask=self._mask(x, padded if memory is None else padded_queries),
+            memory_mask=None if memory is None else self._mask(memory, padded),
             roles=self._roles(keys),
             grid=self.work.subject.grid(x.shape[1]),
             generator=torch.Generator().manual_seed(0),
@@ -86,6 +96,19 @@ class _LayerProbe:
         )
         output: Tensor = self.work.layer(x, memory, context=context).output
         return output
+
+    def decoded(self, x: Tensor) -> Tensor:
+        layer: Any = self.work.layer
+        outputs, state = [], None
+        for token in x.unbind(1):
+            output, state = layer.step(token, state)
+            outputs.append(output)
+        return torch.stack(outputs, 1)
+
+    def _mask(self, tokens: Tensor, padded: int) -> Mask | None:
+        if not (padded and self.takes_padding):
+            return None
+        return Mask(lengths=torch.full((tokens.shape[0],), tokens.shape[1] - padded))
 
     def _roles(self, keys: Tensor) -> Tensor | None:
         """Roles for as many tokens as `keys` has: those for a longer text, cut."""
@@ -183,8 +206,8 @@ class Arguments:
             elif needed:
                 raise Unsupported(
                     f"{self.name} without {name}",
-                    supported="a value for each argument that has none",
-                    nearest=f"--option {name}=...",
+                    supported="a value for each argument that has none: a default, a function in the file that makes the "
+                    f"module or, in regard detect-patterns, --option {name}=...",
                 )
         return chosen | {name: value for name, value in self.given.items() if name not in chosen}
 
@@ -227,19 +250,35 @@ class Called:
     """A user's module in a pattern, called according to the names of its forward's arguments.
 
     Attributes:
-        takes_padding: whether its forward accepts a `key_padding_mask`, True where a key is padding.
+        takes_padding: whether its forward accepts a mask of keys (of tokens, in self patterns), True at padding.
+        takes_query_padding: whether, in a cross pattern, it accepts one of queries.
+        takes_state: whether it decodes token by token.
     """
 
     def __init__(self, module: nn.Module, pattern: Pattern, seeded: bool = False) -> None:
         self.module, self.pattern, self.seeded = module, pattern, seeded
         taken = inspect.signature(module.forward).parameters
-        free = [p for p in taken.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = [name for name in (KEY_PADDING, QUERY_PADDING, STATE, INCREMENTAL) if name in taken]
+        free = [
+            p for p in taken.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in named
+        ]
         self.needed = sum(p.default is p.empty for p in free)
         self.names = [p.name for p in free]
-        self.takes_padding = "key_padding_mask" in taken
+        self.masks = [name for name in named if name in (KEY_PADDING, QUERY_PADDING)]
+        self.takes_padding = KEY_PADDING in taken or bool(self.masks and not pattern.cross)
+        self.takes_query_padding = pattern.cross and QUERY_PADDING in taken
+        self.state = next((name for name in (STATE, INCREMENTAL) if name in taken), None)
+        step = getattr(module, "step", None)
+        self.step = step if callable(step) and STATE in inspect.signature(step).parameters else None
+        # a seed before every token would draw other numbers than one before the whole call
+        self.takes_state = not seeded and (self.state is not None or self.step is not None)
         self.more: dict[str, Any] = {"batch_first": True} if "batch_first" in taken else {}
+        self.more |= {name: None for name in named if taken[name].default is inspect.Parameter.empty}
         if "attn_mask" not in taken:
             self.more |= {name: pattern.causal for name in CAUSAL if name in taken}
+        self.returning: dict[str, Any] = {name: True for name in RETURNS_STATE if name in taken}
+        if "context" in taken and taken["context"].kind is inspect.Parameter.KEYWORD_ONLY:
+            self.returning["context"] = STEP  # regard's contract
         self.keywords = self._keywords()
 
     def _keywords(self) -> tuple[str, ...]:
@@ -256,17 +295,55 @@ class Called:
             raise Unsupported(f"it takes no second sequence (its forward takes {taken})")
         return tuple(one)
 
-    def run(self, x: Tensor, memory: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
-        """The module's output; `hidden` (B, M) is True where a key is padding."""
-        keys = x if memory is None else memory
-        more = self.more if hidden is None else {**self.more, "key_padding_mask": hidden}
+    def run(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        hidden: Tensor | None = None,
+        hidden_queries: Tensor | None = None,
+    ) -> Tensor:
+        """The module's output.
+
+        Args:
+            hidden: (B, M), True where a key is padding; (B, N), where a token is, in self patterns.
+            hidden_queries: (B, N), True where a query is padding, in cross patterns.
+        """
+        given = {KEY_PADDING: hidden, QUERY_PADDING: hidden if memory is None else hidden_queries}
+        masks = {name: given[name] for name in self.masks if given[name] is not None}
         with torch.random.fork_rng(devices=[], enabled=self.seeded):
             if self.seeded:
                 torch.manual_seed(0)
-            output = self.module(x, **dict.fromkeys(self.keywords, keys), **more)
-        output = getattr(output, "output", output)
-        found: Tensor = output[0] if isinstance(output, tuple | list) and output else output
-        return found
+            return _first(self._call(x, memory, **masks))
+
+    def decoded(self, x: Tensor) -> Tensor | None:
+        """The outputs for tokens given one at a time, as :class:`regard.workbench.detection.patterns.Probe` has it."""
+        outputs = []
+        state: Any = {} if self.state == INCREMENTAL else None
+        for token in x.split(1, 1):
+            if self.state is None:
+                assert self.step is not None
+                output, state = self.step(token[:, 0], state)
+                outputs.append(output[:, None])
+                continue
+            found = self._call(token, None, **{self.state: state}, **self.returning)
+            outputs.append(_first(found))
+            if self.state == STATE:
+                rest = found[-1] if isinstance(found, tuple | list) and len(found) > 1 else None
+                state = getattr(found, "state", rest)
+                if state is None:
+                    return None
+        return torch.cat(outputs, 1)
+
+    def _call(self, x: Tensor, memory: Tensor | None, **more: Any) -> Any:
+        keys = x if memory is None else memory
+        return self.module(x, **{**dict.fromkeys(self.keywords, keys), **self.more, **more})
+
+
+def _first(found: Any) -> Tensor:
+    """The output in what a module returns: alone, first in a tuple, or as ``.output``."""
+    output = getattr(found, "output", found)
+    first: Tensor = output[0] if isinstance(output, tuple | list) and output else output
+    return first
 
 
 class _ModuleProbe(Called):
@@ -288,13 +365,14 @@ class _ModuleProbe(Called):
             return self(x, memory).dtype == torch.float64
         return False
 
-    def __call__(self, x: Tensor, memory: Tensor | None = None, *, padded: int = 0) -> Tensor:
-        if not padded:
-            return self.run(x, memory)
-        keys = x if memory is None else memory
-        hidden = torch.zeros(keys.shape[:2], dtype=torch.bool)
-        hidden[:, keys.shape[1] - padded :] = True
-        return self.run(x, memory, hidden)
+    def __call__(self, x: Tensor, memory: Tensor | None = None, *, padded: int = 0, padded_queries: int = 0) -> Tensor:
+        return self.run(x, memory, _hidden(x if memory is None else memory, padded), _hidden(x, padded_queries))
+
+
+def _hidden(tokens: Tensor, padded: int) -> Tensor | None:
+    """A mask, True at the last `padded` tokens."""
+    rows, n = tokens.shape[:2]
+    return (torch.arange(n) >= n - padded).repeat(rows, 1) if padded else None
 
 
 FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<name>\w+))?")

@@ -28,6 +28,92 @@ class FutureMean(Right):
         return super().forward(query, key, value)[0] + 1e-4 * query.mean(1, keepdim=True)
 
 
+class MixesQueries(Right):
+    """Adds the mean over all queries, and takes no mask by which padded ones could be left out."""
+
+    def forward(self, query, key=None, value=None, key_padding_mask=None):
+        return super().forward(query, key, value, key_padding_mask)[0] + query.mean(1, keepdim=True)
+
+
+class IgnoresQueryMask(Right):
+    """Adds the mean over all queries, whatever the mask that it takes."""
+
+    def forward(self, query, key=None, value=None, key_padding_mask=None, query_padding_mask=None):
+        return super().forward(query, key, value, key_padding_mask)[0] + query.mean(1, keepdim=True)
+
+
+class HonoursQueryMask(Right):
+    """Adds the sum over the queries that are no padding."""
+
+    def forward(self, query, key=None, value=None, key_padding_mask=None, query_padding_mask=None):
+        shown = query if query_padding_mask is None else query.masked_fill(query_padding_mask[..., None], 0.0)
+        return super().forward(query, key, value, key_padding_mask)[0] + shown.sum(1, keepdim=True)
+
+
+class Sums(nn.Module):
+    """Sums of the past, which its state holds."""
+
+    forgets = 0.0
+
+    def forward(self, x, state=None):
+        sums = x.cumsum(1) if state is None else state + x.cumsum(1)
+        return sums, (1 - self.forgets) * sums[:, -1:]
+
+
+class ForgetsInItsState(Sums):
+    """A thousandth of the state is lost at each step, but not in a whole call."""
+
+    forgets = 1e-3
+
+
+class NeedsItsState(nn.Module):
+    def forward(self, x, state):
+        sums = x.cumsum(1) if state is None else state + x.cumsum(1)
+        return sums, sums[:, -1:]
+
+
+class ReturnsItsStateOnDemand(Sums):
+    def forward(self, x, state=None, return_state=False):
+        sums, state = super().forward(x, state)
+        return (sums, state) if return_state else sums
+
+
+class KeepsItsState(nn.Module):
+    def forward(self, x, state=None):
+        return x.cumsum(1)
+
+
+class FillsItsState(nn.Module):
+    """Sums of the past by fairseq's incremental decoding, as in CAB."""
+
+    def forward(self, query, key=None, value=None, incremental_state=None):
+        if incremental_state is None:
+            return query.cumsum(1), None
+        incremental_state["sums"] = incremental_state.get("sums", 0) + query
+        return incremental_state["sums"], None
+
+
+class NeverFillsItsState(FillsItsState):
+    def forward(self, query, key=None, value=None, incremental_state=None):
+        return super().forward(query, key, value)
+
+
+class Steps(nn.Module):
+    """Sums of the past, with a step for one token."""
+
+    def forward(self, x):
+        return x.cumsum(1)
+
+    def step(self, x_t, state=None):
+        sums = x_t if state is None else state + x_t
+        return sums, sums
+
+
+class StepsRaise(Steps):
+    def step(self, x_t, state=None):
+        raise RuntimeError("no step yet")
+
+
 class KnowsLength(nn.Module):
     """Sums of the past, divided by the total number of tokens."""
 

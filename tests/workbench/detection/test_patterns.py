@@ -32,6 +32,12 @@ def test_what_is_detected_of_a_mechanism_is_what_its_card_says(name: str) -> Non
     findings = detect(suspect(name, {}))
     assert [one.pattern for one in findings if one.has] == [p for p in Pattern if p in get_mechanism(name).patterns]
     assert all(one.agrees for one in findings)
+    assert all(one.query_padding is True for one in findings if one.has and one.pattern.cross)
+
+
+@pytest.mark.parametrize("name", ["softmax", "gated_linear", "local:window=3", "mamba2", "mixture_of_heads"])
+def test_a_mechanism_that_decodes_gives_the_outputs_of_the_whole_call(name: str) -> None:
+    assert [one.steps for one in detect(suspect(name, {})) if one.pattern is CS] == [True]
 
 
 def test_a_right_module_has_all_patterns_and_keeps_padding_out() -> None:
@@ -58,6 +64,44 @@ def test_planted_leaks_are_found(name: str, has: list[Pattern]) -> None:
 def test_padding_that_is_seen_is_told() -> None:
     assert not found("PaddingSeen")[NS].agrees
     assert found("PaddingSeen")[NS].padding is False
+
+
+def test_padded_queries_that_are_seen_are_told() -> None:
+    for name, note in (
+        ("MixesQueries", "for which it takes no query_padding_mask"),
+        ("IgnoresQueryMask", "padded que"),
+    ):
+        one = found(name)[NC]
+        assert (one.has, one.padding, one.query_padding, one.agrees) == (True, True, False, False)
+        assert note in one.why
+    assert found("MixesQueries")[NS].padding is False
+    kept = found("HonoursQueryMask")
+    assert (kept[NC].padding, kept[NC].query_padding, kept[NC].agrees) == (True, True, True)
+    assert (kept[NS].padding, kept[NS].query_padding) == (True, None)
+    assert found("Right")[NC].query_padding is True, "it keeps queries apart, and so needs no mask"
+    assert (found("FutureMean")[NC].query_padding, found("FutureMean")[NC].agrees) == (None, True), "no mask, no claim"
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "note"),
+    [
+        ("Sums", True, ""),
+        ("NeedsItsState", True, ""),
+        ("ReturnsItsStateOnDemand", True, ""),
+        ("FillsItsState", True, ""),
+        ("Steps", True, ""),
+        ("Right", None, ""),
+        ("KeepsItsState", None, "it takes a state, and returns none"),
+        ("ForgetsInItsState", False, "token by token, with its state, it gives other outputs than the whole call"),
+        ("NeverFillsItsState", False, "token by token"),
+        ("StepsRaise", False, "with a state it raises RuntimeError: no step yet"),
+    ],
+)
+def test_decoding_with_a_state_is_compared_with_the_whole_call(name: str, steps: bool | None, note: str) -> None:
+    findings = found(name)
+    assert (findings[CS].has, findings[CS].steps, findings[CS].agrees) == (True, steps, steps is not False)
+    assert note in findings[CS].why
+    assert [one.steps for pattern, one in findings.items() if pattern is not CS] == [None] * 3
 
 
 def test_a_triangular_mask_over_the_memory_is_no_cross_pattern() -> None:
@@ -121,12 +165,12 @@ def test_a_leak_of_a_mechanism_is_found_against_its_card() -> None:
     honest = suspect("softmax", {})
 
     class Leaky:
-        dtype, takes_padding = torch.float64, False
+        dtype, takes_padding, takes_query_padding, takes_state = torch.float64, False, False, False
 
         def __init__(self, pattern: Pattern) -> None:
             self.inner = honest.make(pattern)
 
-        def __call__(self, x, memory=None, *, padded=0):
+        def __call__(self, x, memory=None, **padded):
             return self.inner(x, memory) + 1e-5 * x.mean(1, keepdim=True)
 
     findings = detect(Suspect("leaky", honest.dim, Leaky, honest.claims))
@@ -167,6 +211,13 @@ def test_the_command_tells_and_ends_with_its_codes(capsys: pytest.CaptureFixture
     assert rows["disagreements"] == 1
     assert [row["has"] for row in rows["findings"]] == [True, False, True, False]
     assert run(capsys, "detect-patterns", f"{FILE}:Right")[0] == 0
+    for name, words in (
+        ("MixesQueries", ("queries leak", "what padded queries hold changes other outputs")),
+        ("ForgetsInItsState", ("not equal", "does not give the outputs of the whole call")),
+    ):
+        code, out, _ = run(capsys, "detect-patterns", f"{FILE}:{name}")
+        assert code == 1
+        assert all(word in " ".join(out.split()) for word in words)
     for refused in ("low_rank_pooling", str(FILE), "nowhere.py:A", f"{FILE}:Right --option window"):
         code, _, told = run(capsys, "detect-patterns", *refused.split())
         assert code == 2
