@@ -149,6 +149,26 @@ def test_the_losses_are_those_of_what_the_models_themselves_return(make):
         )  # transformers' softmax and norms are in float32
 
 
+def test_values_are_those_within_a_projection_to_queries_keys_and_values():
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": HEADS, "vocab_size": VOCABULARY}
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).double().eval()
+    neox = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes, intermediate_size=40)).double().eval()
+    ids = tokens()
+    for model, layers in ((gpt2, gpt2.transformer.h), (neox, neox.gpt_neox.layers)):
+        with reading(model, "relation") as seen, torch.no_grad():
+            found = model(ids, output_attentions=True, output_hidden_states=True)
+        for layer, weights, values, before in zip(
+            layers, seen.weights, seen.values, found.hidden_states[:-1], strict=True
+        ):
+            if model is gpt2:
+                expected = layer.attn.c_attn(layer.ln_1(before))[..., 64:].unflatten(-1, (HEADS, 8))
+            else:
+                projected = layer.attention.query_key_value(layer.input_layernorm(before))
+                expected = projected.unflatten(-1, (HEADS, 3, 8))[..., 2, :]
+            close(values, expected.transpose(1, 2), 1e-9)
+            assert weights.shape == (3, HEADS, 11, 11)
+
+
 @pytest.mark.parametrize("kind", OF_LAYERS)
 @pytest.mark.parametrize("make", MODELS)
 def test_padding_changes_no_loss_whatever_stands_there(make, kind):

@@ -29,7 +29,7 @@ from regard.compression.distillation.losses import (
     relation_loss,
 )
 from regard.compression.layers import comes_from_transformers
-from regard.compression.pruning.foreign import FAMILIES
+from regard.compression.pruning.foreign import FAMILIES, WIDTHS, Family
 from regard.contract import Context, Mechanism, Result, Unsupported, an_instance
 from regard.core.precision import wide
 from regard.layers.attention import AttentionLayer
@@ -50,7 +50,7 @@ SOFTMAX = ("softmax", "local", "block_sparse", "selective_temperature", "adaptiv
 """Mechanisms whose weights are read: those of a query sum to 1."""
 OTHER_PASSES = ("reversible", "checkpoint_layers", "exits")
 """Options of a stack whose layers do not run one after the other in the model's own call."""
-READABLE = "LanguageModel and Encoder of regard; transformers models with layers as those of Llama or BERT"
+READABLE = "LanguageModel and Encoder of regard; transformers models with layers as those of Llama, BERT, DistilBERT, GPT-2, GPT-NeoX or OPT"
 
 
 @dataclass
@@ -96,9 +96,9 @@ def reading(model: nn.Module, kind: str) -> Iterator[Seen]:
         elif own:
             attentions = _attentions(model, layers, kind)
             undo.enter_context(_eager(model))
-            for attention, value in attentions:
+            for attention, (value, family) in attentions.items():
                 undo.callback(attention.register_forward_hook(partial(_note_weights, seen)).remove)
-                undo.callback(value.register_forward_hook(partial(_note_values, seen, attention)).remove)
+                undo.callback(value.register_forward_hook(partial(_note_values, seen, attention, family)).remove)
         else:
             for mixer in _mixers(model, layers, kind):
                 mixer.mix = partial(_mix, seen, mixer.mix)
@@ -259,9 +259,11 @@ def _note_weights(seen: Seen, module: nn.Module, given: Any, output: Any) -> Non
     seen.weights.append(weights)
 
 
-def _note_values(seen: Seen, attention: Any, module: nn.Module, given: Any, output: Tensor) -> None:
-    width = getattr(attention, "head_dim", None) or attention.attention_head_size
-    seen.values.append(output.unflatten(-1, (-1, width)).transpose(1, 2))
+def _note_values(
+    seen: Seen, attention: nn.Module, family: Family, module: nn.Module, given: Any, output: Tensor
+) -> None:
+    width = next(size for name in WIDTHS if (size := getattr(attention, name, None)))
+    seen.values.append(family.values_in(output, width))
 
 
 def _mix(
@@ -302,24 +304,25 @@ def _mixers(model: nn.Module, layers: list[Any], kind: str) -> list[AttentionLay
     return list(found)
 
 
-def _attentions(model: Any, layers: list[nn.Module], kind: str) -> list[tuple[nn.Module, nn.Module]]:
-    """The attention modules of a model of transformers, each once, with their projections to the values."""
+def _attentions(model: Any, layers: list[nn.Module], kind: str) -> dict[nn.Module, tuple[nn.Module, Family]]:
+    """The attention modules of a model of transformers, each once, with their projections to the values and families."""
     from regard.integrations.transformers.fused.decoders import SOFTMAX as KNOWN
 
-    found: dict[nn.Module, nn.Module] = {}
+    found: dict[nn.Module, tuple[nn.Module, Family]] = {}
     for layer in layers:
         modules = dict(layer.named_modules())
-        paths = [family.value for family in FAMILIES.values() if family.value in modules]
-        if not paths:
-            raise _unread(model, kind, f"whose {type(layer).__name__} has no attention as in Llama or BERT")
-        attention: Any = modules[paths[0].rpartition(".")[0]]
+        families = [one for one in FAMILIES.values() if one.belongs(layer) and one.value in modules]
+        if not families:
+            raise _unread(model, kind, f"whose {type(layer).__name__} has no attention that is known")
+        path = families[0].value
+        attention: Any = modules[path.rpartition(".")[0]]
         attends = getattr(getattr(attention, "config", None), "_attn_implementation", None)
         if attends not in KNOWN:
             raise _unread(model, kind, f"whose layers attend by {attends or 'code of their own'}")
         if hasattr(attention, "sinks"):
             raise _unread(model, kind, "with sinks, so that the weights of a query do not sum to 1")
-        found[attention] = modules[paths[0]]
-    return list(found.items())
+        found[attention] = modules[path], families[0]
+    return found
 
 
 def _unread(model: nn.Module, kind: str, why: str, supported: str = READABLE) -> Unsupported:

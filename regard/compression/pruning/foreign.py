@@ -76,6 +76,17 @@ class Family:
         """Paths of all linear layers."""
         return (self.query, self.key, self.value, self.output, *self.up, self.down)
 
+    def belongs(self, layer: nn.Module) -> bool:
+        """Return whether a layer is of the class that the family asks for."""
+        return self.kind in ("", type(layer).__name__)
+
+    def values_in(self, projected: Tensor, width: int) -> Tensor:
+        """The values of `width` of each head, (B, G, N, width), in what the projection to values computes, (B, N, ...)."""
+        if self.fused == "parts":
+            projected = projected.chunk(3, -1)[-1]
+        heads = projected.unflatten(-1, (-1, 3 * width if self.fused == "heads" else width))
+        return heads[..., -width:].transpose(1, 2)
+
 
 OPT = Family(
     "self_attn.q_proj",
@@ -406,7 +417,7 @@ def _fits(layer: nn.Module, name: str) -> bool:
         found = [layer.get_submodule(path) for path in family.paths]
     except AttributeError:
         return False
-    if family.kind not in ("", type(layer).__name__) or hasattr(layer, "crossattention"):
+    if not family.belongs(layer) or hasattr(layer, "crossattention"):
         return False
     norms_before = getattr(layer, "do_layer_norm_before", not family.post_norm)
     return norms_before is not family.post_norm and all(type(module) in (nn.Linear, Linear) for module in found)
