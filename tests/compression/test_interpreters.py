@@ -322,3 +322,5 @@ def test_models_and_groups_that_do_not_fit_are_refused() -> None:
     refused("query", interpreted, query="patch")
     other = VisionTransformer(VisionTransformerConfig(**{**SMALL, "pool": "mean"}))
     refused("class token", InterpretedTransformer, other)
+    other = VisionTransformer(VisionTransformerConfig(**{**SMALL, "positions": "seqpe_mul"}))
+    refused("encoded once for all layers", InterpretedTransformer, other)

@@ -670,7 +670,9 @@ def test_a_table_that_is_looked_up_counts_only_where_it_is_the_output_too(tied):
 
 
 @pytest.mark.parametrize("model_of", [own_model, causal_model])
-@pytest.mark.parametrize("text", ["block_sparse:size=8,blocks=3", "quest:budget=16,page=4", "h2o:capacity=20"])
+@pytest.mark.parametrize(
+    "text", ["block_sparse:size=8,blocks=3", "quest:budget=16,page=4", "h2o:capacity=20", "streaming:capacity=20"]
+)
 def test_beside_a_method_a_model_runs_densely_and_the_method_has_the_error_of_its_own_attention(model_of, text):
     model, ids = model_of(), torch.randint(40, (1, 70))
     dense = model.generate(ids, max_new_tokens=6)
@@ -684,6 +686,18 @@ def test_beside_a_method_a_model_runs_densely_and_the_method_has_the_error_of_it
     (phase,) = read_method(text).phases
     (other,) = {"prefill", "decode"} - {phase}
     assert beside.error(phase) > 1e-3 and beside.error(other) < 1e-12
+
+
+@pytest.mark.parametrize("model_of", [own_model, causal_model])
+def test_beside_a_method_that_places_keys_both_rotate_them_to_places_of_their_own(model_of):
+    model, ids = model_of(), torch.randint(40, (1, 70))
+    dense, errors = model.generate(ids, max_new_tokens=6), []
+    for text in ("capacity=100", "capacity=20", "capacity=20,positions=text"):
+        beside = Beside(read_method(f"streaming:{text}"))
+        with sparsely(model, beside):
+            assert torch.equal(model.generate(ids, max_new_tokens=6), dense)
+        errors.append(beside.error("decode"))
+    assert errors[0] < 1e-5 and errors[1] > 1e-3 and abs(errors[1] - errors[2]) > 1e-4 * errors[2]
 
 
 def test_the_error_beside_is_that_of_the_definition():

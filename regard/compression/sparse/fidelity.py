@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from regard.compression.sparse.cache import HeadCache, MethodCache
@@ -30,7 +32,8 @@ class TwoCaches(MethodCache):
 class Beside(Method):
     """Dense attention, with a method run beside it on the same queries, keys and values, whose outputs are compared.
 
-    So a layer's error is its own, and not that of the layers before it. Costs both.
+    So a layer's error is its own, and not that of the layers before it. Costs both. For a method that places keys itself
+    the dense cache holds them unrotated too, and rotates them to their positions in the text.
 
     Attributes:
         method: the method that is judged.
@@ -39,6 +42,10 @@ class Beside(Method):
 
     method: Method = field(default_factory=Method)
     errors: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
+
+    @property
+    def places_keys(self) -> bool:
+        return self.method.places_keys
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
         dense = super().prefill(q, k, v, place)
@@ -50,10 +57,15 @@ class Beside(Method):
         return TwoCaches(dense, self.method.compress(q, k, v, _unmetered(place)), dense.length)
 
     def decode(self, q: Tensor, cache: Any, place: Place) -> tuple[Tensor, Any]:
-        output, dense = super().decode(q, cache.dense, place)
+        dense, queries = cache.dense, q
+        if place.rotate is not None:
+            places = torch.arange(dense.k.shape[2], device=q.device)[None]
+            dense = dataclasses.replace(dense, k=place.rotate(dense.k, places))
+            queries = place.rotate(q, dense.length[:, None].to(q.device) - 1)
+        output, _ = super().decode(queries, dense, place)
         found, sparse = self.method.decode(q, cache.sparse, _unmetered(place))
         self.errors["decode"].append(relative_error(found, output))
-        return output, TwoCaches(dense, sparse, cache.length)
+        return output, TwoCaches(cache.dense, sparse, cache.length)
 
     def error(self, phase: str) -> float:
         """The mean relative error of a phase over layers and tokens; 0 if nothing ran."""
@@ -62,7 +74,7 @@ class Beside(Method):
 
 
 def _unmetered(place: Place) -> Place:
-    return Place(place.layer, place.layers, place.scale, Meter())
+    return dataclasses.replace(place, meter=Meter())
 
 
 def relative_error(output: Tensor, dense: Tensor) -> float:

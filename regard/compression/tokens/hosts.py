@@ -187,6 +187,10 @@ class OwnHost(Host):
         self.protected, self.width, self.heads = config.class_tokens, config.dim, config.num_heads
 
     def _why_not(self) -> str:
+        if self.model.class_positions is not None:
+            return (
+                f"with {self.model.config.positions} positions, which are encoded once for all layers and all patches"
+            )
         return "" if self.model.config.class_tokens else "without a class token"
 
     @property
