@@ -231,7 +231,7 @@ def measured(
 
 def disturbed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows in whose turns the original decoded in a time more than DRIFT from what it took in the median row."""
-    times = [row["original_milliseconds"].get("decode") for row in rows]
+    times = [row["original_milliseconds"]["decode"] for row in rows]
     usual = statistics.median(times)
     return [row for row, time in zip(rows, times, strict=True) if abs(time / usual - 1) > DRIFT]
 
@@ -267,12 +267,8 @@ def main() -> None:
         kept["original"] = measured(None, model, subject, windows, data)
     print(f"original: perplexity {kept['original']['perplexity']:.3f}", flush=True)
     known = {row.name: row for row in rows()}
-    for attempt in range(1 + AGAIN):
-        if attempt:
-            out = {row["name"] for row in disturbed(kept["rows"])}
-            if out:
-                print(f"again, because the machine was disturbed: {', '.join(sorted(out))}", flush=True)
-            kept["rows"] = [row for row in kept["rows"] if row["name"] not in out]
+    kept["rows"] = [row for row in kept["rows"] if "original_milliseconds" in row]  # earlier versions did not keep them
+    for again in range(AGAIN, -1, -1):
         done = {row["name"] for row in kept["rows"]}
         for name, row in known.items():
             if name in done or (options.only and options.only not in name):
@@ -283,6 +279,11 @@ def main() -> None:
             write_text_atomically(options.output, json.dumps(kept, indent=1) + "\n")
             faster = ", ".join(f"{what} {ratio:.2f}x" for what, ratio in found["faster"].items())
             print(f"{name}: perplexity {found['perplexity']:.3f}; {faster}", flush=True)
+        out = disturbed(kept["rows"]) if again and kept["rows"] else []
+        if not out:
+            break
+        print(f"again, because the machine was disturbed: {', '.join(row['name'] for row in out)}", flush=True)
+        kept["rows"] = [row for row in kept["rows"] if row not in out]
 
 
 def _bible() -> Path:

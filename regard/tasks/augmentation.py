@@ -68,6 +68,11 @@ class Augmentation:
             [v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)]
         )
 
+    @property
+    def crops(self) -> bool:
+        """Whether it cuts its own part out of an image of any shape; else images come as they are shown."""
+        return self.name != "none"
+
     def __call__(
         self,
         images: Sequence[UInt8[np.ndarray, "h w c"]] | Sequence[Float[np.ndarray, "h w c"]],

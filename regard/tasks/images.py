@@ -229,8 +229,8 @@ class ImagesTask(Task):
             return self._batch(chosen)
         labels = torch.from_numpy(self._images.labels[chosen])
         draws = int(counter_generator(seed, step, AUGMENTATION).integers(1 << 62))
-        cropped = self.augmentation.name != "none"
-        images = [self._images.pixels[i] for i in chosen] if cropped else list(self._images.centres(chosen))
+        whole = self.augmentation.crops
+        images = [self._images.pixels[i] for i in chosen] if whole else list(self._images.centres(chosen))
         pixels, shares = self.augmentation(images, labels, draws)
         return Batch(self.reader.patches(pixels), labels, grid=self.grid, class_shares=shares)
 
@@ -259,7 +259,7 @@ class ImagesTask(Task):
         if not isinstance(images.pixels, np.ndarray):
             lines.append(
                 f"other shapes: resized to cover {height}x{width} pixels, and the middle is seen"
-                + (" of what is not varied" if self.augmentation and self.augmentation.name != "none" else "")
+                + (" of what is not varied" if self.augmentation and self.augmentation.crops else "")
             )
         lines.append(f"training images: {self.augmentation or 'as they are (augment=light or standard varies them)'}")
         lines += [f"note: {note}" for note in images.notes]
