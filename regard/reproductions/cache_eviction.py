@@ -48,11 +48,12 @@ from regard.compression.sparse.evicting import Evicting, StreamingLLM
 from regard.compression.sparse.method import count_whole
 from regard.compression.sparse.scores import last_weights, top
 from regard.compression.sparse.selection import Selection
-from regard.contract import Context, Paper, Pattern
+from regard.contract import Context, Pattern
 from regard.models import LanguageModel
 from regard.reproductions.framework.judging import Check, measured, number, within
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import cached_task, fit, language_model
+from regard.reproductions.token_reduction import PAPER
 from regard.tasks import Task
 from regard.tasks.generated import GeneratedTask
 from regard.tasks.protocol import IGNORED
@@ -281,12 +282,7 @@ def answers(model: LanguageModel, task: Task, method: Method, prompt: int) -> It
 REPRODUCTION = Reproduction(
     name="cache_eviction",
     mechanisms=("softmax",),
-    source=Paper(
-        "Token Reduction Should Go Beyond Efficiency in Generative Models - From Vision, Language to Multimodality",
-        "2505.18227",
-        2025,
-        55,
-    ),
+    source=PAPER,
     claim=(
         "Of the methods that it stands on in language models: a cache of heavy hitters and last tokens (H2O), or of what the "
         "prompt's last queries look at (SnapKV), keeps what a window of the last tokens loses; a window goes on beyond its "

@@ -36,6 +36,12 @@ from regard.reproductions.framework.judging import Check, Measurements, measured
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.interpreters import BATCH, TRAINING
 
+PAPER = Paper(
+    "Token Reduction Should Go Beyond Efficiency in Generative Models - From Vision, Language to Multimodality",
+    "2505.18227",
+    2025,
+    55,
+)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ToMe": ("tome", {}),
     "ToMe, not proportional": ("tome", {"proportional": False}),
@@ -123,12 +129,7 @@ def _above(first: str, second: str) -> Any:
 REPRODUCTION = Reproduction(
     name="token_reduction",
     mechanisms=("softmax",),
-    source=Paper(
-        "Token Reduction Should Go Beyond Efficiency in Generative Models - From Vision, Language to Multimodality",
-        "2505.18227",
-        2025,
-        55,
-    ),
+    source=PAPER,
     claim=(
         "Fewer tokens are for more than speed, such as for robustness to what is irrelevant; of the methods it stands on, Token "
         "Merging makes ViT-B/16 1.65 times as fast at 2 points less without training (its repository)."
