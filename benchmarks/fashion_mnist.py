@@ -39,6 +39,7 @@ from regard.measurement.timing import interleaved
 from regard.models import build_model
 from regard.models.image_model import ImageModelConfig
 from regard.models.variants import Variant
+from regard.models.vision import list_backbones
 from regard.tasks import Task, create_task
 from regard.training import PRECISIONS, TrainConfig, peak_memory, train
 from regard.workbench.comparison.settings import CompareSettings
@@ -50,21 +51,7 @@ RATE, BATCH = 2e-3, 64
 AGENTS = ["agent", {"num_agents": 16, "agent_bias": "all"}]
 HEADS = ["mixture_of_heads", {"shared_heads": 1, "active_heads": 2, "mechanism_options": {"bias": True}}]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        name: (name, {})
-        for name in (
-            "van_nano",
-            "tnt_nano",
-            "pyramid_tnt_nano",
-            "biformer_nano",
-            "vit_nano",
-            "pvt_nano",
-            "agent_pvt_nano",
-            "vim_nano",
-            "vmamba_nano",
-            "mixer_nano",
-        )
-    },
+    **{name: (name, {}) for name in list_backbones() if name.endswith("_nano")},
     "biformer_nano_64": ("biformer_nano", {}),
     "vmamba_nano_64": ("vmamba_nano", {}),
     "agent_vit_nano": ("vit_nano", {"plan": [AGENTS] * 6}),

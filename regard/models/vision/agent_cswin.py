@@ -100,7 +100,10 @@ NANO: dict[str, Any] = {
 
 
 class CSWin(PyramidWithLosses):
-    """The CSWin Transformer, see the module; sizes ``cswin_t`` to ``_b`` and ``agent_cswin_t`` to ``_b``."""
+    """The CSWin Transformer, see the module; sizes ``cswin_t`` to ``_b`` and ``agent_cswin_t`` to ``_b``.
+
+    ``cswin_nano`` and ``agent_cswin_nano`` are for images of about 32 pixels.
+    """
 
     Config = CSWinConfig
     scales: ClassVar = {"widths": "heads"}

@@ -111,7 +111,10 @@ NANO: dict[str, Any] = {
 
 
 class Swin(PyramidWithLosses):
-    """The Swin Transformer, see the module; sizes ``swin_t`` to ``_b`` and ``agent_swin_t`` to ``_b``."""
+    """The Swin Transformer, see the module; sizes ``swin_t`` to ``_b`` and ``agent_swin_t`` to ``_b``.
+
+    ``swin_nano`` and ``agent_swin_nano`` are for images of about 32 pixels.
+    """
 
     Config = SwinConfig
     scales: ClassVar = {"widths": "heads"}

@@ -140,6 +140,8 @@ class TransNeXt(PyramidWithLosses):
 
     Sizes: ``transnext_micro`` and ``transnext_t`` to ``transnext_b``; for MoH-ViT ``moh_transnext_s_80``,
     ``moh_transnext_s_75``, ``moh_transnext_b_75`` and ``moh_transnext_b_50``, named by the percentage of active heads.
+    ``transnext_nano`` and ``moh_transnext_nano`` (2 of 2, 3 of 4 and 6 of 8 heads are active) are for images of about 32
+    pixels.
     """
 
     Config = TransNeXtConfig

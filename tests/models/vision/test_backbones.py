@@ -276,6 +276,27 @@ def test_routers_of_published_head_counts_add_their_weights_alone() -> None:
         assert counts[0] - counts[1] == 12 * routers
 
 
+NANO = [name for name in list_backbones() if name.endswith("_nano")]
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_a_nano_size_is_for_images_of_32_pixels_and_learns_grey_ones_in_a_few_steps(name: str) -> None:
+    model = create_backbone(name, channels=1, num_classes=4)
+    assert model.config.size == (32, 32) and 3e5 < count_parameters(model) < 8e5
+    classes = torch.arange(8) % 4
+    images = torch.randn(4, 1, 32, 32)[classes] + 0.1 * torch.randn(8, 1, 32, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        result = model.forward_with_losses(images)
+        loss = torch.nn.functional.cross_entropy(result.output, classes)
+        optimizer.zero_grad()
+        sum((total / count for total, count in result.losses.values()), loss).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.75 * losses[0]
+
+
 def test_no_backbone_has_the_name_of_a_mechanism() -> None:
     for name in list_backbones():
         assert find_mechanism(name) is None, name
