@@ -6,12 +6,15 @@
 
 An encoder of 3 layers of softmax attention of width 64 reads patches of 2 x 2 pixels: 14 x 14 of them in training, 21 x 21 and
 28 x 28 in tests, of the same images resized. Positions: sequential encodings (SeqPE, arXiv 2506.13277) of two axes that
-multiply queries and keys, and the same without their losses; learned vectors of places, untrained beyond 14 x 14, and also
-stretched from 14 x 14 to the larger grid (bicubic, as vision transformers do); sinusoids; rotary positions. One-axis schemes
-number a patch by 28 row + column, so that neighbours are equally far apart at every size. `none` is the control.
+multiply queries and keys, in larger images also interpolated (rows and columns are scaled into those of training, and the
+vectors between two places are mixed); the same without their losses; learned vectors of places, untrained beyond 14 x 14, and
+also stretched from 14 x 14 to the larger grid (bicubic, as vision transformers do); sinusoids; rotary positions. One-axis
+schemes number a patch by 28 row + column, so that neighbours are equally far apart at every size. `none` is the control.
+SeqPE's authors also compare with rotary positions of two axes, which we do not have.
 
 A cell is a kind of positions and a seed. Its training continues from a checkpoint in `--work`, and its scores are written to
-docs/data/resolution.json, from which `python docs/generate.py` makes the page.
+docs/data/resolution.json, from which `python docs/generate.py` makes the page. A cell of an earlier version that lacks a score
+is trained again; all others stay as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +86,31 @@ def stretched(model: nn.Module, grid: int) -> nn.Module:
     return model
 
 
+def interpolated(model: nn.Module, grid: int) -> nn.Module:
+    """A copy for which the rows and columns of a larger grid are places between the first and last of the trained grid."""
+    model = copy.deepcopy(model)
+    model.positions.interpolation = (grid - 1) / (GRIDS[0] - 1)
+    return model
+
+
+Change = Callable[[nn.Module, int], nn.Module]
+
+LARGER: dict[str, tuple[str, Change]] = {"learned": ("stretched", stretched), "seqpe": ("interpolated", interpolated)}
+"""What is also tried on larger images: its name, and what makes a trained model one for a grid of so many rows."""
+
+
+def readings(positions: str) -> dict[str, tuple[int, Change | None]]:
+    """Each score of a cell, by name: the number of its image side, and how the model is changed for it, if at all."""
+    found: dict[str, tuple[int, Change | None]] = {f"{side}": (number, None) for number, side in enumerate(SIDES)}
+    if positions in LARGER:
+        how, change = LARGER[positions]
+        found |= {f"{side} {how}": (number, change) for number, side in enumerate(SIDES) if number}
+    return found
+
+
 def run_cell(tasks: list[ImagesTask], positions: str, seed: int, steps: int, work: Path) -> dict[str, float]:
-    """Accuracy at each image side, for learned vectors also with these stretched; nan if training diverged."""
+    """Accuracy at each image side, also of the model changed for it as :func:`readings` says; nan if training
+    diverged."""
     torch.manual_seed(seed)
     model = model_of(tasks[0], positions)
     config = TrainConfig(steps, BATCH, RATE, seed=seed, checkpoint_every=50, measure_memory=False)
@@ -97,11 +124,10 @@ def run_cell(tasks: list[ImagesTask], positions: str, seed: int, steps: int, wor
 
     path = work / f"{positions.replace(' ', '-')}-{seed}-{steps}.safetensors"
     sound = not train(model, tasks[0], config, checkpoint=path, on_step=tell).diverged
-    found: dict[str, float] = {}
-    for side, grid, task in zip(SIDES, GRIDS, tasks, strict=True):
-        found[f"{side}"] = score(model, task)["score"] if sound else math.nan
-        if positions == "learned" and grid > GRIDS[0]:
-            found[f"{side} stretched"] = score(stretched(model, grid), task)["score"] if sound else math.nan
+    found = {}
+    for name, (number, change) in readings(positions).items():
+        changed = model if change is None else change(model, GRIDS[number])
+        found[name] = score(changed, tasks[number])["score"] if sound else math.nan
     path.unlink(missing_ok=True)
     return found
 
@@ -128,11 +154,12 @@ def main() -> None:
         for name in names:
             key = {"positions": name, "seed": seed, "steps": arguments.steps, "items": arguments.items}
             cell = next((cell for cell in read()["cells"] if key.items() <= cell.items()), None)
-            if cell is None:
+            if cell is None or not readings(name).keys() <= cell["accuracy"].keys():
                 accuracy = run_cell(tasks, name, seed, arguments.steps, arguments.work)
                 sound = {side: None if math.isnan(x) else x for side, x in accuracy.items()}
                 cell = {**key, "accuracy": sound, "cpu": provenance.fingerprint()["cpu"], "date": provenance.now()[:10]}
-                text = json.dumps({"cells": [*read()["cells"], cell]}, indent=1) + "\n"
+                others = [one for one in read()["cells"] if not key.items() <= one.items()]
+                text = json.dumps({"cells": [*others, cell]}, indent=1) + "\n"
                 write_atomically(TABLE, lambda path, text=text: path.write_text(text))
             print(f"{name}, seed {seed}: {cell['accuracy']}", flush=True)
 

@@ -864,7 +864,8 @@ def _resolution(data: Mapping[str, Any] | None) -> list[str]:
         "## Larger images than in training",
         "An encoder of three layers of softmax attention is trained on 28 x 28 pixels and tested on the same images resized to "
         "42 and 56, with patches of 2 x 2 (`benchmarks/resolution.py`): accuracy ± the standard error over seeds. Learned "
-        "positions are also stretched from the trained grid to the larger one.",
+        "positions are also stretched from the trained grid to the larger one; SeqPE's are also interpolated: rows and columns "
+        "of the larger grid are scaled into those of the trained one.",
     ]
     if data is None or not data["cells"]:
         return [*parts, "Not measured in this build of the pages: `python benchmarks/resolution.py` does it."]
