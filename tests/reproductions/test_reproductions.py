@@ -142,3 +142,16 @@ def test_uniform_choice_keeps_each_token_so_far_as_likely_as_the_others():
         kept[ranks] += 1
     assert 0.15 < kept[:30].mean() / 60 < 0.35 and 0.15 < kept[30:].mean() / 60 < 0.35
     assert (kept > 0).all()
+
+
+def test_what_makes_a_gating_unit_is_judged_at_equal_sizes():
+    def parameters(name, *settings):
+        _, cells = small_cells(name)
+        return [cells[setting, 0]["parameters"] for setting in settings]
+
+    sizes = parameters("activator", "network", "larger units alone", "one factor")
+    assert max(sizes) < 1.02 * min(sizes)
+    whole, added, along_tokens, along_channels = parameters(
+        "ninformer", "ninformer", "sum", "gate along tokens", "gate along channels"
+    )
+    assert whole == added > max(along_tokens, along_channels)
