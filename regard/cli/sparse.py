@@ -35,7 +35,7 @@ def sparse(
         str,
         typer.Argument(
             help="Folder of regard train (of text) or of a causal language model from transformers, or a .gguf file; or "
-            "constructed, tiny or small: models that the command makes itself."
+            "constructed, tiny or small: models that the command makes itself, unless a folder is called so here."
         ),
     ],
     lengths: Annotated[str | None, typer.Option(help="Lengths of the prompts in tokens: 1k,4k (k is 1024).")] = None,
@@ -102,19 +102,20 @@ def sparse(
         seconds = parsed.amount
     counts = None if lengths is None else read_lengths(lengths)
     check_folder(output)
-    if model in PRESETS:
-        taken = OF_CONSTRUCTED if model == "constructed" else OF_PRESETS
+    preset = model if model in PRESETS and not Path(model).is_dir() else None
+    if preset:
+        taken = OF_CONSTRUCTED if preset == "constructed" else OF_PRESETS
         for name in given_options(context):
             if name not in (*taken, "model", "as_json"):
                 raise Unsupported(
                     f"{spelled_option(name)} of {model}", supported=", ".join(spelled_option(each) for each in taken)
                 )
-    if model == "constructed":
+    if preset == "constructed":
         _constructed(counts or CONSTRUCTED, samples or 150, output, as_json)
         return
     chosen = tuple(read_names(methods)), read_ratios(ratios)
-    if model in PRESETS:
-        _preset(model, counts or (256, 512), chosen, _tasks(tasks, brief=True), samples or 30, seconds, output, as_json)
+    if preset:
+        _preset(preset, counts or (256, 512), chosen, _tasks(tasks, brief=True), samples or 30, seconds, output, as_json)
         return
     from regard.workbench.sparse.study import Plan
 

@@ -238,6 +238,14 @@ def test_what_cannot_be_asked_ends_with_one_sentence(line, match, tmp_path, caps
     assert code == 2 and match in messages and not (tmp_path / "out").exists()
 
 
+def test_a_folder_comes_before_a_preset_of_the_same_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "--tasks of constructed" in " ".join(run(capsys, "sparse constructed --tasks text")[2].split())
+    (tmp_path / "constructed").mkdir()
+    code, _, messages = run(capsys, "sparse constructed --tasks text")
+    assert code == 2 and "of constructed" not in messages and "constructed" in messages
+
+
 def test_side_effects_are_asked_where_they_are_wanted_stored_and_told(causal, tmp_path, monkeypatch, capsys):
     folder, text = causal
     line = "sparse --lengths 400 --methods quest --ratios 4 --tasks text --samples 1 --effects 2"
