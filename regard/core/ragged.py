@@ -189,6 +189,12 @@ def gathering(mask: Mask | None, batch: int, n: int, device: torch.device | str 
     )
 
 
+def right_padded(lengths: Int[Tensor, " b"], n: int) -> Mask:
+    """The mask of right-padded rows of `n` tokens, for the inside of a model or layer."""
+    valid, rows = valid_from_lengths(lengths, n), lengths.shape[0]
+    return Mask(lengths=lengths, layout=Gathering(rows, n, rows, n, lengths.device, lengths, valid))
+
+
 def inner_mask(layout: Gathering, *, bias: Tensor | None = None, blocks: BlockMask | None = None) -> Mask | None:
     """The mask of tokens moved by `layout`, for the inside of a model or layer; None if there is nothing to mask.
 

@@ -19,6 +19,7 @@ from regard.contract import (
     closest,
     valid_from_lengths,
 )
+from regard.core.ragged import right_padded
 from regard.create import create_layer
 from regard.layers.attention import AttentionLayer
 from regard.layers.feed_forward import (
@@ -47,23 +48,34 @@ class Block(nn.Module):
 
     The output of each branch first passes the norm and layer scale that the model's stack config asks for, then
     dropout. In a cross pattern the mixer reads the memory as it is given, without a norm, and without positions unless
-    the plan names a scheme.
+    the plan names a scheme. A memory may hold the outputs of an encoder's last layers side by side, (B, M, layers * C),
+    the last layer at the end; of these the block reads as many as its plan's option ``memory_layers`` says.
 
     Args:
         entry: mechanism and options from the plan. The options ``positions``, ``feed_forward``, ``num_heads``,
             ``head_dim`` and ``num_kv_heads`` override the model's; a block without heads (``num_heads=0``, as in pruned
             models) has no mixer; ``feed_forward_kind`` and ``feed_forward_options`` are passed to
-            :func:`regard.layers.feed_forward.make_feed_forward`; all other options are the layer's. The model's
+            :func:`regard.layers.feed_forward.make_feed_forward`; ``memory_layers`` is that of a cross pattern;
+            all other options are the layer's. The model's
             positions, head_dim and num_kv_heads apply to layers that have such an option, its feed_forward to networks
             that have a hidden width.
         config: the model's config, with dim, num_heads, head_dim, num_kv_heads, feed_forward, positions, dropout, norm,
             stack.
         pattern: the attention pattern of the mechanism.
         feed_forward: hidden width if the plan's entry names none; the model's when None.
+        memory_dim: width of a layer of the memory, in a cross pattern; the model's `dim` when None.
+        memory_layers: how many layers a memory may hold, in a cross pattern.
     """
 
     def __init__(
-        self, entry: tuple[str, Mapping[str, Any]], config: Any, pattern: Pattern, *, feed_forward: int | None = None
+        self,
+        entry: tuple[str, Mapping[str, Any]],
+        config: Any,
+        pattern: Pattern,
+        *,
+        feed_forward: int | None = None,
+        memory_dim: int | None = None,
+        memory_layers: int = 1,
     ) -> None:
         super().__init__()
         name, options = entry[0], dict(entry[1])
@@ -75,6 +87,10 @@ class Block(nn.Module):
             value = getattr(config, option)
             if value is not None and layer_accepts(card, option):
                 options.setdefault(option, value)
+        self.memory_layers = _take_memory_layers(options, name, memory_layers if pattern.cross else 0)
+        if memory_dim not in (None, config.dim):
+            options["memory_dim"] = memory_dim
+        self.memory_dim = options.get("memory_dim", config.dim)
         check_dropout(config.dropout)
         self.entry = entry
         self.cross = pattern.cross
@@ -158,10 +174,36 @@ class Block(nn.Module):
         """Return the mixer's output, to be added to `x`."""
         if context.roles is not None and not self.takes_roles:
             context = context.replace(roles=None)
+        if memory is not None:
+            memory, context = self._reached(memory, context)
         mixed = self.mixer(self.mixer_norm(x), memory, context=context, state=state)
         update = self.mixer_end(mixed.output)
         update = dropout(update, self.dropout, training=self.training, generator=context.generator)
         return Result(update, mixed.state, mixed.losses, mixed.extras)
+
+    def encode_memory(self, memory: Float[Tensor, "b m c"], *, context: Context) -> Any:
+        """The mixer's state that has absorbed a right-padded memory."""
+        memory, context = self._reached(memory, context)
+        return self.mixer.encode_memory(memory, context=context)
+
+    def _reached(self, memory: Tensor, context: Context) -> tuple[Tensor, Context]:
+        """The layers of a right-padded memory that the mixer reads, as (B, M * layers, C), with masks and positions.
+
+        The tokens of the layers alternate, so that the padding stays on the right and the order that of the tokens.
+        """
+        count, m = self.memory_layers, memory.shape[1]
+        memory = memory[..., -count * self.memory_dim :]
+        if count == 1:
+            return memory, context
+        lengths = None if context.memory_mask is None else context.memory_mask.lengths
+        where = context.memory_positions
+        if where is None:
+            where = torch.arange(m, device=memory.device).expand(memory.shape[0], -1)
+        context = context.replace(
+            memory_mask=None if lengths is None else right_padded(lengths * count, m * count),
+            memory_positions=where.repeat_interleave(count, dim=1),
+        )
+        return memory.unflatten(-1, (count, self.memory_dim)).flatten(1, 2), context
 
     def take_up(self, x: Float[Tensor, "b n c"], *, context: Context, state: Any = None) -> Any:
         """The mixer's state after tokens whose output is not needed; None if that is no cheaper than :meth:`mix`."""
@@ -216,6 +258,20 @@ def _set_positions(card: Mechanism, name: str, options: dict[str, Any], config: 
         part = {"part": "layer"} if scheme in SHARED_POSITIONS else {}
         if shared or part:
             options["position_options"] = {**shared, **options.get("position_options", {}), **part}
+
+
+def _take_memory_layers(options: dict[str, Any], name: str, most: int) -> int:
+    """Pop the number of the memory's layers that a cross layer reads, 1 by default; `most` is 0 without a memory."""
+    given = options.pop("memory_layers", None)
+    if given is None:
+        return 1
+    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= most:
+        where = f"whose memory has {most} layer{'s' * (most > 1)}" if most else "without a memory"
+        raise Unsupported(
+            f"memory_layers={given!r} in a layer of {name} {where}",
+            supported="cross layers of an encoder-decoder, from 1 to the number of layers of its encoder",
+        )
+    return given
 
 
 def _take_feed_forward(options: dict[str, Any], width: int | None) -> Callable[[int], nn.Module] | None:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least, valid_from_lengths
-from regard.core.ragged import Gathering, gathering, inner_mask
+from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least
+from regard.core.ragged import Gathering, gathering, inner_mask, right_padded
 from regard.engines.linear import FrozenWeights
 from regard.layers.checks import check_memory_mask, given_context
 from regard.layers.embedding import make_embedding, tied_logits
@@ -52,12 +52,16 @@ class EncoderDecoderConfig(LayersConfig):
         vocab_size: number of tokens of the decoder.
         memory_vocab_size: number of tokens of the memory; None when the memory is floats.
         memory_features: width of a memory of floats; None when the memory is tokens. Exactly one of the two is given.
-        dim: width of the residual streams.
+        dim: width of the decoder's residual stream, and of the encoder's unless `encoder_dim` is given.
         encoder_plan: noncausal-self mechanisms, as for `plan` of :class:`regard.models.LanguageModelConfig`.
         decoder_plan: causal-self mechanisms of the decoder's layers.
-        cross_plan: causal-cross mechanisms of the decoder's layers. Its option ``feed_forward`` is that of the layer.
+        cross_plan: causal-cross mechanisms of the decoder's layers. Its option ``feed_forward`` is that of the layer; its
+            option ``memory_layers`` says how many of the encoder's last layers the layer reads (1 by default), each
+            through the encoder's norm (arXiv 2207.13955, 2005.14187). The layer then sees as many tokens for each
+            token of the memory, side by side from lower to higher layer, all with its position.
         num_layers: depth of the decoder; when None, the length of a plan given as a list, else 4.
         encoder_layers: depth of the encoder; when None, the length of a plan given as a list, else the decoder's depth.
+        encoder_dim: width of the encoder's residual stream; `dim` when None.
         positions: a scheme of :mod:`regard.positions`, for both sequences and the self layers, or ``auto``: sinusoidal
             at both inputs, which lets the decoder align itself with the memory, and in the self layers as in
             :class:`regard.models.LanguageModelConfig`. Cross layers have none unless their plan names one.
@@ -76,6 +80,7 @@ class EncoderDecoderConfig(LayersConfig):
     cross_plan: Any = "softmax"
     num_layers: int | None = None
     encoder_layers: int | None = None
+    encoder_dim: int | None = None
     position_options: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
     tie_embeddings: bool = False
@@ -85,6 +90,8 @@ class EncoderDecoderConfig(LayersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("vocab_size", self.vocab_size, 1)
+        if self.encoder_dim is not None:
+            at_least("encoder_dim", self.encoder_dim, 1)
         if (self.memory_vocab_size is None) == (self.memory_features is None):
             raise Unsupported(
                 f"memory_vocab_size={self.memory_vocab_size} and memory_features={self.memory_features}",
@@ -118,7 +125,10 @@ def count_layers(given: int | None, *plans: Any, default: int = 4) -> int:
 
 @dataclass(frozen=True)
 class EncodedMemory(State):
-    """The encoder's output for a memory: right-padded tokens, and each row's valid length (None when all are valid)."""
+    """The encoder's output for a memory: right-padded tokens, and each row's valid length (None when all are valid).
+
+    The features of a token are the outputs of the last layers side by side, as many as some cross layer reads.
+    """
 
     tokens: Float[Tensor, "b m c"]
     lengths: Int[Tensor, " b"] | None = None
@@ -129,9 +139,7 @@ class EncodedMemory(State):
         """The mask for layers that read the memory; None when all tokens are valid."""
         if self.lengths is None:
             return None
-        rows, m = self.tokens.shape[:2]
-        valid = valid_from_lengths(self.lengths, m)
-        return inner_mask(Gathering(rows, m, rows, m, self.tokens.device, self.lengths, valid))
+        return right_padded(self.lengths, self.tokens.shape[1])
 
 
 class EncoderDecoder(nn.Module):
@@ -140,31 +148,36 @@ class EncoderDecoder(nn.Module):
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
         self.config = config
+        width = config.dim if config.encoder_dim is None else config.encoder_dim
+        of_encoder = replace(config, dim=width)
         self.memory_embedding: nn.Module
         if config.memory_vocab_size is not None:
-            self.memory_embedding = make_embedding(config.memory_vocab_size, config.dim, config.embedding_dim)
+            self.memory_embedding = make_embedding(config.memory_vocab_size, width, config.embedding_dim)
         else:
-            self.memory_embedding = FeatureEmbedding(config.memory_features or 0, config.dim)
+            self.memory_embedding = FeatureEmbedding(config.memory_features or 0, width)
         self.embedding = make_embedding(config.vocab_size, config.dim, config.embedding_dim)
-        self.memory_positions = self._input_positions(config.encoder_plan)
-        self.positions = self._input_positions(config.decoder_plan)
-        encoder_blocks = [Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan]
+        self.memory_positions = self._input_positions(config.encoder_plan, of_encoder)
+        self.positions = self._input_positions(config.decoder_plan, config)
+        encoder_blocks = [Block(entry, of_encoder, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan]
         self.encoder_blocks = Stack(
             encoder_blocks, replace(config.stack, exits=(), exit_rule=None, exit_heads="shared")
         )
         check_sequences(encoder_blocks, "an encoder-decoder, which has no grids", supported="layers for sequences")
-        self.encoder_norm = make_norm(config.norm, config.dim)
+        self.encoder_norm = make_norm(config.norm, width)
         blocks: list[Block] = []
         for own, cross in zip(config.decoder_plan, config.cross_plan, strict=True):
             blocks.append(Block(own, config, Pattern.CAUSAL_SELF, feed_forward=0))
-            blocks.append(Block(cross, config, Pattern.CAUSAL_CROSS))
+            blocks.append(
+                Block(cross, config, Pattern.CAUSAL_CROSS, memory_dim=width, memory_layers=config.encoder_layers or 0)
+            )
+        self.memory_layers = max(block.memory_layers for block in blocks if block.cross)
         self.blocks = Stack(blocks, config.stack, blocks_in_layer=2)
         self.norm = make_norm(config.norm, config.dim)
         self.exits = make_exits(config)
         self.head = None if config.tie_embeddings else make_linear(config.dim, config.vocab_size)
 
-    def _input_positions(self, plan: Plan) -> Any:
-        config = self.config
+    @staticmethod
+    def _input_positions(plan: Plan, config: EncoderDecoderConfig) -> Any:
         scheme = input_positions(plan, "sinusoidal" if config.positions == "auto" else config.positions)
         return make_input_positions(scheme, config)
 
@@ -234,7 +247,7 @@ class EncoderDecoder(nn.Module):
         encoded = self._encode(memory, given_context(context), {})
         inner = Context(memory_mask=encoded.mask, memory_positions=encoded.positions)
         states = [
-            block.mixer.encode_memory(encoded.tokens, context=inner) if block.cross else None  # type: ignore[union-attr, operator]
+            block.encode_memory(encoded.tokens, context=inner) if block.cross else None  # type: ignore[operator]
             for block in self.blocks
         ]
         length = torch.zeros(encoded.tokens.shape[0], dtype=torch.int64, device=memory.device)
@@ -254,10 +267,10 @@ class EncoderDecoder(nn.Module):
         )
         x, inner, placed = self._placed(self.memory_positions, x, layout, None, inner)
         x = dropout(x, self.config.dropout, training=self.training, generator=context.generator)
-        result = self.encoder_blocks.run(x, inner, [None] * len(self.encoder_blocks))
+        hidden, others = self.encoder_blocks.run_last(self.memory_layers, x, inner)
         add_losses(losses, placed)
-        add_losses(losses, result.losses)
-        return EncodedMemory(self.encoder_norm(result.output), layout.lengths, where)
+        add_losses(losses, others)
+        return EncodedMemory(torch.cat([self.encoder_norm(x) for x in hidden], -1), layout.lengths, where)
 
     def _decode(self, ids: Int[Tensor, "b n"], context: Context, source: EncodedMemory | ModelState | None) -> Result:
         check_ids(ids)

@@ -270,6 +270,20 @@ class Stack(nn.ModuleList):
         work.advance(self.layers)
         return work.result()
 
+    def run_last(
+        self, count: int, x: Float[Tensor, "b n c"], context: Context
+    ) -> tuple[list[Float[Tensor, "b n c"]], dict[str, Loss]]:
+        """Run all blocks without states; returns the hidden states after each of the last `count` layers, and the losses."""
+        states = [None] * len(self)
+        if count == 1:
+            result = self.run(x, context, states)
+            return [result.output], result.losses
+        work, found = Pass(self, x, context, states), []
+        for layer in range(self.layers - count + 1, self.layers + 1):
+            work.advance(layer)
+            found.append(work.hidden)
+        return found, work.losses
+
 
 def _network(block: Any) -> tuple[Any, ...]:
     """A key that is equal for blocks whose feed-forward networks can be shared."""

@@ -15,7 +15,8 @@ the variant's name (by default the file's)::
     layers = ["local:window=64", {mechanism = "softmax", options = {positions = "none"}}]
 
 In tasks with a memory these are the layers between the two sequences; ``encoder`` and ``decoder``, lists like
-``layers``, are the layers within each sequence, softmax by default.
+``layers``, are the layers within each sequence, softmax by default, and ``encoder_dim`` is the encoder's width. Layers
+between the two may have the option ``memory_layers``, see :class:`regard.models.EncoderDecoderConfig`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from regard.models.vision import check_network, list_networks
 
 LAYER = re.compile(r"(?P<name>[^:*+\s]+)(?::(?P<options>.+?))?(?:\*(?P<count>\d+))?")
 FILES = (".toml", ".json", ".yaml", ".yml")
-BLOCK_OPTIONS = ("positions", "feed_forward", "num_heads", "feed_forward_kind", "feed_forward_options")
+BLOCK_OPTIONS = ("positions", "feed_forward", "num_heads", "feed_forward_kind", "feed_forward_options", "memory_layers")
 """Options of a plan's entry that belong to the block instead of the layer."""
 
 Layers = tuple[tuple[str, Mapping[str, Any]], ...]
@@ -56,6 +57,7 @@ class Variant:
         backbone: name and options of an image backbone, which has layers of its own; None for mechanisms.
         encoder, decoder: layers within the memory and within the sequence of an encoder-decoder, whose `layers` are those
             between the two; empty for softmax.
+        encoder_dim: width of the encoder of an encoder-decoder; None for that of the model.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Variant:
     backbone: tuple[str, Mapping[str, Any]] | None = None
     encoder: Layers = ()
     decoder: Layers = ()
+    encoder_dim: int | None = None
 
     @property
     def cards(self) -> tuple[Mechanism, ...]:
@@ -133,14 +136,15 @@ class Variant:
         every = (*self.layers, *self.encoder)
         return bool(every) and all("feed_forward" in options for _, options in every)
 
-    def record(self) -> dict[str, list[list[Any]]]:
-        """The variant's layers as JSON: ``layers``, and ``encoder`` and ``decoder`` if given."""
+    def record(self) -> dict[str, Any]:
+        """The variant as JSON: its ``layers``, and ``encoder``, ``decoder`` and ``encoder_dim`` if given."""
         stacks = {"layers": self.layers, "encoder": self.encoder, "decoder": self.decoder}
-        return {
+        found: dict[str, Any] = {
             stack: [[name, dict(options)] for name, options in layers]
             for stack, layers in stacks.items()
             if layers or stack == "layers"
         }
+        return found if self.encoder_dim is None else {**found, "encoder_dim": self.encoder_dim}
 
     def plan(self, num_layers: int | None = None) -> list[tuple[str, dict[str, Any]]]:
         """Return the plan of a model with `num_layers` layers; one repetition when None.
@@ -251,13 +255,16 @@ def _from_file(path: Path) -> Variant:
     shape = "mechanism and options, or layers (a list of names or of tables with mechanism and options)"
     if not isinstance(found, Mapping) or not {"mechanism", "layers"} & set(found):
         raise Unsupported(f"variant {str(path)!r}", supported=f"a table with {shape}")
-    unknown = set(found) - {"name", "mechanism", "options", "layers", "encoder", "decoder"}
+    unknown = set(found) - {"name", "mechanism", "options", "layers", "encoder", "decoder", "encoder_dim"}
     if unknown or ("mechanism" in found) == ("layers" in found):
         said = f"with {sorted(unknown)[0]!r}" if unknown else "with both mechanism and layers"
         raise Unsupported(f"variant {str(path)!r} {said}", supported=f"name, and {shape}")
     layers = _listed(found.get("layers", [found]), "layers", path)
     encoder, decoder = (_listed(found[n], n, path) if n in found else () for n in ("encoder", "decoder"))
-    return Variant(str(found.get("name", path.stem)), layers, encoder=encoder, decoder=decoder)
+    width = found.get("encoder_dim")
+    if width is not None and (type(width) is not int or width < 1):
+        raise Unsupported(f"encoder_dim={width!r} in {str(path)!r}", supported="a positive whole number")
+    return Variant(str(found.get("name", path.stem)), layers, encoder=encoder, decoder=decoder, encoder_dim=width)
 
 
 def _listed(entries: Any, name: str, path: Path) -> Layers:

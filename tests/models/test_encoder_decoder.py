@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from model_checks import made, ragged, read_by, small
+from model_checks import check_comes_back_from_disk, made, ragged, read_by, small, without_gradient
 from support import WANT_STATE, read_in_pieces
 from torch.nn import functional as F
 
@@ -166,3 +166,87 @@ def test_bad_calls_are_refused():
     ):
         with pytest.raises(Unsupported, match=words):
             call()
+
+
+def test_a_cross_layer_reads_as_many_of_the_last_encoder_layers_as_it_says():
+    """The inputs of each cross attention, against the encoder's layers run one by one, in another order."""
+    plan = [("softmax", {"memory_layers": count, "positions": "rotary"}) for count in (1, 3, 2)]
+    model = made("encoder-decoder", cross_plan=plan, encoder_layers=4, encoder_dim=12)
+    seen, embedded = [], []
+    for block in model.blocks:
+        if block.cross:
+            block.mixer.register_forward_pre_hook(
+                lambda mixer, given, beside: seen.append((mixer, *given, beside["context"])), with_kwargs=True
+            )
+    model.encoder_blocks[0].mixer_norm.register_forward_pre_hook(lambda norm, given: embedded.append(given[0]))
+    ids, memory = batch()
+    model(ids, memory)
+    hidden = [embedded[0]]
+    for block in model.encoder_blocks:
+        hidden.append(block(hidden[-1], context=Context()).output)
+    for count, (mixer, x, read, context) in zip((1, 3, 2), list(seen), strict=True):
+        others = context.replace(memory_positions=torch.arange(8).repeat(3, count))
+        expected = torch.cat([model.encoder_norm(h) for h in hidden[-count:]], 1)
+        assert read.shape == expected.shape == (3, 8 * count, 12)
+        torch.testing.assert_close(mixer(x, read, context=context).output, mixer(x, expected, context=others).output)
+        torch.testing.assert_close(read[:, ::count], model.encoder_norm(hidden[-count]))
+
+
+@pytest.mark.parametrize("name", CROSSING)
+def test_several_encoder_layers_are_absorbed_once_and_their_padding_is_not_read(name):
+    model = make_model([(name, {"memory_layers": 2}), name], encoder_dim=24)
+    ids, memory = batch()
+    valid = ragged(memory.shape)
+    context = Context(memory_mask=Mask(valid=valid))
+    whole = model(ids, memory, context=context).output
+    alone = [model(ids[i : i + 1], memory[i : i + 1, valid[i]]).output for i in range(3)]
+    torch.testing.assert_close(whole, torch.cat(alone))
+    output, _ = read_in_pieces(model, ids, 1, model.encode_memory(memory, context=context))
+    torch.testing.assert_close(output, whole)
+
+
+def test_the_tokens_of_several_encoder_layers_have_the_positions_of_their_token():
+    plans = {"cross_plan": [("softmax", {"memory_layers": 2, "positions": "rotary"})] * 2}
+    model, (ids, memory) = make_model(**plans), batch()
+    rows = torch.arange(8).expand(3, -1)
+    output = model(ids, memory).output
+    torch.testing.assert_close(model(ids, memory, context=Context(memory_positions=rows)).output, output)
+    new = model.generate(ids, 4, memory=memory, beams=3)
+    assert new.tolist() == model.generate(ids, 4, memory=memory, beams=3, use_state=False).tolist()
+
+
+@pytest.mark.parametrize("stack", [{"checkpoint_layers": 1}, {"reversible": True}, {"exits": (1,)}])
+def test_several_encoder_layers_learn_with_every_stack(stack, tmp_path):
+    plan = [("softmax", {"memory_layers": 2}), "linear"]
+    model = make_model(plan, encoder_dim=24, stack=stack)
+    ids, memory = batch()
+    check_comes_back_from_disk(model, (ids, memory), tmp_path)
+    with torch.no_grad():
+        expected = model(ids, memory).output
+    torch.testing.assert_close(model(ids, memory).output, expected)
+    if stack == {"checkpoint_layers": 1}:
+        plain = make_model(plan, encoder_dim=24)
+        plain.load_state_dict(model.state_dict())
+        for one in (model, plain):
+            one.train().loss(ids, memory).backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    else:
+        model.train().loss(ids, memory).backward()
+        assert not without_gradient(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("encoder-decoder", {"cross_plan": "softmax:memory_layers=3", "num_layers": 2}, "memory has 2 layers"),
+        ("encoder-decoder", {"cross_plan": "softmax:memory_layers=0"}, "memory_layers=0"),
+        ("encoder-decoder", {"decoder_plan": "softmax:memory_layers=1"}, "without a memory"),
+        ("encoder-decoder", {"encoder_dim": 0}, "encoder_dim"),
+        ("language model", {"plan": "softmax:memory_layers=2"}, "without a memory"),
+        ("forecaster", {"cross_plan": "softmax:memory_layers=2"}, "memory has 1 layer"),
+    ],
+)
+def test_encoder_layers_that_are_not_there_cannot_be_read(kind, options, words):
+    with pytest.raises(Unsupported, match=words):
+        made(kind, **options)

@@ -119,6 +119,18 @@ def test_a_file_names_the_layers_within_an_encoder_decoder(tmp_path):
         read_variant(str(file))
 
 
+def test_a_file_names_the_width_of_an_encoder_and_which_of_its_layers_are_read(tmp_path):
+    file = tmp_path / "both.json"
+    file.write_text(json.dumps({"layers": ["softmax:memory_layers=2"], "encoder": ["linear*2"], "encoder_dim": 48}))
+    found = read_variant(str(file))
+    assert (found.encoder_dim, found.layers[0][1]) == (48, {"memory_layers": 2})
+    assert found.record()["encoder_dim"] == 48 and "encoder_dim" not in read_variant("softmax").record()
+    for wrong in (0, "48", True, 1.5):
+        file.write_text(json.dumps({"layers": ["linear"], "encoder_dim": wrong}))
+        with pytest.raises(Unsupported, match="positive whole number"):
+            read_variant(str(file))
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [(".7", 0.7), ("-.5", -0.5), ("7.", 7.0), (".5e-3", 5e-4), ("-1.e2", -100.0), ("[.7,.5]", [0.7, 0.5]), ("3", 3)]

@@ -50,16 +50,21 @@ def model_config(
     if variant.cards[0].kind is Kind.POOLING:
         sizes["pool"], sizes["pool_options"] = variant.layers[0]
     within = (("encoder", variant.encoder, Pattern.NONCAUSAL_SELF), ("decoder", variant.decoder, Pattern.CAUSAL_SELF))
-    for name, layers, pattern in within:
-        if layers and task.pattern is not Pattern.CAUSAL_CROSS:
+    own: dict[str, Any] = {f"layers of the {name}": layers for name, layers, _ in within}
+    own["the width of the encoder"] = variant.encoder_dim
+    for what, given in own.items():
+        if given and task.pattern is not Pattern.CAUSAL_CROSS:
             raise Unsupported(
-                f"{variant.name}, which names layers of the {name}, on the task {task.name}",
+                f"{variant.name}, which names {what}, on the task {task.name}",
                 supported="tasks that read a memory and write tokens",
             )
+    for name, layers, pattern in within:
         if layers:
             sizes[f"{name}_plan"] = _plan(variant, layers, task, pattern, frame, placed, longest)
     if variant.encoder:
         sizes["encoder_layers"] = len(variant.encoder)
+    if variant.encoder_dim is not None:
+        sizes["encoder_dim"] = variant.encoder_dim
     return config_for(task, plan, settings.model, **sizes)
 
 
@@ -80,7 +85,7 @@ def _plan(
         card = get_mechanism(name)
         own: dict[str, Any] = {}
         if "length" in card.config.__dataclass_fields__:  # type: ignore[attr-defined]
-            own["length"] = longest or own_length
+            own["length"] = (longest or own_length) * given.get("memory_layers", 1)
         if card.module is not None and "axes" in inspect.signature(card.module).parameters:
             own["axes"] = len(task.grid) if task.grid else 1
         options = {**own, **given}

@@ -51,7 +51,7 @@ class Frozen:
         }
         own = {name: record["settings"][name] for name in ("dim", "layers", "heads")}
         return {
-            "mechanisms": (Variant(record["mechanism"], **layers),),
+            "mechanisms": (Variant(record["mechanism"], **layers, encoder_dim=record.get("encoder_dim")),),
             "frames": (record["settings"]["frame"],),
             **own,
         }
