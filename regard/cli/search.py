@@ -48,8 +48,20 @@ def search(
             help="Comma-separated, or all; the first is the reference; for all, softmax. Each layer may have any."
         ),
     ] = "softmax,cosformer",
-    dims: Annotated[str, typer.Option(help="Widths to choose from.")] = "32,64",
+    dims: Annotated[str, typer.Option(help="Widths to choose from, in an encoder-decoder on each side.")] = "32,64",
     layers: Annotated[str, typer.Option(help="Numbers of layers to choose from.")] = "2,3,4",
+    encoder_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of layers of an encoder-decoder's encoder to choose from; like --layers when not given."
+        ),
+    ] = None,
+    memory_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of the encoder's last layers that each cross attention reads, to choose from; 1,2 when not given."
+        ),
+    ] = None,
     heads: Annotated[str, typer.Option(help="Numbers of heads to choose from, in each layer.")] = "2,4",
     feed_forward: Annotated[str, typer.Option(help="Feed-forward widths to choose from, in each layer.")] = "64,128",
     steps: Annotated[int, typer.Option(help="Training steps of the supernet, each with four networks.")] = 2000,
@@ -92,6 +104,9 @@ def search(
 ) -> None:
     """Find the best network within a budget: each layer's mechanism, heads and feed-forward width, and width and depth.
 
+    In an encoder-decoder both sides have their own, and each cross attention chooses how many of the encoder's last
+    layers it reads.
+
     One supernet that contains all networks is trained, and some networks are tried with its weights. From these, a
     ranker learns which of two networks is better, and guides the searchers. The best network, and the best with each
     mechanism alone, are trained from scratch, next to the largest network of the first mechanism. The output folder has
@@ -104,6 +119,7 @@ def search(
         regard search --task recall:length=128 --budget "50% flops" --mechanisms softmax,gated_linear,local:window=32
         regard search reviews.csv --budget "300k parameters" --dims 64,96 --layers 2,4,6 --feed-forward 128,256
         regard search --task images photos/ --budget 8ms --searchers evolution,random,optuna
+        regard search articles.jsonl --task summarize:source=text,target=summary --encoder-layers 6 --memory-layers 1,2,3
     """
     from regard.workbench.search.costs import NetworkBudget
     from regard.workbench.search.report import write_page
@@ -147,6 +163,8 @@ def search(
         depths=read_integers("--layers", layers),
         heads=read_integers("--heads", heads),
         feed_forward=read_integers("--feed-forward", feed_forward),
+        encoder_depths=None if encoder_layers is None else read_integers("--encoder-layers", encoder_layers),
+        memory_layers=None if memory_layers is None else read_integers("--memory-layers", memory_layers),
     )
     if not as_json:
         console.print(plain(tasks[0].describe()))
@@ -169,7 +187,7 @@ def search(
         return
     console.print(_table(record))
     for row in record["entrants"]:
-        console.print(Text(f"{row['name']}: {row['plan']}, width {row['network']['dim']}"))
+        console.print(Text(f"{row['name']}: {row['plan']}, {row['width']}"))
     for sentence in record["left_out"]:
         console.print(Text(f"left out: {sentence}", style="dim"))
     console.print()

@@ -1,9 +1,9 @@
 """Costs of networks in parameters, FLOPs or milliseconds, and the budget that they have to keep.
 
-A cost is modelled as a constant per width plus an amount per layer, which is exact for parameters and FLOPs and
-approximate for times. So a few networks are measured, and the amounts that fit them best give the costs of all networks
-in the space. For times this is an estimate: :mod:`regard.workbench.search.run` measures the candidates for the final
-choice as whole networks, next to the reference.
+A cost is modelled as a constant per width (in an encoder-decoder, per pair of widths) plus an amount per layer, which is
+exact for parameters and FLOPs and approximate for times. So a few networks are measured, and the amounts that fit them
+best give the costs of all networks in the space. For times this is an estimate: :mod:`regard.workbench.search.run` measures the
+candidates for the final choice as whole networks, next to the reference.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class CostTable:
 
     Args:
         space: the networks.
-        amounts: by (width, stack, mechanism, heads, feed-forward width) of a layer, and by (width,) for the constant,
-            all given as indices of choices.
+        amounts: by (width, stack, mechanism, heads, feed-forward width, ...) of a layer, and by (width,) for the constant,
+            all given as indices of choices; an encoder-decoder has two widths.
     """
 
     def __init__(self, space: Space, amounts: Mapping[tuple[Any, ...], float]) -> None:
@@ -109,12 +109,12 @@ class CostTable:
 
     @classmethod
     def of(cls, space: Space, measure: Measure) -> CostTable:
-        """Fit the amounts to measurements of the networks in :meth:`design`, by least squares within each width."""
+        """Fit the amounts to measurements of the networks in :meth:`design`, by least squares for each width."""
         networks = cls.design(space)
         costs = np.asarray(measure(networks), dtype=np.float64)
         amounts: dict[tuple[Any, ...], float] = {}
-        for dim in range(len(space.choices.dims)):
-            rows = [i for i, genes in enumerate(networks) if genes[0] == dim]
+        for widths in _widths(space):
+            rows = [i for i, genes in enumerate(networks) if tuple(genes[at] for at in space.widths) == widths]
             parts = [_parts(space, networks[i]) for i in rows]
             names = list(dict.fromkeys(itertools.chain.from_iterable(parts)))
             counts = np.array([[part.count(name) for name in names] for part in parts], dtype=np.float64)
@@ -125,20 +125,18 @@ class CostTable:
     @staticmethod
     def design(space: Space) -> list[Genes]:
         """Networks that determine the amounts: for every width, each kind of layer filling a stack, at two depths."""
-        ends = sorted({0, len(space.choices.depths) - 1})
         found = []
         for stack in space.stacks:
-            kinds = {"mechanism": space.choices.names, "heads": space.choices.heads}
-            kinds |= {"feed_forward": space.choices.feed_forward} if stack.feed_forward else {}
-            for dim, depth in itertools.product(range(len(space.choices.dims)), ends):
-                for chosen in itertools.product(*(range(len(values)) for values in kinds.values())):
-                    numbers = [0] * len(space.genes)
-                    numbers[0], numbers[space.at(stack.depth)] = dim, depth
-                    kind = dict(zip(kinds, chosen, strict=True))
-                    for at, gene in enumerate(space.genes):
-                        if gene.stack == stack.name:
-                            numbers[at] = kind[gene.kind]
-                    found.append(space.canonical(tuple(numbers)))
+            own = {at: gene.kind for at, gene in enumerate(space.genes) if gene.stack == stack.name}
+            choices = {kind: range(len(space.genes[at].choices)) for at, kind in own.items()}
+            depth = space.at(stack.depth)
+            ends = dict.fromkeys((0, len(space.genes[depth].choices) - 1))
+            for widths, end in itertools.product(_widths(space), ends):
+                for chosen in itertools.product(*choices.values()):
+                    layer = dict(zip(choices, chosen, strict=True))
+                    numbers = {at: layer[kind] for at, kind in own.items()}
+                    numbers |= {depth: end} | dict(zip(space.widths, widths, strict=True))
+                    found.append(space.canonical(tuple(numbers.get(at, 0) for at in range(len(space.genes)))))
         return list(dict.fromkeys(found))
 
     def __call__(self, genes: Genes) -> float:
@@ -148,24 +146,29 @@ class CostTable:
         """The network with the lowest cost in a part of the space."""
         best: tuple[float, Genes] | None = None
         depths = [space.at(name) for name in dict.fromkeys(stack.depth for stack in space.stacks)]
-        for dim in space.allowed[0]:
-            for chosen in itertools.product(*(space.allowed[at] for at in depths)):
-                numbers = [left[0] for left in space.allowed]
-                numbers[0] = dim
-                for at, number in zip(depths, chosen, strict=True):
+        outer = [*space.widths, *depths]
+        for chosen in itertools.product(*(space.allowed[at] for at in outer)):
+            numbers = [left[0] for left in space.allowed]
+            for at, number in zip(outer, chosen, strict=True):
+                numbers[at] = number
+            widths = chosen[: len(space.widths)]
+            for places in _layers(space):
+                offered = itertools.product(*(space.allowed[at] for at in places))
+                part = (*widths, space.genes[places[0]].stack)
+                least = min(offered, key=lambda layer, part=part: self.amounts[(*part, *layer)])  # type: ignore[misc]
+                for at, number in zip(places, least, strict=True):
                     numbers[at] = number
-                for places in _layers(space):
-                    offered = itertools.product(*(space.allowed[at] for at in places))
-                    stack = space.genes[places[0]].stack
-                    least = min(offered, key=lambda layer, dim=dim, stack=stack: self.amounts[(dim, stack, *layer)])  # type: ignore[misc]
-                    for at, number in zip(places, least, strict=True):
-                        numbers[at] = number
-                genes = space.canonical(tuple(numbers))
-                cost = self(genes)
-                if best is None or cost < best[0]:
-                    best = cost, genes
+            genes = space.canonical(tuple(numbers))
+            cost = self(genes)
+            if best is None or cost < best[0]:
+                best = cost, genes
         assert best is not None
         return best[1]
+
+
+def _widths(space: Space) -> list[tuple[int, ...]]:
+    """Every choice of the widths, as indices."""
+    return list(itertools.product(*(range(len(space.genes[at].choices)) for at in space.widths)))
 
 
 def _layers(space: Space) -> list[tuple[int, ...]]:
@@ -178,12 +181,12 @@ def _layers(space: Space) -> list[tuple[int, ...]]:
 
 
 def _parts(space: Space, genes: Genes) -> list[tuple[Any, ...]]:
-    """The keys of a network's amounts in a table: the constant of its width, and its layers."""
-    active, dim = space.active(genes), genes[0]
-    found: list[tuple[Any, ...]] = [(dim,)]
+    """The keys of a network's amounts in a table: the constant of its widths, and its layers."""
+    active, widths = space.active(genes), tuple(genes[at] for at in space.widths)
+    found: list[tuple[Any, ...]] = [widths]
     for places in _layers(space):
         if active[places[0]]:
-            found.append((dim, space.genes[places[0]].stack, *(genes[at] for at in places)))
+            found.append((*widths, space.genes[places[0]].stack, *(genes[at] for at in places)))
     return found
 
 

@@ -32,8 +32,8 @@ HIDDEN, STEPS, RATE, DECAY, MEMBERS = 24, 200, 0.02, 0.02, 3
 def features(space: Space, networks: Sequence[Genes]) -> np.ndarray:
     """One row of features per network, float32."""
     genes = np.asarray(networks)  # (networks, genes)
-    depths = np.asarray(space.choices.depths)
-    layers = {stack.name: depths[genes[:, space.at(stack.depth)]] for stack in space.stacks}
+    depths = {stack.name: space.at(stack.depth) for stack in space.stacks}
+    layers = {name: np.asarray(space.genes[at].choices)[genes[:, at]] for name, at in depths.items()}
     shares = {stack.name: np.zeros((len(genes), len(space.choices.mechanisms))) for stack in space.stacks}
     columns = []
     for at, gene in enumerate(space.genes):

@@ -20,7 +20,7 @@ from regard.tasks import Task
 from regard.workbench.plugins import plugin_words
 from regard.workbench.search.costs import CostTable
 from regard.workbench.search.predictor import Judged
-from regard.workbench.search.space import Genes, Space
+from regard.workbench.search.space import DECODER, ENCODER, Genes, Space
 
 if TYPE_CHECKING:
     from regard.workbench.search.run import Search
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 PLAN, REFERENCE = "plan.json", "reference"
-CHOICES = ("dims", "depths", "heads", "feed_forward")
-"""The choices other than mechanisms."""
 
 _COLUMN = {"milliseconds": "ms", "flops": "flops", "parameters": "parameters"}
 _SAID = {"ms": "time", "flops": "FLOPs", "parameters": "parameters"}
@@ -75,8 +73,7 @@ def record_of(search: Search, found: Found) -> Row:
         "unit": unit,
         "limit": found.limit,
         "space": space.size,
-        "choices": {name: list(getattr(search.choices, name)) for name in CHOICES}
-        | {"mechanisms": list(search.choices.names)},
+        "choices": search.of_space,
         "settings": {**asdict(settings), "budget": str(settings.budget)},
         "items": {"choose": search.choosing, "judge": search.items - search.choosing},
         "tried": [
@@ -110,10 +107,10 @@ def _mixture(space: Space, genes: Genes) -> str:
 
 def write_plan(space: Space, genes: Genes, path: Path) -> None:
     """Write the plan as a file that :func:`regard.models.variants.read_variant` can parse."""
-    variant = space.variant(genes)
-    plan: Row = {"name": "found"}
-    for stack, layers in variant.record().items():
-        plan[stack] = [{"mechanism": name, "options": options} for name, options in layers]
+    plan: Row = {"name": "found", **space.variant(genes).record()}
+    for stack in ("layers", ENCODER, DECODER):
+        if stack in plan:
+            plan[stack] = [{"mechanism": name, "options": options} for name, options in plan[stack]]
     text = json.dumps(plan, indent=2) + "\n"
     write_text_atomically(path, text)
 
@@ -151,9 +148,7 @@ def _verdict(search: Search, rows: Sequence[Row], compared: Mapping[str, Row]) -
     winner, reference = rows[0], rows[-1]
     column, metric = _COLUMN[search.settings.budget.unit], search.task.metric
     share = winner[column] / reference[column]
-    told = (
-        f"{winner['plan']} of width {winner['network']['dim']} has {share:.0%} of the {_SAID[column]} of the reference"
-    )
+    told = f"{winner['plan']} ({winner['width']}) has {share:.0%} of the {_SAID[column]} of the reference"
     beside = compared.get(REFERENCE)
     if beside is None:
         return f"{told}; there are no runs of both from scratch to compare."

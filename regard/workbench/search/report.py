@@ -43,7 +43,7 @@ def cells(record: Record, row: Mapping[str, Any]) -> list[str]:
         units.count(row["flops"]),
         units.milliseconds(row["ms"]),
         f"{row['cost'] / reference['cost']:.0%}",
-        f"{row['plan']} (width {row['network']['dim']})",
+        f"{row['plan']} ({row['width']})",
     ]
 
 

@@ -33,7 +33,7 @@ from regard.workbench.comparison.task_models import build
 from regard.workbench.comparison.work import data_digest, rule_after
 from regard.workbench.search.costs import MEASURES, CostTable, count_flops, time_models, worded
 from regard.workbench.search.predictor import KINDS, Judged, Predictor, judge, prune
-from regard.workbench.search.record import CHOICES, REFERENCE, Found, Row, record_of
+from regard.workbench.search.record import REFERENCE, Found, Row, record_of
 from regard.workbench.search.searchers import SEARCHERS
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Genes, Space
@@ -101,10 +101,13 @@ class Search:
             "precision": settings.precision,
             "device": settings.device,
         }
+        self.of_space: dict[str, list[Any]] = {
+            "mechanisms": list(choices.names),
+            **{name: list(values) for name, values in self.space.sizes.items()},
+        }
         self.of_supernet = {
             **self.identity,
-            "mechanisms": list(choices.names),
-            **{name: list(getattr(choices, name)) for name in CHOICES},
+            **self.of_space,
             "steps": settings.steps,
             "seed": settings.seed,
             "share": settings.share,
@@ -150,7 +153,7 @@ class Search:
     # costs
 
     def _table(self, unit: str) -> CostTable:
-        key = {"search": "table", "unit": unit, **{k: self.of_supernet[k] for k in _OF_SPACE}}
+        key = {"search": "table", "unit": unit, **self.of_space, **{k: self.identity[k] for k in _OF_COSTS}}
         if unit == "milliseconds":
             key |= {"machine": provenance.fingerprint()["machine_id"], "threads": torch.get_num_threads()}
 
@@ -348,6 +351,7 @@ class Search:
                 {
                     "name": name,
                     "network": self.space.network(genes).as_dict(),
+                    "width": self.space.network(genes).width,
                     "plan": self.space.variant(genes).name,
                     "genes": list(genes),
                     "inherited": self.inherited(genes),
@@ -421,7 +425,7 @@ class Search:
         return row.payload["value"]
 
 
-_OF_SPACE = ("task", "data", "length", "frame", "device", "mechanisms", *CHOICES)
+_OF_COSTS = ("task", "data", "length", "frame", "device")
 _WORD = {"milliseconds": "time", "flops": "flops", "parameters": "parameters"}
 
 

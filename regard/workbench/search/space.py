@@ -1,9 +1,9 @@
 """The search space: genes, each a choice among a few values, and the models that they encode.
 
-A network has one width, and for each of its stacks a number of layers; each layer has a mechanism, a number of heads
-and, if the stack's blocks have one, a feed-forward network of some hidden width. Genes of layers beyond the number of
-layers are silent: networks that differ only in those are the same, and :meth:`Space.canonical` gives them the same
-genes.
+A network has a width (an encoder-decoder one on each side), and for each of its stacks a number of layers; each layer
+has a mechanism, a number of heads, if the stack's blocks have one a feed-forward network of some hidden width, and in
+cross attention a number of the encoder's last layers that it reads. Genes of layers beyond the number of layers are
+silent: networks that differ only in those are the same, and :meth:`Space.canonical` gives them the same genes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,24 @@ class Stack:
     Attributes:
         name: prefix of its genes' names.
         pattern: pattern of its mechanisms.
-        depth: name of the gene for its number of layers.
-        feed_forward: whether its blocks have a feed-forward network.
+        kinds: kinds of its layers' genes.
+        side: the side of an encoder-decoder whose width and number of layers it has; "" in other networks.
     """
 
     name: str
     pattern: Pattern
-    depth: str = "depth"
-    feed_forward: bool = True
+    kinds: tuple[str, ...] = ("mechanism", "heads", "feed_forward")
+    side: str = ""
+
+    @property
+    def dim(self) -> str:
+        """The name of the gene for its width."""
+        return f"{self.side} dim".lstrip()
+
+    @property
+    def depth(self) -> str:
+        """The name of the gene for its number of layers."""
+        return f"{self.side} depth".lstrip()
 
 
 ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
@@ -52,9 +62,9 @@ def stacks_of(pattern: Pattern) -> tuple[Stack, ...]:
     if pattern is not Pattern.CAUSAL_CROSS:
         return (Stack("layer", pattern),)
     return (
-        Stack(ENCODER, Pattern.NONCAUSAL_SELF, depth="encoder depth"),
-        Stack(DECODER, Pattern.CAUSAL_SELF, feed_forward=False),
-        Stack(CROSS, Pattern.CAUSAL_CROSS),
+        Stack(ENCODER, Pattern.NONCAUSAL_SELF, side=ENCODER),
+        Stack(DECODER, Pattern.CAUSAL_SELF, ("mechanism", "heads"), DECODER),
+        Stack(CROSS, Pattern.CAUSAL_CROSS, ("mechanism", "heads", "feed_forward", "memory_layers"), DECODER),
     )
 
 
@@ -63,9 +73,9 @@ class Gene:
     """One choice in a network.
 
     Attributes:
-        name: its name, such as ``dim``, ``depth`` or ``layer 2 mechanism``.
+        name: its name, such as ``dim``, ``encoder depth`` or ``layer 2 mechanism``.
         choices: the possible values; sizes in ascending order.
-        kind: ``dim``, ``depth``, ``mechanism``, ``heads`` or ``feed_forward``.
+        kind: ``dim``, ``depth``, ``mechanism``, ``heads``, ``feed_forward`` or ``memory_layers``.
         stack: the stack of a layer's gene; "" for other genes.
         layer: the index, from 0, of a layer's gene; -1 for other genes.
     """
@@ -79,26 +89,38 @@ class Gene:
 
 @dataclass(frozen=True)
 class Layer:
-    """The choices for a layer; `feed_forward` is None in stacks without feed-forward networks."""
+    """The choices for a layer; None for those that its stack does not have."""
 
     mechanism: str
     heads: int
-    feed_forward: int | None
+    feed_forward: int | None = None
+    memory_layers: int | None = None
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network as data: its width, and the layers of each stack."""
+    """A network as data: its width, the layers of each stack, and in an encoder-decoder the encoder's width."""
 
     dim: int
     stacks: Mapping[str, tuple[Layer, ...]]
+    encoder_dim: int | None = None
+
+    @property
+    def width(self) -> str:
+        """The widths in words."""
+        if self.encoder_dim in (None, self.dim):
+            return f"width {self.dim}"
+        return f"width {self.encoder_dim} in the encoder, {self.dim} in the decoder"
 
     def as_dict(self) -> dict[str, Any]:
         """The network as data for JSON."""
-        return {
-            "dim": self.dim,
-            **{name: [dataclasses.asdict(layer) for layer in layers] for name, layers in self.stacks.items()},
-        }
+        found = dataclasses.asdict(self)
+        stacks = found.pop("stacks")
+        return _given(found) | {name: [_given(layer) for layer in layers] for name, layers in stacks.items()}
+
+
+def _given(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -107,8 +129,11 @@ class Choices:
 
     Attributes:
         mechanisms: one-layer variants, as parsed by :func:`regard.models.variants.read_variant`.
-        dims, depths, heads, feed_forward: possible sizes: one width per network, one depth per stack, and the others
-            per layer.
+        dims, depths, heads, feed_forward: possible sizes: one width per network (in an encoder-decoder one per side), one
+            depth per stack, and the others per layer.
+        encoder_depths: depths of the encoder of an encoder-decoder; `depths` when None.
+        memory_layers: numbers of the encoder's last layers that each cross attention of an encoder-decoder reads; when
+            None 1, and 2 if all encoders are so deep.
     """
 
     mechanisms: tuple[Variant, ...]
@@ -116,6 +141,8 @@ class Choices:
     depths: tuple[int, ...] = (2, 3, 4)
     heads: tuple[int, ...] = (2, 4)
     feed_forward: tuple[int, ...] = (64, 128)
+    encoder_depths: tuple[int, ...] | None = None
+    memory_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.mechanisms:
@@ -126,16 +153,19 @@ class Choices:
                 raise Unsupported(
                     f"{variant.name} as a choice for one layer", supported="a mechanism, with options or without"
                 )
-            for option in ("num_heads", "feed_forward"):
+            for option in ("num_heads", "feed_forward", "memory_layers"):
                 if option in variant.options:
                     raise Unsupported(
                         f"option {option!r} of {variant.name} in a search, which chooses it",
-                        supported="--heads and --feed-forward",
+                        supported="--heads, --feed-forward and --memory-layers",
                     )
         if len(set(names)) < len(names):
             raise Unsupported(f"mechanisms {', '.join(names)}", supported="each mechanism once")
-        for name in ("dims", "depths", "heads", "feed_forward"):
-            values = tuple(sorted(set(getattr(self, name))))
+        for name in ("dims", "depths", "heads", "feed_forward", "encoder_depths", "memory_layers"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            values = tuple(sorted(set(given)))
             if not values:
                 raise Unsupported(f"no {name}", supported="one or more whole numbers")
             at_least(name, values[0], 1)
@@ -153,6 +183,30 @@ class Choices:
         """The mechanisms to choose from, by name."""
         return tuple(variant.name for variant in self.mechanisms)
 
+    def sizes(self, pattern: Pattern) -> dict[str, tuple[int, ...]]:
+        """The choices other than mechanisms, by name, for the networks of a pattern.
+
+        Raises:
+            Unsupported: for choices that these networks do not have, and more of the encoder's layers than there are.
+        """
+        found = {name: getattr(self, name) for name in ("dims", "depths", "heads", "feed_forward")}
+        if pattern is not Pattern.CAUSAL_CROSS:
+            for name in ("encoder_depths", "memory_layers"):
+                if getattr(self, name) is not None:
+                    raise Unsupported(
+                        f"{name}={getattr(self, name)} in a search among networks of {pattern.value}",
+                        supported="tasks that read a memory and write tokens",
+                    )
+            return found
+        depths = self.depths if self.encoder_depths is None else self.encoder_depths
+        read = tuple(n for n in (1, 2) if n <= depths[0]) if self.memory_layers is None else self.memory_layers
+        if read[-1] > depths[0]:
+            raise Unsupported(
+                f"cross attention to the last {read[-1]} layers of an encoder of {depths[0]}",
+                supported=f"--memory-layers up to {depths[0]}, the least --encoder-layers",
+            )
+        return found | {"encoder_depths": depths, "memory_layers": read}
+
 
 class Space:
     """The networks for a task that some choices span.
@@ -164,8 +218,10 @@ class Space:
         allowed: for each gene the indices of the choices that are left; all when None.
 
     Attributes:
-        genes: one for the width; then one depth for each stack (stacks may share one); then for each layer the
-            mechanism, the heads and the feed-forward width.
+        sizes: the choices other than mechanisms, by the names of :class:`Choices`.
+        genes: one width, or in an encoder-decoder one for each side; then one depth for each stack (stacks may share
+            one); then those of each layer.
+        widths: indices of the genes for widths.
     """
 
     def __init__(
@@ -180,17 +236,20 @@ class Space:
         for stack, variant in itertools.product(self.stacks, choices.mechanisms):
             for card in variant.cards:
                 card.require_pattern(stack.pattern)
-        genes = [Gene("dim", choices.dims, "dim")]
-        for depth in dict.fromkeys(stack.depth for stack in self.stacks):
-            genes.append(Gene(depth, choices.depths, "depth"))
-        for stack, layer in itertools.product(self.stacks, range(choices.depths[-1])):
-            offered: dict[str, tuple[Any, ...]] = {"mechanism": choices.names, "heads": choices.heads}
-            if stack.feed_forward:
-                offered["feed_forward"] = choices.feed_forward
-            genes += [
-                Gene(f"{stack.name} {layer + 1} {kind}", values, kind, stack.name, layer)
-                for kind, values in offered.items()
-            ]
+        self.sizes = choices.sizes(task.pattern)
+        offered: dict[str, tuple[Any, ...]] = {"mechanism": choices.names, **self.sizes}
+        genes = [Gene(dim, choices.dims, "dim") for dim in dict.fromkeys(stack.dim for stack in self.stacks)]
+        self.widths = tuple(range(len(genes)))
+        depths = {
+            stack.depth: offered["encoder_depths" if stack.name == ENCODER else "depths"] for stack in self.stacks
+        }
+        genes += [Gene(depth, values, "depth") for depth, values in depths.items()]
+        genes += [
+            Gene(f"{stack.name} {layer + 1} {kind}", offered[kind], kind, stack.name, layer)
+            for stack in self.stacks
+            for layer in range(depths[stack.depth][-1])
+            for kind in stack.kinds
+        ]
         self.genes = tuple(genes)
         self.allowed = tuple(tuple(range(len(g.choices))) for g in genes) if allowed is None else tuple(allowed)
         self._at = {gene.name: i for i, gene in enumerate(self.genes)}
@@ -201,7 +260,7 @@ class Space:
         return self._at[name]
 
     def active(self, genes: Genes) -> tuple[bool, ...]:
-        """Whether each gene counts: those for the width, the depths, and the existing layers do."""
+        """Whether each gene counts: those for the widths, the depths, and the existing layers do."""
         return tuple(gene.layer < 0 or gene.layer < self._depth(genes, gene.stack) for gene in self.genes)
 
     def canonical(self, genes: Genes) -> Genes:
@@ -215,17 +274,15 @@ class Space:
 
     def network(self, genes: Genes) -> Network:
         """Decode the genes."""
-        stacks = {}
-        for stack in self.stacks:
-            layers = []
-            for layer in range(self._depth(genes, stack.name)):
-                chosen = {
-                    kind: self._chosen(genes, f"{stack.name} {layer + 1} {kind}") for kind in ("mechanism", "heads")
-                }
-                width = self._chosen(genes, f"{stack.name} {layer + 1} feed_forward") if stack.feed_forward else None
-                layers.append(Layer(**chosen, feed_forward=width))
-            stacks[stack.name] = tuple(layers)
-        return Network(self._chosen(genes, "dim"), stacks)
+        stacks = {
+            stack.name: tuple(
+                Layer(**{kind: self._chosen(genes, f"{stack.name} {layer + 1} {kind}") for kind in stack.kinds})
+                for layer in range(self._depth(genes, stack.name))
+            )
+            for stack in self.stacks
+        }
+        first, last = (self._chosen(genes, self.stacks[at].dim) for at in (0, -1))
+        return Network(last, stacks, first if len(self.widths) > 1 else None)
 
     def genes_of(self, network: Network) -> Genes:
         """The canonical genes of a network; the inverse of :meth:`network`.
@@ -233,7 +290,7 @@ class Space:
         Raises:
             Unsupported: for a network that is not in this space.
         """
-        wanted: dict[str, Any] = {"dim": network.dim}
+        wanted: dict[str, Any] = {f"{ENCODER} dim": network.encoder_dim, self.stacks[-1].dim: network.dim}
         for stack in self.stacks:
             layers = network.stacks.get(stack.name, ())
             wanted[stack.depth] = len(layers)
@@ -266,11 +323,11 @@ class Space:
     @property
     def size(self) -> int:
         """The number of networks in the space."""
-        count = len(self.allowed[self.at("dim")])
+        count = math.prod(len(self.allowed[at]) for at in self.widths)
         for depth in dict.fromkeys(stack.depth for stack in self.stacks):
             total = 0
             for number in self.allowed[self.at(depth)]:
-                layers = self.choices.depths[number]
+                layers = self.genes[self.at(depth)].choices[number]
                 total += math.prod(
                     len(left)
                     for gene, left in zip(self.genes, self.allowed, strict=True)
@@ -304,22 +361,26 @@ class Space:
 
     def corners(self) -> Iterator[Genes]:
         """Networks of the largest depth and feed-forward width that together have each mechanism in each layer, with
-        each number of heads and each width."""
+        each number of heads and of the memory's layers, and each width on each side."""
         of = {
-            kind: next(len(g.choices) for g in self.genes if g.kind == kind) for kind in ("dim", "mechanism", "heads")
+            gene.kind: len(gene.choices) for gene in self.genes if gene.kind in ("mechanism", "heads", "memory_layers")
         }
+        of |= {self.genes[at].name: len(self.genes[at].choices) for at in self.widths}
         for chosen in itertools.product(*(range(count) for count in of.values())):
             numbers = dict(zip(of, chosen, strict=True))
-            yield tuple(numbers.get(gene.kind, len(gene.choices) - 1) for gene in self.genes)
+            most = (numbers.get(gene.kind, len(gene.choices) - 1) for gene in self.genes)
+            yield tuple(numbers.get(gene.name, number) for gene, number in zip(self.genes, most, strict=True))
 
     def uniform(self, mechanism: str) -> Genes:
-        """The largest network with a single mechanism, and with the most heads."""
-        number = self.choices.names.index(mechanism)
-        return tuple(number if g.kind == "mechanism" else len(g.choices) - 1 for g in self.genes)
+        """The largest network with a single mechanism, and with the most heads; like the Transformer, its cross attention
+        reads the fewest of the encoder's last layers."""
+        numbers = {"mechanism": self.choices.names.index(mechanism), "memory_layers": 0}
+        return tuple(numbers.get(gene.kind, len(gene.choices) - 1) for gene in self.genes)
 
     def variant(self, genes: Genes) -> Variant:
-        """The network's plan, without its width."""
-        stacks = {name: self._plan(layers) for name, layers in self.network(genes).stacks.items()}
+        """The network's plan, without its width (but with that of an encoder-decoder's encoder)."""
+        network = self.network(genes)
+        stacks = {name: self._plan(layers) for name, layers in network.stacks.items()}
         if len(stacks) == 1:
             ((layers),) = stacks.values()
             return Variant(written_layers(layers), layers)
@@ -328,6 +389,7 @@ class Space:
             stacks[CROSS],
             encoder=stacks[ENCODER],
             decoder=stacks[DECODER],
+            encoder_dim=network.encoder_dim,
         )
 
     def config(self, genes: Genes) -> Any:
@@ -336,14 +398,14 @@ class Space:
         return model_config(self.variant(genes), self.task, settings, settings.frames[0])
 
     def sized(self, genes: Genes) -> CompareSettings:
-        """The settings with the network's width and depth."""
+        """The settings with the network's width and depth (the decoder's, in an encoder-decoder)."""
         network, last = self.network(genes), self.stacks[-1].name
         layers = network.stacks[last]
         return dataclasses.replace(self.settings, dim=network.dim, layers=len(layers), heads=layers[0].heads)
 
     def describe(self, genes: Genes) -> str:
         """A one-line description of a network."""
-        return f"{self.variant(genes).name} (width {self.network(genes).dim})"
+        return f"{self.variant(genes).name} ({self.network(genes).width})"
 
     def _plan(self, layers: Sequence[Layer]) -> Layers:
         by_name = {variant.name: variant.layers[0] for variant in self.choices.mechanisms}
@@ -353,11 +415,14 @@ class Space:
             sizes: dict[str, Any] = {"num_heads": layer.heads}
             if layer.feed_forward is not None:
                 sizes["feed_forward"] = layer.feed_forward
+            if layer.memory_layers not in (None, 1):
+                sizes["memory_layers"] = layer.memory_layers
             plan.append((name, {**options, **sizes}))
         return tuple(plan)
 
     def _depth(self, genes: Genes, stack: str) -> int:
-        return self.choices.depths[genes[self._depth_of[stack]]]
+        at = self._depth_of[stack]
+        return self.genes[at].choices[genes[at]]
 
     def _depth_name(self, stack: str) -> str:
         return next(one.depth for one in self.stacks if one.name == stack)

@@ -80,7 +80,7 @@ class Supernet(nn.Module):
         if sliced and self.share:
             return plain
         mechanism = block.mixer.card.name if isinstance(block.mixer, AttentionLayer) else block.entry[0]
-        options = {k: v for k, v in block.entry[1].items() if k not in ("num_heads", "feed_forward")}
+        options = {k: v for k, v in block.entry[1].items() if k not in ("num_heads", "feed_forward", "memory_layers")}
         own = f"{plain}|{mechanism}{sorted(options.items())}".replace(".", ",")
         return own if sliced else f"{own}|{'x'.join(map(str, model.get_parameter(name).shape))}"
 

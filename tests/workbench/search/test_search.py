@@ -1,10 +1,12 @@
 """Architecture search (arXiv 2207.13955): supernet, ranker, searchers, budget, and a whole search on a small task."""
 
+import dataclasses
 import json
 import random
 import shlex
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from regard.workbench.comparison.task_models import build, model_config
 from regard.workbench.comparison.work import Work
 from regard.workbench.search.costs import MEASURES, CostTable, NetworkBudget, count_flops, flops, parameters
 from regard.workbench.search.predictor import Predictor, features, judge, kendall_tau, pair_accuracy, prune
-from regard.workbench.search.record import task_in_words
+from regard.workbench.search.record import task_in_words, write_plan
 from regard.workbench.search.run import Search
 from regard.workbench.search.searchers import SEARCHERS, check_searchers
 from regard.workbench.search.settings import SearchSettings
@@ -36,10 +38,12 @@ from regard.workbench.search.supernet import Supernet
 EXAMPLES = Path(__file__).parents[3] / "docs/examples/mechanisms"
 RECALL = create_task("recall", length=20, pairs=3, queries=8, evaluation_items=24)
 SIZES = {"dims": (8, 16), "depths": (1, 2), "heads": (1, 2), "feed_forward": (8, 16)}
+READING = {"encoder_depths": (2, 3), "memory_layers": (1, 2)}
 
 
 def space(mechanisms="softmax,cosformer", task=RECALL, **sizes):
     variants = tuple(read_variants(mechanisms))
+    sizes = (READING if task.memory_length else {}) | sizes
     settings = SearchSettings(NetworkBudget("flops", 0.6, True)).models(task, variants)
     return Space(task, Choices(variants, **{**SIZES, **sizes}), settings)
 
@@ -93,17 +97,53 @@ def test_genes_to_network_to_genes_is_the_identity_and_every_network_is_counted_
 
 
 def test_an_encoder_decoder_has_genes_for_each_attention_of_each_layer(pairs):
-    """With six layers on each side as in the paper, 18 attentions have a mechanism and heads, 12 layers a network width."""
-    one = space(task=pairs, depths=(1, 6))
-    kinds = [gene.kind for gene in one.genes]
-    assert [kinds.count(kind) for kind in ("mechanism", "heads", "feed_forward", "dim", "depth")] == [18, 18, 12, 1, 2]
-    genes = drawn(one, 1)[0]
-    config = one.config(genes)
-    assert one.genes_of(one.network(genes)) == genes
-    layers = one.network(genes).stacks
+    """In the paper's space 18 attentions have a mechanism and heads, 12 layers a network width, 6 cross attentions a number
+    of encoder layers, and both sides a width and a depth: 40 genes and 18 mechanisms."""
+    one = space(task=pairs, depths=(1, 2, 3, 4, 5, 6), encoder_depths=(6,), memory_layers=(1, 2, 3))
+    counts = Counter(gene.kind for gene in one.genes)
+    assert counts == {"mechanism": 18, "heads": 18, "feed_forward": 12, "memory_layers": 6, "dim": 2, "depth": 2}
+    wanted = {"decoder dim": 1, "decoder depth": 5}
+    kinds = {"mechanism": lambda gene: 1, "memory_layers": lambda gene: gene.layer % 3}
+    genes = tuple(wanted.get(g.name, kinds.get(g.kind, lambda gene: 0)(g)) for g in one.genes)
+    config, network = one.config(genes), one.network(genes)
+    assert one.genes_of(network) == genes
+    assert (config.dim, config.encoder_dim) == (network.dim, network.encoder_dim) and config.dim != config.encoder_dim
+    layers = network.stacks
+    assert [options.get("memory_layers", 1) for _, options in config.cross_plan] == [1, 2, 3] * 2
+    assert [options["length"] for _, options in config.cross_plan] == [24, 48, 72] * 2
     for plan, stack in (("encoder_plan", "encoder"), ("decoder_plan", "decoder"), ("cross_plan", "cross")):
         told = [(name, options["num_heads"]) for name, options in getattr(config, plan)]
         assert told == [(layer.mechanism, layer.heads) for layer in layers[stack]]
+
+
+def test_each_side_of_an_encoder_decoder_is_chosen_and_fixed_by_itself(pairs):
+    sizes = {"depths": (1,), "encoder_depths": (2,), "heads": (1,), "feed_forward": (8,)}
+    one = space(task=pairs, **sizes)
+    every = list(one.every())
+    assert len(set(every)) == len(every) == one.size == 4 * 2**4 * 2
+    assert all(one.genes_of(one.network(genes)) == genes for genes in every)
+    assert len({one.describe(genes) for genes in every}) == one.size
+    assert len({row.tobytes() for row in features(one, every)}) == one.size
+    fixed = one.restricted({"decoder dim": (1,)})
+    assert {(g.dim, g.encoder_dim) for g in map(fixed.network, fixed.every())} == {(16, 8), (16, 16)}
+
+
+def test_the_reference_reads_the_fewest_layers_of_the_encoder_and_the_largest_network_the_most(pairs):
+    one = space(task=pairs)
+    for genes, read in ((one.uniform("softmax"), 1), (one.extreme(random.Random(0), largest=True), 2)):
+        network = one.network(genes)
+        assert [layer.memory_layers for layer in network.stacks["cross"]] == [read] * 2
+        assert (network.dim, network.encoder_dim, len(network.stacks["encoder"])) == (16, 16, 3)
+
+
+def test_a_plan_file_builds_the_network_that_was_found(pairs, tmp_path):
+    one = space(task=pairs)
+    for genes in dict.fromkeys(cases(one)):
+        write_plan(one, genes, tmp_path / "plan.json")
+        variant = read_variant(str(tmp_path / "plan.json"))
+        assert model_config(variant, pairs, one.sized(genes), "bare") == one.config(genes)
+    with pytest.raises(Unsupported, match="width of the encoder, on the task recall"):
+        model_config(dataclasses.replace(variant, encoder=(), decoder=()), RECALL, one.sized(genes), "bare")
 
 
 def test_the_reach_of_a_mechanism_is_the_length_of_the_task():
@@ -164,6 +204,19 @@ def test_a_matrix_of_several_projections_is_not_cut_and_mechanisms_may_have_proj
     assert len([key for key in whole.tensors if key.startswith("blocks/0/mixer/query")]) == 2  # mamba2 has no queries
 
 
+def test_parameters_that_are_not_cut_are_there_for_each_pair_of_widths_whatever_the_layers_read(pairs):
+    one = space("mamba2,gated_linear", task=pairs, depths=(1,), encoder_depths=(2,), feed_forward=(8,))
+    supernet, at = Supernet(one, 0), one.at("cross 1 memory_layers")
+    for genes in dict.fromkeys(cases(one)):
+        found = supernet.slices(genes)
+        assert {n: p.shape for n, p in supernet.model(genes).named_parameters()} == {
+            n: t.shape for n, t in found.items()
+        }
+        others = (supernet.model((*genes[:at], n, *genes[at + 1 :])) for n in (0, 1))
+        first, second = ([supernet.key(model, name) for name, _ in model.named_parameters()] for model in others)
+        assert first == second
+
+
 def test_a_step_trains_the_largest_the_smallest_and_drawn_networks_by_the_mean_of_their_losses():
     one = space()
     supernet = Supernet(one, 5)
@@ -191,7 +244,8 @@ def test_a_stand_alone_copy_is_what_the_supernet_computes():
 
 
 def test_costs_of_layers_add_up_to_those_of_networks(task):
-    one = space(task=task, dims=(8,), heads=(1,))
+    sizes = {"feed_forward": (8,)} if task.memory_length else {"dims": (8,)}
+    one = space(task=task, heads=(1,), **sizes)
     for measure in (parameters, flops):
         table = CostTable.of(one, lambda networks, measure=measure: measure(one, networks))
         networks = drawn(one, 3)
@@ -215,13 +269,29 @@ def test_flops_hold_the_projections_and_agree_with_hooks():
     assert count_flops(model, RECALL) == pytest.approx(sum(counted) + attention, rel=0.01)
 
 
-def test_the_cheapest_network_costs_least():
+def test_the_cheapest_network_costs_least(pairs):
     one = space()
-    table = CostTable.of(one, lambda networks: parameters(one, networks))
-    for part in (one, one.restricted({"mechanism": (1,)}), one.restricted({"dim": (1,), "layer 1 heads": (1,)})):
-        cheapest = table.cheapest(part)
-        assert part.holds(cheapest)
-        assert table(cheapest) == pytest.approx(min(map(table, part.every())))
+    reading = space(task=pairs, depths=(1,), encoder_depths=(2,), heads=(1,), feed_forward=(8,))
+    cases = (
+        (one, parameters, ({}, {"mechanism": (1,)}, {"dim": (1,), "layer 1 heads": (1,)})),
+        (reading, flops, ({}, {"encoder dim": (1,), "cross 1 memory_layers": (1,)})),
+    )
+    for whole, measure, parts in cases:
+        table = CostTable.of(whole, lambda networks, whole=whole, measure=measure: measure(whole, networks))
+        for part in map(whole.restricted, parts):
+            cheapest = table.cheapest(part)
+            assert part.holds(cheapest)
+            assert table(cheapest) == pytest.approx(min(map(table, part.every())))
+
+
+def test_reading_more_of_the_encoder_costs_operations_and_no_parameters(pairs):
+    one = space("softmax", task=pairs)
+    least = one.uniform("softmax")
+    more = tuple(1 if gene.kind == "memory_layers" else n for gene, n in zip(one.genes, least, strict=True))
+    assert parameters(one, [least]) == parameters(one, [more])
+    counts, (m, n) = flops(one, [least, more]), (24, 16)
+    keys = 2 * 2 * m * 16 * 16 * 2  # in each of two layers 24 more tokens, two projections, 16 x 16 weights
+    assert counts[1] - counts[0] == keys + 2 * 2 * 2 * m * n * 16
 
 
 @pytest.mark.parametrize(
@@ -336,6 +406,23 @@ def test_evolution_is_never_worse_than_what_it_starts_with_and_keeps_to_what_is_
     assert all(one.holds(genes) for genes, _ in found.best)
 
 
+@pytest.mark.parametrize("name", ["evolution", "optuna"])
+def test_a_searcher_changes_widths_and_encoder_layers(name, pairs):
+    """From the smallest of both, on a score that knows nothing else."""
+    if name == "optuna":
+        pytest.importorskip("optuna")
+    one = space(task=pairs, depths=(2,))
+    worth = [at for at, gene in enumerate(one.genes) if gene.kind in ("dim", "memory_layers")]
+    start = one.canonical((0,) * len(one.genes))
+
+    def score(networks):
+        return np.array([float(sum(genes[at] for at in worth)) for genes in networks])
+
+    found = SEARCHERS[name](one, score, lambda _: True, 60, 0, [start])
+    assert found.best[0][1] == len(worth) == 4
+    assert all(one.genes_of(one.network(genes)) == genes for genes, _ in found.best)
+
+
 def test_optuna_that_is_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(Unsupported, match=r"regard\[search\]"):
@@ -398,6 +485,25 @@ def test_a_search_leads_to_a_plan_that_train_and_compare_take_and_goes_on_where_
 
     command = found["commands"][0].replace("'3 steps'", "'20 steps'")
     trained = answer(capsys, command.removeprefix("regard ") + " --batch-tokens 60 --output", tmp_path / "trained")
+    assert trained["parameters"] == winner["parameters"]
+
+
+@pytest.mark.usefixtures("quick_ranker")
+def test_a_search_among_encoder_decoders_leads_to_a_plan_that_train_takes(capsys, tmp_path, pairs):
+    sizes = (
+        "--mechanisms softmax --dims 8,16 --layers 1 --heads 1 --feed-forward 8 --encoder-layers 2 --memory-layers 2"
+    )
+    short = "--steps 2 --batch-tokens 60 --networks 10 --evaluations 10 --finalists 1 --retrain 0"
+    line = f"search {task_in_words(pairs)} {sizes} {short} --rounds 1 --budget '150% flops'"
+    found = answer(capsys, line, "--output", tmp_path / "search")
+    winner = found["entrants"][0]
+    assert found["choices"]["memory_layers"] == [2] and found["choices"]["encoder_depths"] == [2]
+    assert {layer["memory_layers"] for layer in winner["network"]["cross"]} == {2}
+    plan = json.loads((tmp_path / "search" / "plan.json").read_text())
+    assert plan["encoder_dim"] == winner["network"]["encoder_dim"]
+    assert winner["width"] in (tmp_path / "search" / "search.html").read_text()
+    command = found["commands"][0].removeprefix("regard ")
+    trained = answer(capsys, command + " --batch-tokens 60 --output", tmp_path / "trained")
     assert trained["parameters"] == winner["parameters"]
 
 
@@ -511,6 +617,9 @@ def test_finalists_that_take_too_long_whole_are_dropped(tmp_path, monkeypatch):
     [
         ("--mechanisms softmax+local", "as a choice for one layer"),
         ("--mechanisms softmax:num_heads=2", "--heads"),
+        ("--mechanisms softmax:memory_layers=2", "--memory-layers"),
+        ("--memory-layers 1,2", "read a memory"),
+        ("--encoder-layers 2", "read a memory"),
         ("--mechanisms softmax,softmax", "each mechanism once"),
         ("--dims 10 --heads 4", "--dims 12"),
         ("--networks 3", "networks"),
@@ -534,3 +643,9 @@ def test_a_record_is_json(capsys, tmp_path):
     assert "no runs of both from scratch" in found["verdict"]
     assert [row["name"] for row in found["entrants"]] == ["found", "reference"]
     assert json.loads(json.dumps(found)) == found
+
+
+def test_more_encoder_layers_than_there_are_cannot_be_read(pairs):
+    with pytest.raises(Unsupported, match="last 3 layers of an encoder of 2"):
+        space(task=pairs, memory_layers=(1, 3))
+    assert space(task=pairs, encoder_depths=None, memory_layers=None).sizes["memory_layers"] == (1,)
