@@ -241,9 +241,16 @@ def test_every_cell_is_shown_in_the_report():
     reproduction = study.make(chosen)
     cells = {(name, 0): run_cell(reproduction, setting, 0) for name, setting in reproduction.smoke_settings().items()}
     shown = study.sections(chosen, cells)
-    assert [len(part.rows) > 0 for part in shown] == [True] * 5
-    learners = [row["learner"] for row in shown[0].rows]
-    assert learners == ["softmax", "linear", "softmax, of the context"]
+    assert [len(part.rows) > 0 for part in shown] == [True] * 6
+    for part in shown[:2]:
+        assert [row["learner"] for row in part.rows] == ["softmax", "linear", "softmax, of the context"]
+    alike, trained = shown[1].rows[1], cells["learner linear", 0]
+    assert (alike["cosine"], alike["norm of the difference"]) == (trained["cosines"][-1], trained["slopes"][-1])
+    assert (alike["untrained cosine"], alike["untrained norm"]) == (trained["cosines"][0], trained["slopes"][0])
+    assert [list(one.curves["linear"])[-1][1] for one in shown[1].pictures] == [
+        alike["cosine"],
+        alike["norm of the difference"],
+    ]
     record = opened(study, chosen, None) | {"sections": [part.plain() for part in shown]}
     page = render_study(record)
     assert "Over the paper&#39;s bound" in page or "Over the paper's bound" in page

@@ -14,40 +14,29 @@ OTHERS = ("one step", "descent 2", "descent 5", "descent 20", "newton", "uniform
 
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
-    """Learners first, then bounds, extremes, solvers and derivatives; only those that have cells."""
-    return [
-        part
-        for part in (_learning(cells), _bounds(cells), _extreme(cells), _solvers(cells), _derivatives(cells))
-        if part.rows or part.pictures
-    ]
+    """Learners and their sensitivities first, then bounds, extremes, solvers and derivatives; only those that have
+    cells."""
+    parts = (_learning, _sensitivities, _bounds, _extreme, _solvers, _derivatives)
+    return [part for part in (one(cells) for one in parts) if part.rows or part.pictures]
 
 
 def _learning(cells: Cells) -> Section:
-    names = list(dict.fromkeys(setting.removeprefix(LEARNER) for setting, _ in cells if setting.startswith(LEARNER)))
+    names = _learners(cells)
     rows = [
         {
             "learner": name,
             **{word: mean(cells, LEARNER + name, word) for word in ("loss", "one step", "uniform")},
             "loss over the step's": _over(mean(cells, LEARNER + name, "loss"), mean(cells, LEARNER + name, "one step")),
-            "cosine": mean(cells, LEARNER + name, "cosine"),
             "difference": mean(cells, LEARNER + name, "difference"),
             "untrained difference": mean(cells, LEARNER + name, "untrained difference"),
         }
         for name in names
     ]
     pictures = [
-        Curves(
-            caption,
-            "training step",
-            axis,
-            {name: _over_training(cells, name, which) for name in names},
-            log_x=True,
-            rising=up,
-        )
-        for caption, axis, which, up in (
+        _over_training(cells, *one)
+        for one in (
             ("Loss of the layers", "|answer - target|² / 2", "losses", False),
             ("Difference from one step of gradient descent", "|answer - step's answer|", "differences", False),
-            ("Cosine of the sensitivities to the query", "cosine", "cosines", True),
         )
     ]
     others = {word: mean(cells, LEARNER + "softmax", word) for word in (*OTHERS, "one step, rate untuned")}
@@ -60,9 +49,46 @@ def _learning(cells: Cells) -> Section:
     return Section("Layers that learn beside one step of gradient descent", says, pictures if names else (), rows)
 
 
-def _over_training(cells: Cells, name: str, which: str) -> list[tuple[float, float | None]]:
-    moments = means(cells, LEARNER + name, "moments")
-    return [(at, value) for at, value in zip(moments, means(cells, LEARNER + name, which), strict=True) if at > 0]
+def _sensitivities(cells: Cells) -> Section:
+    names = _learners(cells)
+    rows = []
+    for name in names:
+        cosines, slopes = (means(cells, LEARNER + name, which) for which in ("cosines", "slopes"))
+        rows.append(
+            {
+                "learner": name,
+                "cosine": cosines[-1],
+                "untrained cosine": cosines[0],
+                "norm of the difference": slopes[-1],
+                "untrained norm": slopes[0],
+            }
+        )
+    pictures = [
+        _over_training(cells, *one)
+        for one in (
+            ("Cosine of the sensitivities to the query", "cosine", "cosines", True),
+            ("Difference of the sensitivities to the query", "norm", "slopes", False),
+        )
+    ]
+    says = (
+        "A sensitivity is the gradient, with respect to a query, of the answer to it: how the answer would follow if the query moved. "
+        "That of each layer beside that of one step of gradient descent at its best rate: the cosine between them, and the norm of their "
+        "difference; means over tasks."
+    )
+    return Section("Sensitivities to the query beside one step's", says, pictures if names else (), rows)
+
+
+def _learners(cells: Cells) -> list[str]:
+    return list(dict.fromkeys(setting.removeprefix(LEARNER) for setting, _ in cells if setting.startswith(LEARNER)))
+
+
+def _over_training(cells: Cells, caption: str, axis: str, which: str, rising: bool) -> Curves:
+    """A picture of all learners over their training."""
+    curves = {}
+    for name in _learners(cells):
+        moments, values = (means(cells, LEARNER + name, one) for one in ("moments", which))
+        curves[name] = [(at, value) for at, value in zip(moments, values, strict=True) if at > 0]
+    return Curves(caption, "training step", axis, curves, log_x=True, rising=rising)
 
 
 def _bounds(cells: Cells) -> Section:
