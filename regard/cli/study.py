@@ -68,6 +68,7 @@ def study(
         regard study attention-passes my_cascade.txt my_machine.yaml
         regard study attention-passes my_cascade.txt edge this-processor
         regard study training-dynamics my_corpus.txt
+        regard study training-dynamics my_corpus.txt --mechanisms sigmoid,local:window=8
         regard study cab --plugin my_module.py:MyAttention
         regard study in-context-functions --plugin my_mechanism.py --mechanisms softmax,my_mechanism --json
     """
@@ -75,7 +76,11 @@ def study(
     from regard.reproductions import plan
     from regard.studies import get_study, list_studies, opened
 
-    entered = enter_plugins(plugin).mechanisms
+    entered = enter_plugins(plugin)
+    if len(entered.mechanisms) < len(entered.files):
+        raise Unsupported(
+            "a plugin without a mechanism in regard study", supported="a file with a MECHANISM, or file.py:Class"
+        )
     sweeps = sweep_of(engine, address, plugin)
     if name is None:
         found = [get_study(one) for one in list_studies()]
@@ -93,7 +98,7 @@ def study(
         emit({"studies": told}) if as_json else _tell_list(told)
         return
     asked = get_study(name)
-    chosen = asked.choose(preset, mechanisms, data or (), entered)
+    chosen = asked.choose(preset, mechanisms, data or (), entered.mechanisms)
     seconds = _seconds(budget)
     folder = Path(asked.folder) if output is None else output
     if not table:

@@ -19,7 +19,7 @@ from regard.studies.framework.report import render_study
 from regard.workbench.reports.section_pages import cell, draw
 from regard.workbench.reports.sections import section
 
-TRAINING_DYNAMICS = get_study("training-dynamics")
+WIDE_ATTENTION = get_study("wide-attention")
 
 
 @pytest.fixture
@@ -105,8 +105,16 @@ def test_a_plugin_enters_by_its_flag_alone_beside_the_study_s_own(capsys, exampl
     finally:
         unregister("Sums")
     assert told["entered"] == ["softmax", "linear", "Sums"] and ("Sums", 0) in example
-    with pytest.raises(Unsupported, match=r"it is not about them; try regard train .*--monitor attention"):
-        TRAINING_DYNAMICS.choose(entered=["Sums"])
+    with pytest.raises(Unsupported, match="Sums in wide-attention; supported: no mechanisms: it is not about them"):
+        WIDE_ATTENTION.choose(entered=["Sums"])
+
+
+def test_a_plugin_that_is_no_mechanism_is_refused(capsys, example, tmp_path):
+    file = tmp_path / "task.py"
+    file.write_text("TASK = object()\n")
+    code, _, said = run(capsys, f"study an-example --plugin {file} --output", tmp_path / "out")
+    assert code == 2 and "a plugin without a mechanism" in " ".join(said.split())
+    assert not example and not (tmp_path / "out").exists()
 
 
 def test_the_list_tells_which_files_a_study_takes(capsys):

@@ -1,4 +1,4 @@
-"""Every cell of every study's smallest preset, from the command line, with a user's mechanism if the study takes mechanisms
+"""Every cell of every study's smallest preset, from the command line, with a user's mechanism
 (cab, which takes a third of the time, only in `make test-all`)."""
 
 import os
@@ -29,7 +29,7 @@ ENTER = {
     "cab": "softmax,rectified",
     "in-context-functions": "softmax,gated_linear,rectified",
     "softmax-regression": "softmax,linear,rectified",
-    "training-dynamics": "",
+    "training-dynamics": "softmax,rectified",
 }
 
 SHORTER = {
@@ -63,12 +63,12 @@ def test_a_tiny_preset_runs_whole_and_shows_the_mechanism_of_the_user(capsys, tm
         for sizes, fewer in SHORTER.get(name, []):
             monkeypatch.setitem(sizes, "tiny", sizes["tiny"] | fewer)
     line = f"study {name} --preset tiny --output {tmp_path}"
-    line += f" --plugin {PLUGIN} --mechanisms {ENTER[name]}" if ENTER[name] else ""
+    line += f" --plugin {PLUGIN} --mechanisms {ENTER[name]}"
     found = told(answer, capsys, line)
     assert found["done"] == found["planned"] > 0 and not found["missing"]
     judged = [*found["findings"], *found["needs"]]
     assert judged and all(one["seeds"] >= 2 and one["mean"] is not None for one in judged)
-    assert "rectified" in str([part["rows"] for part in found["sections"]]) or not ENTER[name]
+    assert "rectified" in str([part["rows"] for part in found["sections"]])
     page = (tmp_path / f"{name}.html").read_text()
     assert page.count("<svg") >= 2 and page.count("<table") >= sum(bool(part["rows"]) for part in found["sections"])
     monkeypatch.delattr(runs, "run_cell")
@@ -76,7 +76,7 @@ def test_a_tiny_preset_runs_whole_and_shows_the_mechanism_of_the_user(capsys, tm
 
 
 def test_a_study_that_is_not_about_mechanisms_says_so(capsys, tmp_path):
-    line = f"study training-dynamics --plugin {PLUGIN} --mechanisms rectified --output {tmp_path / 'none'}"
+    line = f"study wide-attention --plugin {PLUGIN} --mechanisms rectified --output {tmp_path / 'none'}"
     code, _, said = told(run, capsys, line)
     assert code == 2 and "it is not about them" in " ".join(said.split())
     assert not (tmp_path / "none").exists()

@@ -1,6 +1,7 @@
 """The study of scan and snap: facts, exact gradients, the conservation law, the limit, findings, and the report."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from command_line import answer, run
 from support import close, load, refused
 from torch.nn import functional as F
 
+from regard import catalogue
 from regard.reproductions.framework.runs import run_cell
 from regard.studies import get_study
 from regard.studies.framework.protocol import opened
@@ -17,6 +19,8 @@ from regard.studies.training_dynamics.cells import FORMS, exactness, figure, fol
 from regard.studies.training_dynamics.facts import Contexts, Facts, counted
 from regard.studies.training_dynamics.layer import Model, entropy
 from regard.studies.training_dynamics.runs import Descent, descend, flow, in_order
+
+RECTIFIED = Path(__file__).parents[2] / "docs/examples/mechanisms/rectified.py"
 
 
 @pytest.fixture
@@ -215,11 +219,50 @@ def test_every_cell_is_shown_in_the_report():
     cells = {(name, 0): run_cell(reproduction, setting, 0) for name, setting in reproduction.smoke_settings().items()}
     shown = study.sections(chosen, cells)
     assert [len(part.rows) > 0 for part in shown] == [True] * 5
+    (drawn,) = shown[-1].pictures
+    assert drawn.curves["Adam"][-1][1] == cells["exactness", 0]["course: Adam"][-1] > 1e-3
+    older = {
+        key: {name: x for name, x in one.items() if "course" not in name}
+        for key, one in cells.items()
+        if key[0] == "exactness"
+    }
+    assert [len(part.pictures) for part in study.sections(chosen, older)] == [0], (
+        "rows without the courses are still shown"
+    )
     assert study.sections(chosen, {}) == []
     page = render_study(opened(study, chosen, None) | {"sections": [part.plain() for part in shown]})
     assert page.count("<svg") >= 8
     seed = {name: cell for (name, _), cell in cells.items()}
     assert all(check.value(seed) is not None for check in (*reproduction.checks, *reproduction.needs))
+
+
+def test_the_text_is_read_by_any_mechanism_that_returns_its_weights(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(f"line {i} of a text" for i in range(400)))
+    study = get_study("training-dynamics")
+    try:
+        told = answer(
+            capsys, f"study training-dynamics {tmp_path}/text.txt --plugin {RECTIFIED} --table --output", tmp_path
+        )
+        assert told["entered"] == ["softmax", "rectified"]
+        chosen = study.choose(mechanisms="rectified,local:window=4", data=[f"{tmp_path}/text.txt"])
+        reproduction = study.make(chosen)
+        assert "mechanism" not in reproduction.settings["text"], "rows of softmax count whoever reads beside it"
+        settings = {name: one for name, one in reproduction.smoke_settings().items() if name.startswith("text")}
+        assert list(settings) == ["text", "text, rectified", "text, local:window=4"]
+        cells = {(name, 0): run_cell(reproduction, setting, 0) for name, setting in settings.items()}
+        (part,) = study.sections(chosen, cells)
+        assert [row["mechanism"] for row in part.rows] == ["softmax", "rectified", "local:window=4"]
+        assert len({row["last entropy"] for row in part.rows}) == 3
+    finally:
+        catalogue.unregister("rectified")
+    for name, why in (
+        ("linear", "linear with weights"),
+        ("mamba2", "attention weights"),
+        ("differential", "two heads make one map"),
+        ("low_rank_pooling", "causal-self"),
+    ):
+        refused(f"{name} in training-dynamics; supported: mechanisms that can enter: .*{why}", study.choose, None, name)
+    assert {"softmax", "sigmoid", "local"} <= set(study.choose(mechanisms="all").mechanisms)
 
 
 def test_the_command_takes_a_text_of_the_users(capsys, tmp_path):

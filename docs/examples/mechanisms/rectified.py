@@ -24,14 +24,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from regard.contract import ALL_PATTERNS, Call, Cost, Kind, Mechanism, Paper, Result, Shape
-from regard.engines.attention import (
-    Ranks,
-    Visibility,
-    attention,
-    attention_reference,
-    masked_scores_bias,
-    ranks,
-)
+from regard.engines.attention import Ranks, attention_reference, masked_scores_bias, ranks
+from regard.engines.attention_forms import attend, by_pattern
 from regard.engines.cache import KeyValueState, extend
 
 CASCADE = """
@@ -56,18 +50,18 @@ class Config:
 
 def reference(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     where = ranks(call, q.shape[2], k.shape[2], q.device)
-    visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
+    visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
     power = 2 if call.config.square else 1
     return attention_reference(q, k, v, visible, lambda scores: scores.relu() ** power, call.scale, bias)
 
 
-def parallel(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def parallel(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Result:
     return _attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device))
 
 
 def chunked(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Result:
     state, where = extend(call, k, v, q.shape[2])
-    return Result(_attend(call, q, state.k, state.v, where), state)
+    return _attend(call, q, state.k, state.v, where, state)
 
 
 def absorb(call: Call, k: Tensor, v: Tensor) -> KeyValueState:
@@ -76,28 +70,11 @@ def absorb(call: Call, k: Tensor, v: Tensor) -> KeyValueState:
 
 def read(call: Call, q: Tensor) -> Result:
     state: KeyValueState = call.state
-    return Result(_attend(call, q, state.k, state.v, ranks(call, q.shape[2], 0, q.device, state.ranks)), state)
+    return _attend(call, q, state.k, state.v, ranks(call, q.shape[2], 0, q.device, state.ranks), state)
 
 
-def _visibility(call: Call) -> Visibility:
-    return Visibility(causal=call.pattern.causal and not call.pattern.cross)
-
-
-def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks) -> Tensor:
-    output, _, _ = attention(
-        q,
-        k,
-        v,
-        where,
-        visibility=_visibility(call),
-        scale=call.scale,
-        rule="relu_squared" if call.config.square else "relu",
-        bias=call.bias,
-        position_bias=call.position_bias,
-        blocks=call.blocks,
-        backend=call.backend,
-    )
-    return output
+def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, state: KeyValueState | None = None) -> Result:
+    return attend(call, q, k, v, where, state, rule="relu_squared" if call.config.square else "relu")
 
 
 def cost(shape: Shape, config: Config) -> Cost:
@@ -125,6 +102,7 @@ MECHANISM = Mechanism(
     config=Config,
     state=KeyValueState,
     cost=cost,
-    honours=frozenset({"bias", "blocks"}),
+    honours=frozenset({"bias", "blocks", "weights"}),
+    weights="exact",
     layer_defaults={"output_norm": "rms"},
 )

@@ -47,7 +47,6 @@ class Study:
         mechanisms: the default mechanisms; empty where the study takes none.
         refuses: returns why a mechanism cannot enter, or None where it can.
         takes_data: what the user's files may be; "" where the study takes none.
-        instead: the command to use for a mechanism where the study takes none; "" where there is no such command.
         folder: default folder of the results.
     """
 
@@ -59,7 +58,6 @@ class Study:
     mechanisms: tuple[str, ...] = ()
     refuses: Callable[[str], str | None] = field(default=lambda _: None)
     takes_data: str = ""
-    instead: str = ""
     folder: str = "runs/studies"
 
     def choose(
@@ -92,9 +90,7 @@ class Study:
             raise Unsupported(f"files for {self.name}", supported="no files: it makes its own data")
         if not self.mechanisms and (mechanisms is not None or entered):
             given = "--mechanisms" if mechanisms is not None else entered[0]
-            raise Unsupported(
-                f"{given} in {self.name}", supported="no mechanisms: it is not about them", nearest=self.instead
-            )
+            raise Unsupported(f"{given} in {self.name}", supported="no mechanisms: it is not about them")
         if mechanisms == "all":
             names = [name for name in list_mechanisms() if self.refuses(name) is None]
             return Chosen(wanted, tuple(names), tuple(data))

@@ -6,8 +6,9 @@ frequent win over the rarer; before the winner takes all, attention freezes (sna
 learns.
 
 Here: the generator of the paper's code (:mod:`facts`), the layer with exact gradients (:mod:`layer`), descent on finite
-contexts and the differential equation of infinitely long ones (:mod:`runs`), and real text (:mod:`text`), monitored as
-`regard train --monitor attention` monitors any run. All in float64 except the text.
+contexts and the differential equation of infinitely long ones (:mod:`runs`), and real text (:mod:`text`), read by
+softmax and any mechanism that returns its weights, and monitored as `regard train --monitor attention` monitors any
+run. All in float64 except the text.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.studies.framework.protocol import Chosen, Study
 from regard.studies.training_dynamics.cells import FORMS, run_cell
 from regard.studies.training_dynamics.shown import sections
+from regard.studies.training_dynamics.text import CONTROL, on_text_of, refuses
 from regard.tasks import create_task
 from regard.tasks.documents import read_documents
 
@@ -51,6 +53,20 @@ def make(chosen: Chosen) -> Reproduction:
     """The reproduction: the paper's layer and its limit, the sweep of learning rates, and text from the user's files or
     Python's standard library."""
     sizes = PRESETS[chosen.preset]
+    entered = dict.fromkeys((CONTROL, *chosen.mechanisms))
+    text = {
+        "cell": "text",
+        "data": list(chosen.data),
+        "digest": _digest(chosen.data),
+        "length": LENGTH,
+        "rate": 5.0,
+        "ratio": 2.0,
+        "epochs": 10,
+        "batch_size": 20,
+        **TEXTS[chosen.preset],
+    }
+    seconds = SECONDS[chosen.preset]
+    texts = {on_text_of(name): text | ({} if name == CONTROL else {"mechanism": name}) for name in entered}
     sweeps = {
         _sweep(last, rate): {
             "cell": "sweep",
@@ -80,17 +96,7 @@ def make(chosen: Chosen) -> Reproduction:
             "batches": sizes["batches"],
         },
         **sweeps,
-        "text": {
-            "cell": "text",
-            "data": list(chosen.data),
-            "digest": _digest(chosen.data),
-            "length": LENGTH,
-            "rate": 5.0,
-            "ratio": 2.0,
-            "epochs": 10,
-            "batch_size": 20,
-            **TEXTS[chosen.preset],
-        },
+        **texts,
     }
     return Reproduction(
         name="training-dynamics",
@@ -110,7 +116,8 @@ def make(chosen: Chosen) -> Reproduction:
             "steps of SGD with momentum 0.9. The limit's equation by Euler beside SGD without momentum on contexts of 4096. The "
             f"sweep: last tokens {', '.join(map(str, sizes['lasts']))}, rates of z "
             f"{', '.join(f'{rate:g}' for rate in sizes['rates'])}. Text: "
-            f"{'yours' if chosen.data else 'sources of the standard library of Python, in place of WikiText'}."
+            f"{'yours' if chosen.data else 'sources of the standard library of Python, in place of WikiText'}, read by one layer of "
+            f"{', '.join(entered)}; expectations are about softmax."
         ),
         settings=settings,
         run_cell=run_cell,
@@ -162,9 +169,9 @@ def make(chosen: Chosen) -> Reproduction:
             "tokenizer": "bytes",
         },
         seeds=sizes["seeds"],
-        more_seeds={"text": 3},
+        more_seeds=dict.fromkeys(texts, 3),
         seconds=0.2 if chosen.preset == "tiny" else 0.6,
-        more_seconds={"exactness": 2.5, **SECONDS[chosen.preset]},
+        more_seconds={"exactness": 2.5, **dict.fromkeys(texts, seconds["text"]), "following": seconds["following"]},
     )
 
 
@@ -214,6 +221,7 @@ STUDY = Study(
     make=make,
     sections=sections,
     presets=tuple(PRESETS),
-    instead="regard train my_corpus.txt --mechanism NAME --monitor attention",
+    mechanisms=(CONTROL,),
+    refuses=refuses,
     takes_data="a text file or a folder of them, in place of the standard library's sources",
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from regard.studies.framework.protocol import Cells, Chosen
 from regard.studies.training_dynamics.cells import FORMS, OPTIMISERS
+from regard.studies.training_dynamics.text import CONTROL, on_text_of
 from regard.workbench.reports.sections import Curves, Heat, Section
 
 Curve = list[tuple[float, float | None]]
@@ -14,7 +15,7 @@ Curve = list[tuple[float, float | None]]
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
     """A run, the sweep, SGD against its limit, text and exactness; only those that have cells."""
-    parts = (_run(cells), _sweep(cells), _following(cells), _text(cells), _exactness(cells))
+    parts = (_run(cells), _sweep(cells), _following(cells), _text(chosen, cells), _exactness(cells))
     return [part for part in parts if part is not None]
 
 
@@ -119,34 +120,48 @@ def _following(cells: Cells) -> Section | None:
     return Section("Finite gradient descent beside the limit", says, pictures, rows)
 
 
-def _text(cells: Cells) -> Section | None:
-    if not any(setting == "text" for setting, _ in cells):
+def _text(chosen: Chosen, cells: Cells) -> Section | None:
+    there = {setting for setting, _ in cells}
+    names = [name for name in dict.fromkeys((CONTROL, *chosen.mechanisms)) if on_text_of(name) in there]
+    if not names:
         return None
-    moments = means(cells, "text", "moments")
 
-    def over(name: str) -> Curve:
-        return [(at, value) for at, value in zip(moments, means(cells, "text", name), strict=True) if at > 0]
+    def over(name: str, what: str) -> Curve:
+        moments, values = (means(cells, on_text_of(name), one) for one in ("moments", what))
+        return [(at, value) for at, value in zip(moments, values, strict=True) if at > 0]
 
-    ratio = mean(cells, "text", "last frequent over others")
-    sign = (
-        ""
-        if ratio is None
-        else f" At the end frequent tokens are looked at {'less' if ratio < 1 else 'more'} than others ({ratio:.3g})."
-    )
-    says = (
-        "One layer of one head. Lift is the share of the weights over what equal weights would give; the ten most frequent tokens "
-        "stand for common ones, and the others are the next thirty. The paper's sign is less." + sign
-    )
     words = ("last entropy", "last frequent over others", "snapped", "first loss", "last loss")
+    rows: list[dict[str, Any]] = [
+        {"mechanism": name, **{word: mean(cells, on_text_of(name), word) for word in words}} for name in names
+    ]
+    signs = [
+        f"{row['mechanism']} {'less' if ratio < 1 else 'more'} ({ratio:.3g})"
+        for row in rows
+        if (ratio := row["last frequent over others"]) is not None
+    ]
+    sign = f" At the end frequent tokens are looked at, relative to others, by {'; '.join(signs)}." if signs else ""
+    says = (
+        "One layer of one head of each mechanism. Lift is the share of the weights over what equal weights would give; the ten most "
+        "frequent tokens stand for common ones, and the others are the next thirty. The paper's sign is less." + sign
+    )
+    lifts = {f"{name}, {which}": over(name, which) for name in names for which in ("frequent", "others")}
     return Section(
         "Real text",
         says,
         (
-            Curves("Entropy of the head, of 1", "step", "entropy", {"head": over("entropy")}, log_x=True),
-            Curves("Lift", "step", "lift", {"frequent": over("frequent"), "others": over("others")}, log_x=True),
-            Curves("How fast the weights change", "step", "share per step", {"head": over("change")}, log_x=True),
+            Curves(
+                "Entropy of the head, of 1", "step", "entropy", {one: over(one, "entropy") for one in names}, log_x=True
+            ),
+            Curves("Lift", "step", "lift", lifts, log_x=True),
+            Curves(
+                "How fast the weights change",
+                "step",
+                "share per step",
+                {one: over(one, "change") for one in names},
+                log_x=True,
+            ),
         ),
-        [{word: mean(cells, "text", word) for word in words}],
+        rows,
     )
 
 
@@ -170,9 +185,17 @@ def _exactness(cells: Cells) -> Section | None:
         return None
     says = (
         "Gradients beside automatic differentiation, and the largest change of what gradient descent conserves: sum over keys of z, "
-        "or the sum of the keys of a factored z. Adam and weight decay do not conserve it."
+        "or the sum of the keys of a factored z. Adam and weight decay do not conserve it; what SGD changes is rounding."
     )
-    return Section("Exactness, and the conservation law", says, (), rows)
+    courses = {
+        name: [(step, value or None) for step, value in _by_step(course)]
+        for name in OPTIMISERS
+        if (course := means(cells, "exactness", f"course: {name}"))
+    }
+    pictures = (
+        (Curves("Change of the conserved sums", "step", "largest change", courses, log_y=True),) if courses else ()
+    )
+    return Section("Exactness, and the conservation law", says, pictures, rows)
 
 
 def _by_step(values: list[Any]) -> Curve:
@@ -186,6 +209,6 @@ def mean(cells: Cells, setting: str, name: str) -> float | None:
 
 
 def means(cells: Cells, setting: str, name: str) -> list[Any]:
-    """Elementwise means of lists over the seeds."""
-    lists = [found[name] for (own, _), found in cells.items() if own == setting]
+    """Elementwise means of lists over the seeds that have them; those of earlier versions may not."""
+    lists = [found[name] for (own, _), found in cells.items() if own == setting and name in found]
     return [None if None in column else sum(column) / len(column) for column in zip(*lists, strict=True)]

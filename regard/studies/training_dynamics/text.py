@@ -1,6 +1,6 @@
 """One layer with one head on real text, trained like the paper's on WikiText: SGD, feed-forward at a higher rate.
 
-The model has no positions; :class:`AttentionMonitor` records its attention during training.
+The head is softmax, as in the paper, or another mechanism's. The model has no positions; :class:`AttentionMonitor` records its attention during training.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from regard.contract import Context, Pattern, Unsupported
+from regard.create import create_layer
+from regard.layers.attention import AttentionLayer
 from regard.models import LanguageModel, LanguageModelConfig
+from regard.models.variants import known_name, read_variant
 from regard.reproductions.framework.protocol import Setting
 from regard.reproductions.framework.training import cached_task
 from regard.tasks.protocol import mean_loss
@@ -18,6 +22,29 @@ from regard.workbench.trained.attention_monitor import AttentionMonitor, snapped
 
 FREQUENT = 10
 """How many of the most frequent tokens count as common: on real text no token occurs with a single next token only."""
+
+CONTROL = "softmax"
+"""The paper's mechanism, which always reads the text."""
+
+
+def on_text_of(mechanism: str) -> str:
+    """The name of a mechanism's setting."""
+    return "text" if mechanism == CONTROL else f"text, {mechanism}"
+
+
+def refuses(mechanism: str) -> str | None:
+    """Why a mechanism cannot read the text with one monitored head, or None where it can."""
+    try:
+        layer = create_layer(known_name(mechanism), 8, 1, pattern=Pattern.CAUSAL_SELF)
+        asked = Context(want=frozenset({"weights"}))
+        with torch.random.fork_rng():
+            weights = layer(torch.randn(1, 6, 8), context=asked).extras.get("weights")
+    except Unsupported as error:
+        return str(error)
+    shown = isinstance(layer, AttentionLayer) and "weights" in layer.card.honours
+    if shown and weights is not None and weights.shape == (1, 1, 6, 6):
+        return None
+    return "attention that returns a weight for each pair of tokens, as its card says in honours"
 
 
 def on_text(setting: Setting, seed: int) -> dict[str, Any]:
@@ -34,7 +61,7 @@ def on_text(setting: Setting, seed: int) -> dict[str, Any]:
         LanguageModelConfig(
             task.vocab_size or 0,
             dim=setting["dim"],
-            plan=["softmax"],
+            plan=read_variant(setting.get("mechanism", CONTROL)).plan(1),
             num_heads=1,
             feed_forward=setting["dim"],
             positions="none",
