@@ -39,8 +39,8 @@ from regard.contract import Unsupported, one_of
 from regard.measurement import units
 from regard.workbench.plugins import enter_plugins
 
-MONITOR = "attention"
-"""The quantity that a run can be monitored for, and the base name of the files written."""
+MONITORS = ("attention", "conservation")
+"""What a run can be monitored for, and the base names of the files written."""
 OF_THE_RUN = (
     "data",
     "task",
@@ -136,7 +136,10 @@ def train(
     ] = None,
     monitor: Annotated[
         str | None,
-        typer.Option(help="attention: record during training which tokens the heads attend to, and when that settles."),
+        typer.Option(
+            help="attention: record during training which tokens the heads attend to, when that settles, and how far the layers drift "
+            "from what gradient flow conserves; conservation: that drift alone, for any model with attention layers."
+        ),
     ] = None,
     teacher: Annotated[
         Path | None,
@@ -214,8 +217,8 @@ def train(
     from regard.workbench.trained.folder import DIVERGED
     from regard.workbench.trained.run import train_model
 
-    if monitor not in (None, MONITOR):
-        raise Unsupported(f"--monitor {monitor}", supported=MONITOR, nearest=MONITOR)
+    if monitor is not None:
+        one_of("--monitor", monitor, MONITORS)
     if parallel is None and started_ranks() > 1:
         raise Unsupported(
             f"{started_ranks()} processes that would each train the same model",
@@ -292,11 +295,7 @@ def train(
         raise Unsupported(f"--distil {distil} without a teacher", supported="--teacher FOLDER, of regard train")
     elif teacher_cache is not None:
         raise Unsupported("--teacher-cache without a teacher", supported="--teacher FOLDER, of regard train")
-    watcher = None
-    if monitor is not None:
-        from regard.workbench.trained.attention_monitor import AttentionMonitor
-
-        watcher = AttentionMonitor(asked, path=output / f"{MONITOR}.json")
+    watcher = None if monitor is None else _watcher(monitor, asked, output)
     if not quiet:
         console.print(plain(asked.describe()))
         console.print()
@@ -331,10 +330,10 @@ def train(
     page = (
         None
         if watcher is None
-        else watcher.write_page(output / f"{MONITOR}.html", f"{record['mechanism']} on {asked.name}")
+        else watcher.write_page(output / f"{watcher.name}.html", f"{record['mechanism']} on {asked.name}")
     )
     if as_json and first:
-        seen = {} if watcher is None else {MONITOR: {"page": str(page), "heads": watcher.heads()}}
+        seen = {} if watcher is None else {watcher.name: {"page": str(page), **watcher.summary()}}
         emit({"folder": str(trained.folder), **record, **seen})
     elif first and record["state"] != DIVERGED:
         rule = record["baseline"]
@@ -347,13 +346,24 @@ def train(
         if master is not None:
             console.print(Text(f"{learned_from(record)}."))
         console.print(Text(f"Model: {trained.folder} (its README says how to use it)"))
-        if page is not None:
-            console.print(Text(f"Attention: {page}"))
+        if watcher is not None:
+            if said := watcher.says():
+                console.print(Text(said))
+            console.print(Text(f"{watcher.name.capitalize()}: {page}"))
     if record["state"] == DIVERGED:
         raise Unsupported(
             f"a learning rate of {learning_rate:g}, at which the training diverged",
             supported="a smaller --learning-rate, with another --output",
         )
+
+
+def _watcher(monitor: str, task: Any, output: Path) -> Any:
+    """The monitor of a run, whose records go into the folder of the model."""
+    from regard.workbench.trained.attention_monitor import AttentionMonitor
+    from regard.workbench.trained.conservation import ConservationMonitor
+
+    path = output / f"{monitor}.json"
+    return AttentionMonitor(task, path=path) if monitor == "attention" else ConservationMonitor(task, path=path)
 
 
 def _frozen(context: typer.Context, folder: Path, exits: str | None, device: str) -> Any:

@@ -11,11 +11,12 @@ query over the n keys it sees:
 
 A head has snapped at the first look from which its change stays below a tenth of the fastest one. (With learning rates
 that decay to 0 every head settles in the end; what matters is the time at which it does.)
+
+Beside it stands how far the layers drift from what gradient flow conserves (:mod:`regard.workbench.trained.conservation`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -26,18 +27,15 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Result, Unsupported, valid_from_lengths
-from regard.core.files import write_text_atomically
 from regard.core.ragged import gathering
 from regard.layers.attention import AttentionLayer
 from regard.models.evaluating import evaluation_mode
 from regard.tasks import Task
 from regard.training.step import batch_context, run_model
-from regard.workbench.reports.pages import pages
-from regard.workbench.reports.section_pages import parts_of_page
 from regard.workbench.reports.sections import Curves, Heat, Section
+from regard.workbench.trained.conservation import Laws
+from regard.workbench.trained.monitoring import RunMonitor
 
-LOOKS = 20
-"""Looks that are spread evenly over a run; as many again are concentrated at its beginning."""
 ITEMS, TOKENS = 8, 40
 """Items that are read, and tokens for which the lift is reported: the most frequent ones in the items."""
 STILL = 0.1
@@ -55,8 +53,8 @@ def snapped(changes: Sequence[float], share: float = STILL) -> int | None:
     return fast[-1] + 1 if fast[-1] + 1 < len(changes) else None
 
 
-class AttentionMonitor:
-    """Records a model's attention during a run.
+class AttentionMonitor(RunMonitor):
+    """Records during a run a model's attention, and how far what gradient flow would conserve in its layers drifts.
 
     Args:
         task: the task whose first held-out items are read.
@@ -67,8 +65,12 @@ class AttentionMonitor:
         Unsupported: for a task whose inputs are not tokens, or that reads a memory.
     """
 
+    name = "attention"
+    lede = "Which tokens the heads attend to during training, and when that settles."
+
     def __init__(self, task: Task, *, items: int = ITEMS, path: Path | None = None) -> None:
-        self.batch, self.path = next(iter(task.evaluation_batches(items))).items(0, items), path
+        super().__init__(path)
+        self.batch = next(iter(task.evaluation_batches(items))).items(0, items)
         if self.batch.inputs.is_floating_point() or self.batch.memory is not None:
             raise Unsupported(
                 f"--monitor attention of the task {task.name}",
@@ -83,29 +85,24 @@ class AttentionMonitor:
         found, counts = self.ids[self.valid].unique(return_counts=True)
         self.tokens = found[counts.argsort(descending=True, stable=True)][:TOKENS]
         self.names = [_name(task, int(token)) for token in self.tokens]
-        self.looks: dict[int, dict[str, Any]] = {}
+        self.laws: Laws | None = None
         self._before: dict[str, Tensor] = {}
-        if path is not None and path.is_file():
-            told = json.loads(path.read_text(encoding="utf-8"))
-            self.looks = {look["step"]: look for look in told["looks"]} if told["tokens"] == self.names else {}
-
-    def due(self, steps: int) -> frozenset[int]:
-        """The steps after which to look, including 0."""
-        even = (round(steps * (i + 1) / LOOKS) for i in range(LOOKS))
-        early = (round(steps ** (i / LOOKS)) for i in range(LOOKS))
-        return frozenset([0, *even, *early])
+        self.restore(tokens=self.names)
 
     def check(self, model: nn.Module) -> None:
-        """Raise Unsupported for a model in which no layer returns attention weights."""
-        if not any(True for _ in _layers(model)):
+        """Find the laws of a model at the start of its training. Raise Unsupported if no layer returns attention weights."""
+        layers = list(_layers(model))
+        if not layers:
             raise Unsupported(
                 "--monitor attention of a model without attention weights",
                 supported="mechanisms that give their weights, in one layer or more",
                 nearest="softmax",
             )
+        self.laws = Laws(layers, self.ids.shape[1])
 
     def look(self, model: nn.Module, step: int) -> None:
-        """Read the items with the current weights, after `step` steps."""
+        """Read the items with the current weights, after `step` steps; laws are measured since the check or, without one,
+        since the first look."""
         heads: dict[str, dict[str, Any]] = {}
         weights = self._weights(model)
         for layer, found in weights.items():
@@ -113,13 +110,9 @@ class AttentionMonitor:
                 name = f"{layer}.{head}"
                 heads[name] = self._of_head(found[:, head], self._before.get(name))
                 self._before[name] = found[:, head]
-        earlier = [other for other in self.looks if other < step]
-        self.looks = {other: self.looks[other] for other in earlier} | {
-            step: {"step": step, "since": max(earlier, default=0), "heads": heads}
-        }
-        if self.path is not None:
-            text = json.dumps(self.as_record()) + "\n"
-            write_text_atomically(self.path, text)
+        layers = list(_layers(model))
+        self.laws = self.laws or Laws(layers, self.ids.shape[1])
+        self.keep(step, {"heads": heads, "laws": self.laws.drifts(layers)})
 
     @torch.no_grad()
     def _weights(self, model: nn.Module) -> dict[str, Tensor]:
@@ -159,8 +152,14 @@ class AttentionMonitor:
         return [float(of_keys[self.ids == token].sum() / total) for token in self.tokens]
 
     def as_record(self) -> dict[str, Any]:
-        """All records, for JSON."""
-        return {"tokens": self.names, "looks": [self.looks[step] for step in sorted(self.looks)]}
+        return {"tokens": self.names, **super().as_record()}
+
+    def summary(self) -> dict[str, Any]:
+        looks = self.as_record()["looks"]
+        return {"heads": self.heads(), "laws": self.laws.rows(looks) if self.laws else []}
+
+    def says(self) -> str:
+        return self.laws.says(self.as_record()["looks"]) if self.laws else ""
 
     def heads(self) -> list[dict[str, Any]]:
         """A row for each head: entropy at the first and the last look, when it snapped, and what it attends to."""
@@ -196,7 +195,6 @@ class AttentionMonitor:
         ]
 
     def sections(self) -> list[Section]:
-        """The report sections: pictures and a table."""
         looks, rows = self.as_record()["looks"], self.heads()
         shown = [row["head"] for row in rows][:MOST_HEADS]
         entropies = {
@@ -220,13 +218,8 @@ class AttentionMonitor:
             ),
             rows,
         )
-        return [course, *self._scanned(shown, looks)]
-
-    def write_page(self, path: Path, title: str) -> Path:
-        """Write the sections as one HTML file."""
-        page = pages().get_template("attention.html.j2").render(title=title, sections=parts_of_page(self.sections()))
-        write_text_atomically(path, page)
-        return path
+        laws = [] if self.laws is None else [self.laws.section(looks)]
+        return [course, *self._scanned(shown, looks), *laws]
 
     def _scanned(self, names: Sequence[str], looks: Sequence[dict[str, Any]]) -> Iterator[Section]:
         if not names:

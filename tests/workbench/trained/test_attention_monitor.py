@@ -132,7 +132,8 @@ def test_the_command_writes_a_page(capsys, tmp_path):
     told = answer(capsys, f"train {task} {sizes} --monitor attention --output", tmp_path / "a")
     assert [row["head"] for row in told["attention"]["heads"]] == ["0.0", "0.1"]
     page = (tmp_path / "a" / "attention.html").read_text()
-    assert "When attention settles" in page and page.count("<svg") == 4
+    assert "When attention settles" in page and page.count("<svg") == 6
+    assert "What gradient flow would conserve" in page and {row["layer"] for row in told["attention"]["laws"]} == {0}
     for options, words in (
         ("--monitor loss", "attention"),
         ("--monitor attention --mechanism linear", "without attention weights"),
