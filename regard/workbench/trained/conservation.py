@@ -106,7 +106,8 @@ def pairs_of(layer: AttentionLayer) -> dict[str, tuple[Side, Side]]:
         "values": (layer.value, layer.kv_heads),
     }
     rows = {name: _rows(*one) for name, one in projections.items()}
-    columns = _by_head([layer.output.weight.mT], layer.num_heads) if type(layer.output) in (nn.Linear, Linear) else []
+    output = _plain(layer.output)
+    columns = [] if output is None else _by_head([output.weight.mT], layer.num_heads)
     found = {"queries and keys": (rows["queries"], rows["keys"]), "values and output": (rows["values"], columns)}
     convolved = [name for name, (module, _) in projections.items() if module is not None]
     for name, convolution in zip(convolved, layer.convolutions, strict=False):
@@ -124,10 +125,15 @@ def pairs_of(layer: AttentionLayer) -> dict[str, tuple[Side, Side]]:
 
 def _rows(module: nn.Module | None, heads: int) -> Side:
     """The rows of a projection by head: its weight, and its bias as a column."""
-    if type(module) not in (nn.Linear, Linear):
+    linear = _plain(module)
+    if linear is None:
         return []
-    assert isinstance(module, nn.Linear)
-    return _by_head([module.weight] if module.bias is None else [module.weight, module.bias[:, None]], heads)
+    return _by_head([linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]], heads)
+
+
+def _plain(module: nn.Module | None) -> nn.Linear | None:
+    """The module if it is a linear layer, but not a subclass, which may compute something else."""
+    return module if isinstance(module, nn.Linear) and type(module) in (nn.Linear, Linear) else None
 
 
 def _by_head(matrices: Side, heads: int) -> Side:
