@@ -70,6 +70,8 @@ def study(
         regard study training-dynamics my_corpus.txt
         regard study training-dynamics my_corpus.txt --mechanisms sigmoid,local:window=8
         regard study cab --plugin my_module.py:MyAttention
+        regard study cab LM=my_novel.txt MLM=my_novel.txt --mechanisms softmax,gated_linear
+        regard study cab --preset small LSTF=my_load.csv,target=load SR=my_photos/
         regard study in-context-functions --plugin my_mechanism.py --mechanisms softmax,my_mechanism --json
     """
     from regard.measurement.sharding import shard

@@ -11,6 +11,7 @@ Backbones, training and data are small: compare signs and ranks with the paper, 
 from __future__ import annotations
 
 from regard.studies.cab.cells import PRESETS, make, refuses
+from regard.studies.cab.own_data import READERS
 from regard.studies.cab.showing import sections
 from regard.studies.framework.protocol import Study
 
@@ -33,5 +34,9 @@ STUDY = Study(
         "long_short",
     ),
     refuses=refuses,
-    takes_data="scores of one model in CAB's own form (a line of numbers for each pattern), set beside its leaderboard",
+    takes_data=(
+        "data for its tasks, as LM=novel.txt or LSTF=load.csv,target=load ("
+        + "; ".join(f"{task}: {reader.holds}" for task, reader in READERS.items())
+        + "); and scores of one model in CAB's own form (a line of numbers for each pattern), set beside its leaderboard"
+    ),
 )

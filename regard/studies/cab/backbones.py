@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from regard.contract import Context, Mask, Pattern, Result
 from regard.models import (
@@ -14,8 +15,6 @@ from regard.models import (
     EncoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
-    Forecaster,
-    ForecasterConfig,
     LanguageModel,
     LanguageModelConfig,
 )
@@ -87,21 +86,6 @@ def masked_model(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Modul
     return model
 
 
-def forecaster(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Module:
-    """Informer-mini: encodes the past, which all points of the horizon read in parallel."""
-    config = ForecasterConfig(
-        task.features or 0,
-        task.memory_features or 0,
-        encoder_plan=plans(NS, sizes["layers"]),
-        cross_plan=plans(NC, max(1, sizes["layers"] // 2)),
-        dim=sizes["dim"],
-        num_heads=sizes["heads"],
-    )
-    model = Forecaster(config)
-    plans.silence(NS, model.encoder_blocks)
-    return model
-
-
 def summarizer(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Module:
     """An encoder-decoder."""
     layers = sizes["layers"]
@@ -143,6 +127,67 @@ class Upscaler(nn.Module):
         for block in self.blocks:
             x = block(x, context=context).output
         return Result(self.head(x.mT.unflatten(-1, self.grid)).flatten(2).mT)
+
+
+class Informer(nn.Module):
+    """Informer-mini (Zhou et al., arXiv 2012.07436): an encoder that distils the past, and a decoder.
+
+    The encoder reads the past, and its tokens are distilled to half as many after each layer but the last. The decoder
+    begins with the last points of the past, followed by the points to predict, whose values are zero; it sees them
+    causally, then reads the encoded past, and predicts all points at once. Values are relative to the mean of the past.
+    """
+
+    def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
+        super().__init__()
+        dim, layers, config = sizes["dim"], sizes["layers"], _block_config(sizes)
+        self.start, known = sizes["start"], 1 + (task.features or 0)
+        self.past, self.points = nn.Linear(task.memory_features or 0, dim), nn.Linear(known, dim)
+        self.places = Sinusoidal(dim=dim)
+        self.encoder_blocks = nn.ModuleList(Block(entry, config, NS) for entry in plans(NS, layers))
+        plans.silence(NS, self.encoder_blocks)
+        self.distil = nn.ModuleList([*(_distilling(dim) for _ in range(layers - 1)), nn.Identity()])
+        self.encoder_norm = nn.LayerNorm(dim)
+        self.blocks = _decoder_blocks(plans, NC, max(1, layers // 2), config)
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, task.num_targets or 0)
+
+    def forward(
+        self, inputs: Float[Tensor, "b n f"], memory: Float[Tensor, "b m g"], *, context: Context | None = None
+    ) -> Result:
+        context = Context() if context is None else context
+        level = memory[..., :1].mean(1, keepdim=True)  # (B, 1, 1)
+        memory = torch.cat([memory[..., :1] - level, memory[..., 1:]], -1)
+        x = self._placed(self.past(memory), -memory.shape[1])
+        for block, distil in zip(self.encoder_blocks, self.distil, strict=True):
+            x = distil(block(x, context=context).output.mT).mT
+        encoded = self.encoder_norm(x)
+        seen = memory[:, -self.start :, : 1 + inputs.shape[2]]  # the target, and what is known ahead too
+        y = self._placed(self.points(torch.cat([seen, F.pad(inputs, (1, 0))], 1)), -seen.shape[1])
+        for block in self.blocks:
+            y = block(y, encoded if block.cross else None, context=context).output
+        return Result(self.head(self.norm(y[:, seen.shape[1] :])) + level)
+
+    def _placed(self, x: Float[Tensor, "b n c"], first: int) -> Float[Tensor, "b n c"]:
+        """Add sinusoids of the time, which is 0 at the first point to predict."""
+        return self.places.embed(x, torch.arange(first, first + x.shape[1], device=x.device)[None])
+
+
+def _distilling(dim: int) -> nn.Sequential:
+    """Informer's distilling of tokens (B, C, N) to half as many, (B, C, ceil(N / 2))."""
+    return nn.Sequential(
+        nn.Conv1d(dim, dim, 3, padding=1, padding_mode="circular"),
+        nn.BatchNorm1d(dim),
+        nn.ELU(),
+        nn.MaxPool1d(3, stride=2, padding=1),
+    )
+
+
+def _decoder_blocks(plans: Plans, cross: Pattern, layers: int, config: Any) -> nn.ModuleList:
+    """Blocks of causal attention, each followed by one of cross-attention with the layer's feed-forward network."""
+    blocks = nn.ModuleList()
+    for own, other in zip(plans(CS, layers), plans(cross, layers), strict=True):
+        blocks.append(Block(own, config, CS, feed_forward=0))
+        blocks.append(Block(other, config, cross))
+    return blocks
 
 
 class Completer(nn.Module):
@@ -251,10 +296,7 @@ class TransformerSpeech(_Speaker):
     def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
         super().__init__(task, sizes, plans)
         self.before = nn.Linear(task.features or 0, sizes["dim"])
-        self.blocks = nn.ModuleList()
-        for own, cross in zip(plans(CS, self.layers), plans(CC, self.layers), strict=True):
-            self.blocks.append(Block(own, self.config, CS, feed_forward=0))
-            self.blocks.append(Block(cross, self.config, CC))
+        self.blocks = _decoder_blocks(plans, CC, self.layers, self.config)
 
     def forward(
         self, inputs: Float[Tensor, "b n f"], memory: Float[Tensor, "b m g"], *, context: Context | None = None

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from regard.contract import Pattern
+from regard.contract import Pattern, Unsupported
 from regard.models.evaluating import evaluation_mode
 from regard.reproductions.framework.training import cached_task, fit
 from regard.studies.cab import backbones
 from regard.studies.cab.backbones import Plans
 from regard.studies.cab.index import Metric
-from regard.tasks import Batch, Task
+from regard.studies.cab.own_data import digest
+from regard.tasks import Batch, Task, create_task
 from regard.tasks.summarize import rouge_n
 from regard.tasks.voices import INSTALL
 from regard.training import runner_of
@@ -144,9 +148,30 @@ def _perplexity(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
+def _task(sizes: Sizes, name: str, **options: Any) -> Task:
+    """A task on the user's data if the setting has any, else on its own."""
+    if "data" not in sizes:
+        return cached_task(name, **options)
+    return _task_on_own_data(name, json.dumps([sizes["data"], options], sort_keys=True))
+
+
+@functools.cache
+def _task_on_own_data(name: str, told: str) -> Task:
+    """The task on data as :meth:`regard.studies.cab.own_data.OwnData.setting` gives them, which are told in JSON with the
+    options: files that have changed have another digest, and are read again."""
+    data, options = json.loads(told)
+    if digest(Path(data["path"])) != data["digest"]:
+        raise Unsupported(
+            f"{data['path']}, which has changed since the study began",
+            supported="data that stay the same while it runs",
+            nearest="the same command again",
+        )
+    return create_task(name, data=data["path"], **data["options"], **options)
+
+
 def _text(sizes: Sizes) -> Task:
     longest = 2 * sizes["length"]
-    return Pieces(cached_task("text", length=longest, evaluation_items=sizes["items"]), sizes["length"])
+    return Pieces(_task(sizes, "text", length=longest, evaluation_items=sizes["items"]), sizes["length"])
 
 
 def _text_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
@@ -211,8 +236,20 @@ def _summary_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any
     return {**found, "score": found["R-L"]}
 
 
+def _forecast(sizes: Sizes) -> Task:
+    source = None if "data" in sizes else sizes["source"]
+    return _task(
+        sizes,
+        "forecast",
+        source=source,
+        length=sizes["length"],
+        history=sizes["history"],
+        evaluation_items=sizes["items"],
+    )
+
+
 def _speech(sizes: Sizes) -> Task:
-    return cached_task("speech", length=sizes["length"], digits=sizes["digits"], evaluation_items=sizes["items"])
+    return _task(sizes, "speech", length=sizes["length"], digits=sizes["digits"], evaluation_items=sizes["items"])
 
 
 BENCHES: tuple[Bench, ...] = (
@@ -222,7 +259,7 @@ BENCHES: tuple[Bench, ...] = (
         "MLM",
         (NS,),
         {"PPL": False},
-        lambda sizes: cached_task("masked", length=sizes["length"], evaluation_items=sizes["items"]),
+        lambda sizes: _task(sizes, "masked", length=sizes["length"], evaluation_items=sizes["items"]),
         backbones.masked_model,
         _masked_scores,
     ),
@@ -231,14 +268,8 @@ BENCHES: tuple[Bench, ...] = (
         "LSTF",
         (NS, NC),
         {"MSE": False, "MAE": False},
-        lambda sizes: cached_task(
-            "forecast",
-            source=sizes["source"],
-            length=sizes["length"],
-            history=sizes["history"],
-            evaluation_items=sizes["items"],
-        ),
-        backbones.forecaster,
+        _forecast,
+        backbones.Informer,
         _forecast_scores,
     ),
     Bench(
@@ -246,8 +277,8 @@ BENCHES: tuple[Bench, ...] = (
         "SR",
         (NS,),
         {"PSNR": True, "SSIM": True},
-        lambda sizes: cached_task(
-            "upscale", size=sizes["size"], factor=sizes["factor"], evaluation_items=sizes["items"]
+        lambda sizes: _task(
+            sizes, "upscale", size=sizes["size"], factor=sizes["factor"], evaluation_items=sizes["items"]
         ),
         backbones.Upscaler,
         _figured("PSNR"),
@@ -257,7 +288,8 @@ BENCHES: tuple[Bench, ...] = (
         "Sum",
         (NS, CS, CC),
         {"R-1": True, "R-2": True, "R-L": True},
-        lambda sizes: cached_task(
+        lambda sizes: _task(
+            sizes,
             "summarize",
             length=sizes["length"],
             source_length=sizes["history"],
@@ -273,8 +305,8 @@ BENCHES: tuple[Bench, ...] = (
         "PCC",
         (NS, NC),
         {"CD-l1": False, "CD-l2": False, "F-score": True},
-        lambda sizes: cached_task(
-            "completion", length=sizes["length"], seen=sizes["history"], evaluation_items=sizes["items"]
+        lambda sizes: _task(
+            sizes, "completion", length=sizes["length"], seen=sizes["history"], evaluation_items=sizes["items"]
         ),
         backbones.Completer,
         _figured("CD-l1"),

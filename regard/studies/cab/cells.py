@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from regard.catalogue import get_mechanism
-from regard.contract import Mechanism, Paper, Pattern
+from regard.contract import Mechanism, Paper, Pattern, Unsupported
 from regard.measurement.memory import peak_memory
 from regard.measurement.timing import rounds
 from regard.models.variants import known_name
@@ -22,8 +22,10 @@ from regard.studies.cab.backbones import NOTHING
 from regard.studies.cab.benches import BENCHES, NAMED, Bench, missing, run_bench
 from regard.studies.cab.efficiency import efficiency_length
 from regard.studies.cab.index import AVERAGE, ScoresOf, indices
+from regard.studies.cab.own_data import own_data, score_files
 from regard.studies.cab.published import read_scores
 from regard.studies.framework.protocol import Chosen
+from regard.tasks.documents import names_of
 from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
 
 NS, CS, NC, CC = Pattern
@@ -51,7 +53,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "LM": _SMALL | {"length": 1024, "batch_size": 4, "steps": 400, "learning_rate": 5e-3},
         "MLM": _SMALL | {"length": 512, "steps": 400, "learning_rate": 5e-3},
-        "LSTF": _SMALL | {"length": 336, "history": 336, "source": "electricity", "batch_size": 16, "steps": 400},
+        "LSTF": _SMALL
+        | {"length": 336, "history": 336, "start": 168, "source": "electricity", "batch_size": 16, "steps": 400},
         "SR": _SMALL | {"size": 32, "factor": 4, "batch_size": 4, "steps": 600},
         "Sum": _SMALL | {"length": 24, "history": 256, "tokenizer": "bpe:2048", "batch_size": 16},
         "PCC": _SMALL | {"length": 512, "history": 256, "steps": 250, "learning_rate": 5e-3},
@@ -65,7 +68,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "PCC": _PAPER | {"length": 3584, "history": 1536},
         "LM": _PAPER | {"length": 8192},
         "MLM": _PAPER | {"length": 2048},
-        "LSTF": _PAPER | {"length": 720, "history": 336, "source": "electricity", "layers": 2},
+        "LSTF": _PAPER | {"length": 720, "history": 336, "start": 168, "source": "electricity", "layers": 2},
         "SR": _PAPER | {"size": 128, "factor": 8},
         "Sum": _PAPER | {"length": 400, "history": 4096, "tokenizer": "bpe:8192"},
     },
@@ -128,9 +131,19 @@ def entered(chosen: Chosen) -> list[str]:
     return list(dict.fromkeys([SOFTMAX, *chosen.mechanisms]))
 
 
-def benches_of(preset: str) -> list[Bench]:
-    """The benches of a preset whose data are available."""
-    return [bench for bench in BENCHES if bench.name in PRESETS[preset] and not missing(bench.name)]
+def benches_of(chosen: Chosen) -> list[Bench]:
+    """The benches of a preset whose data are available: the user's, or those of a package."""
+    own = own_data(chosen.data)
+    return [
+        bench
+        for bench in BENCHES
+        if bench.name in PRESETS[chosen.preset] and (bench.task in own or not missing(bench.name))
+    ]
+
+
+def is_standard(chosen: Chosen, pattern: Pattern) -> bool:
+    """Return whether all tasks that count in a pattern have the benchmark's data, as the paper's claims need."""
+    return own_data(chosen.data).keys().isdisjoint(LEADERBOARD[pattern])
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
@@ -179,12 +192,12 @@ def _with_weights(work: LayerWork, n: int) -> Any:
 def settings(chosen: Chosen) -> dict[str, Setting]:
     """The settings of all cells for a choice, by name."""
     made: dict[str, Setting] = {}
-    for bench in benches_of(chosen.preset):
-        sizes = PRESETS[chosen.preset][bench.name] | {"bench": bench.name}
+    own = {task: {"data": data.setting()} for task, data in own_data(chosen.data).items()}
+    for bench in benches_of(chosen):
+        sizes = PRESETS[chosen.preset][bench.name] | {"bench": bench.name} | own.get(bench.task, {})
         for mechanism in entered(chosen):
-            own = patterns_of(mechanism)
             for pattern in bench.patterns:
-                if pattern in own and enters(bench, mechanism, pattern):
+                if pattern in patterns_of(mechanism) and enters(bench, mechanism, pattern):
                     made[task_setting(bench, mechanism, pattern)] = sizes | {
                         "mechanism": mechanism,
                         "pattern": (bench.patterns[0] if mechanism == SOFTMAX else pattern).value,
@@ -232,7 +245,7 @@ def _run(
     cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Pattern, mechanism: str
 ) -> Iterator[tuple[Bench, Mapping[str, Any]]]:
     """The benches of a pattern's leaderboard that one seed has run with a mechanism, each with its cell."""
-    for bench in benches_of(chosen.preset):
+    for bench in benches_of(chosen):
         if pattern in bench.patterns and bench.task in LEADERBOARD[pattern]:
             cell = cells.get(task_setting(bench, mechanism, pattern))
             if cell is not None:
@@ -241,7 +254,7 @@ def _run(
 
 def pattern_indices(cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Pattern) -> ScoresOf:
     """One seed's index of each mechanism in a pattern, standardised over the mechanisms that entered."""
-    metrics = [metric for bench in benches_of(chosen.preset) for metric in bench.listed]
+    metrics = [metric for bench in benches_of(chosen) for metric in bench.listed]
     return indices(scores(cells, chosen, pattern), metrics)
 
 
@@ -263,8 +276,11 @@ IN_LANGUAGE = (("long_short", "local"), ("s4d", "local"), ("local", "abc"))
 
 
 def unasked(chosen: Chosen) -> Iterator[str]:
-    """The parts of the claim that are not judged: the mechanism did not enter, or the task is in another preset."""
+    """The parts of the claim that are not judged: the mechanism did not enter, the task is in another preset, or its data
+    are the user's."""
     names = entered(chosen)
+    for task in own_data(chosen.data):
+        yield f"what the paper claims of {task}, and of patterns in which it counts: your data are not the benchmark's"
     absent = dict.fromkeys(name for pair in IN_LANGUAGE for name in pair if name not in names)
     if absent:
         yield f"the order of long_short, s4d, local and abc in language modelling: without {', '.join(absent)}"
@@ -275,7 +291,8 @@ def unasked(chosen: Chosen) -> Iterator[str]:
 
 
 def _checks(chosen: Chosen) -> Iterator[Check]:
-    names, present = entered(chosen), {bench.name for bench in benches_of(chosen.preset)}
+    names, given = entered(chosen), own_data(chosen.data)
+    present = {bench.name for bench in benches_of(chosen) if bench.task not in given}
 
     def lead(pattern: Pattern) -> Callable[[Seed], float]:
         """Index of softmax attention minus that of the best other."""
@@ -289,7 +306,8 @@ def _checks(chosen: Chosen) -> Iterator[Check]:
 
         return value
 
-    tried = {p for bench in benches_of(chosen.preset) for p in bench.patterns if bench.task in LEADERBOARD[p]}
+    tried = {p for bench in benches_of(chosen) for p in bench.patterns if bench.task in LEADERBOARD[p]}
+    tried = {p for p in tried if is_standard(chosen, p)}
     others = {p: any(p in patterns_of(name) for name in names if name != SOFTMAX) for p in Pattern}
     if NS in tried and others[NS]:
         yield Check("noncausal-self: the index of softmax is below that of the best other", lead(NS), below=0)
@@ -329,7 +347,7 @@ def _checks(chosen: Chosen) -> Iterator[Check]:
 
 def _read(chosen: Chosen, pattern: Pattern) -> Iterator[str]:
     """The settings from which the indices of a pattern are computed."""
-    for bench in benches_of(chosen.preset):
+    for bench in benches_of(chosen):
         if pattern in bench.patterns and bench.task in LEADERBOARD[pattern]:
             for mechanism in entered(chosen):
                 if pattern in patterns_of(mechanism) and enters(bench, mechanism, pattern):
@@ -372,9 +390,9 @@ def efficiency(cell: Mapping[str, Any]) -> dict[str, Any]:
 def needs(chosen: Chosen) -> tuple[Check, ...]:
     """Checks that the language model learns: with softmax attention it beats the frequencies of single bytes."""
     found = []
-    for bench in benches_of(chosen.preset):
+    for bench in benches_of(chosen):
         setting = task_setting(bench, SOFTMAX, bench.patterns[0])
-        if bench.name == "LM":
+        if bench.name == "LM" and bench.task not in own_data(chosen.data):
             found.append(
                 Check(
                     "language modelling: perplexity with softmax attention (the frequencies of single bytes have 24)",
@@ -385,13 +403,33 @@ def needs(chosen: Chosen) -> tuple[Check, ...]:
     return tuple(found)
 
 
+def _try_own_data(chosen: Chosen, made: Mapping[str, Setting]) -> None:
+    """Create the tasks on the user's data; raises Unsupported if one cannot be made of them."""
+    own, present = own_data(chosen.data), benches_of(chosen)
+    for task, data in own.items():
+        benches = [bench for bench in present if bench.task == task]
+        if not benches:
+            raise Unsupported(
+                f"data for {task} in the preset {chosen.preset}",
+                supported=", ".join(dict.fromkeys(bench.task for bench in present)),
+                nearest="--preset small",
+            )
+        try:
+            for bench in benches:
+                bench.data(made[task_setting(bench, SOFTMAX, bench.patterns[0])])
+        except Unsupported as error:
+            raise data.refused(error, chosen.preset) from None
+
+
 def make(chosen: Chosen) -> Reproduction:
     """The reproduction for a choice: the preset's benches with each mechanism, and the mechanisms' costs. The user's
-    score files are read once, so that a bad one fails early."""
-    for path in chosen.data:
+    data and score files are read once, so that a bad one fails early."""
+    for path in score_files(chosen.data):
         read_scores(path)
-    absent = [why for bench in BENCHES if bench.name in PRESETS[chosen.preset] and (why := missing(bench.name))]
+    own, benches = own_data(chosen.data), benches_of(chosen)
+    absent = [missing(name) for name in PRESETS[chosen.preset] if name not in {bench.name for bench in benches}]
     made = settings(chosen)
+    _try_own_data(chosen, made)
     return Reproduction(
         name="cab",
         mechanisms=tuple(dict.fromkeys(card_of(name).name for name in entered(chosen))),
@@ -404,7 +442,8 @@ def make(chosen: Chosen) -> Reproduction:
         ),
         instead=(
             "Small backbones on data that packages hold, in the place of eight large ones on seven corpora: "
-            + ", ".join(bench.name for bench in benches_of(chosen.preset))
+            + ", ".join(bench.name for bench in benches)
+            + "".join(f". {task}: on your data, {names_of(data.path)}" for task, data in own.items())
             + ". The attention of one pattern is replaced at a time, the others stay softmax. Indices are standardised over "
             "what entered, so that they compare within this table alone. Costs are of a forward call of one layer on one core."
         ),
@@ -424,6 +463,6 @@ LEFT_OUT = (
     "The paper's figures: its corpora (LJSpeech, Multi-News, PCN, PG-19, FFHQ, ECL) are in no package, and its backbones are a "
     "hundred times as large.",
     "Super-resolution by diffusion: pictures are made in one step.",
-    "Forecasts of many variables, with distilling convolutions and attention within the horizon.",
+    "Forecasts of many variables.",
     "Durations and pitch of speech: characters last equally long.",
 )

@@ -121,7 +121,9 @@ def read_scores(path: str | Path) -> dict[Pattern, Scores]:
         lines = [line.split() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
         rows = [[float(word) for word in line] for line in lines]
     except (OSError, ValueError) as error:
-        raise Unsupported(f"scores in {str(path)!r} ({error})", supported="four lines of numbers") from error
+        raise Unsupported(
+            f"scores in {str(path)!r} ({error})", supported="four lines of numbers; data for a task as LM=novel.txt"
+        ) from error
     wanted = [len(METRICS[pattern]) for pattern in Pattern]
     if [len(row) for row in rows] != wanted:
         raise Unsupported(

@@ -24,12 +24,14 @@ from regard.studies.cab.cells import (
     diverged,
     efficiency,
     entered,
+    is_standard,
     pattern_indices,
     patterns_of,
     scores,
     task_setting,
 )
 from regard.studies.cab.index import AVERAGE, ScoresOf, correlation, over_seeds, ranks
+from regard.studies.cab.own_data import score_files
 from regard.studies.framework.protocol import Cells, Chosen
 from regard.workbench.reports.sections import Curves, Heat, Row, Section
 
@@ -72,7 +74,7 @@ def sections(chosen: Chosen, cells: Cells) -> list[Section]:
         _agreement(found),
         _benefit(chosen, means, seeds),
         _lengths(chosen, means),
-        _beside(found),
+        _beside(chosen, found),
         _given(chosen),
     ]
     return [part for part in parts if part.rows or part.pictures]
@@ -123,7 +125,7 @@ def _leaderboard(
     failed: Mapping[Pattern, Mapping[str, Mapping[str, int]]],
 ) -> Section:
     tasks = [task for task in ("TTS", "Sum", "SR", "MLM", "LM", "PCC", "LSTF") if _has(chosen, task)]
-    metrics = [metric for bench in benches_of(chosen.preset) for metric in bench.listed]
+    metrics = [metric for bench in benches_of(chosen) for metric in bench.listed]
     rows: list[Row] = []
     for pattern in Pattern:
         own, lost = found[pattern], failed[pattern]
@@ -158,12 +160,12 @@ def _leaderboard(
 
 
 def _has(chosen: Chosen, task: str) -> bool:
-    return any(bench.task == task for bench in benches_of(chosen.preset))
+    return any(bench.task == task for bench in benches_of(chosen))
 
 
 def _metrics(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
     rows: list[Row] = []
-    for bench in benches_of(chosen.preset):
+    for bench in benches_of(chosen):
         base = means.get(task_setting(bench, SOFTMAX, bench.patterns[0]), {}).get("parameters")
         for pattern in bench.patterns:
             for mechanism in (*entered(chosen), NOTHING):
@@ -197,7 +199,7 @@ def _metrics(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
 
 def _learned(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
     rows: list[Row] = []
-    for bench in benches_of(chosen.preset):
+    for bench in benches_of(chosen):
         measured = means.get(task_setting(bench, SOFTMAX, bench.patterns[0]), {})
         score, rule = measured.get("score"), measured.get("rule")
         if score is not None and rule is not None:
@@ -287,7 +289,7 @@ def _benefit(
     chosen: Chosen, means: Mapping[str, Mapping[str, Any]], seeds: Mapping[int, Mapping[str, Measurements]]
 ) -> Section:
     rows: list[Row] = []
-    for bench in benches_of(chosen.preset):
+    for bench in benches_of(chosen):
         full, without = (task_setting(bench, name, NS) for name in (SOFTMAX, NOTHING))
         if not {full, without} <= means.keys():
             continue
@@ -324,7 +326,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 def _lengths(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
     curves: dict[str, list[tuple[float, float | None]]] = {}
-    for bench in benches_of(chosen.preset):
+    for bench in benches_of(chosen):
         for mechanism in entered(chosen):
             measured = means.get(task_setting(bench, mechanism, CS), {})
             if measured.get("perplexities") and CS in patterns_of(mechanism):
@@ -346,9 +348,9 @@ def _lengths(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
     return Section("Shorter and longer text", says, [picture])
 
 
-def _beside(found: Mapping[Pattern, ScoresOf]) -> Section:
+def _beside(chosen: Chosen, found: Mapping[Pattern, ScoresOf]) -> Section:
     rows: list[Row] = []
-    for pattern in Pattern:
+    for pattern in (p for p in Pattern if is_standard(chosen, p)):
         for name, tasks in published.LEADERBOARD[pattern].items():
             whole = len(tasks) == len(LEADERBOARD[pattern])
             here = next((own for own in found[pattern] if card_of(own).name == name), None)
@@ -366,7 +368,7 @@ def _beside(found: Mapping[Pattern, ScoresOf]) -> Section:
 
 def _given(chosen: Chosen) -> Section:
     rows: list[Row] = []
-    for path in chosen.data:
+    for path in score_files(chosen.data):
         told = published.published_index(published.read_scores(path))
         for pattern in Pattern:
             rows.extend(
