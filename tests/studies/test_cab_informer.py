@@ -92,13 +92,6 @@ def test_the_decoder_begins_with_the_last_points_of_the_past(make, batch):
     assert bool((model(inputs, late).output != expected).all())
 
 
-def test_a_past_that_is_higher_gives_a_forecast_that_is_higher(make, batch):
-    inputs, memory = batch
-    model, higher = make(), memory.clone()
-    higher[..., 0] += 3
-    close(model(inputs, higher).output, model(inputs, memory).output + 3)
-
-
 def test_the_decoder_s_own_attention_stays_softmax(make):
     for pattern in (NS, NC):
         model = make("linear", pattern)

@@ -134,7 +134,7 @@ class Informer(nn.Module):
 
     The encoder reads the past, and its tokens are distilled to half as many after each layer but the last. The decoder
     begins with the last points of the past, followed by the points to predict, whose values are zero; it sees them
-    causally, then reads the encoded past, and predicts all points at once. Values are relative to the mean of the past.
+    causally, then reads the encoded past, and predicts all points at once.
     """
 
     def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
@@ -154,8 +154,6 @@ class Informer(nn.Module):
         self, inputs: Float[Tensor, "b n f"], memory: Float[Tensor, "b m g"], *, context: Context | None = None
     ) -> Result:
         context = Context() if context is None else context
-        level = memory[..., :1].mean(1, keepdim=True)  # (B, 1, 1)
-        memory = torch.cat([memory[..., :1] - level, memory[..., 1:]], -1)
         x = self._placed(self.past(memory), -memory.shape[1])
         for block, distil in zip(self.encoder_blocks, self.distil, strict=True):
             x = distil(block(x, context=context).output.mT).mT
@@ -164,7 +162,7 @@ class Informer(nn.Module):
         y = self._placed(self.points(torch.cat([seen, F.pad(inputs, (1, 0))], 1)), -seen.shape[1])
         for block in self.blocks:
             y = block(y, encoded if block.cross else None, context=context).output
-        return Result(self.head(self.norm(y[:, seen.shape[1] :])) + level)
+        return Result(self.head(self.norm(y[:, seen.shape[1] :])))
 
     def _placed(self, x: Float[Tensor, "b n c"], first: int) -> Float[Tensor, "b n c"]:
         """Add sinusoids of the time, which is 0 at the first point to predict."""
