@@ -28,10 +28,13 @@ class Engine:
         run: the function that computes the engine.
         refuses: called with the arguments of `run`, gives the reason why this backend cannot run the call; None if it
             can. Must not depend on the tensors' values.
+        flops: called with the arguments of `run`, gives the operations of a recurrence, which are not in the matrix
+            products and convolutions that torch counts.
     """
 
     run: Callable[..., Any]
     refuses: Callable[..., str | None] = lambda *_: None
+    flops: Callable[..., float] = lambda *_: 0.0
 
 
 @dataclass(frozen=True)
@@ -189,11 +192,13 @@ class Record(Counter[Ran]):
     Attributes:
         asked: engines for which a backend was chosen: those that ran, and those that a mechanism skipped in favour of
             plain torch.
+        flops: operations of recurrences in the engines that ran (:class:`Engine`).
     """
 
     def __init__(self, *counts: Any) -> None:
         super().__init__(*counts)
         self.asked: set[str] = set()
+        self.flops = 0.0
 
     @property
     def backends(self) -> set[str]:
@@ -260,8 +265,10 @@ def execute(engine: str, requested: str | None, device: pytorch.device, dtype: p
         if reason is None:
             if not pytorch.compiler.is_compiling() and _WATCHERS.records:
                 ran = Ran(engine, candidate.name, "requested" if requested else _because(passed))
+                operations = candidate.engines[engine].flops(*arguments)
                 for record in _WATCHERS.records:
                     record[ran] += 1
+                    record.flops += operations
             return candidate.engines[engine].run(*arguments)
         if requested is not None:
             raise _refusal(engine, requested, reason)

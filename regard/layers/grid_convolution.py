@@ -116,13 +116,16 @@ class GridConvolution(Merge):
 def leading(n: int, grid: tuple[int, ...] | None, roles: Int[Tensor, "b n"] | None) -> int | None:
     """How many of the `n` tokens in each row (no padding) precede those of the grid, such as a class token.
 
-    None if tokens are ordered differently, and if reading the roles would break a graph or wait for a device.
+    None if tokens are ordered differently, and if reading the roles would break a graph or wait for a device. Meta
+    tensors, which have no order, are taken to be in this one, so that their operations are those of a CPU.
     """
     places = n if grid is None else math.prod(grid)
     if not 0 < places <= n:
         return None
     if roles is None:
         return 0 if places == n else None
+    if roles.device.type == "meta" and not torch.compiler.is_compiling():
+        return n - places
     if not roles.is_cpu or not values_known(roles):
         return None
     on = roles.numpy() == int(Role.TOKEN)  # each operator of PyTorch would take as long as all of this

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from support import close, load, saved_for_backward
 
+from regard.backends import NATIVE
 from regard.contract import Unsupported
 from regard.engines.selective_scan import selective_scan, selective_scan_reference
 from regard.engines.selective_scan.torch_form import STRIDE
+from regard.measurement.flops import flop_counter
 
 
 def sample(n=37, *, batch=2, channels=6, groups=2, states=4, dtype=torch.float64):
@@ -99,3 +101,17 @@ def test_parity_with_the_official_reference(name):
     loss = (y * f["grad_out"]).sum() + (h * f["grad_state"]).sum()
     for key, found in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
         close(found, f[f"grad_{key}"], 1e-10)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_seven_operations_are_counted_for_each_state_and_token_and_three_times_as_many_for_the_gradient(backend):
+    if backend == "native" and NATIVE.missing is not None:
+        pytest.skip(NATIVE.missing)
+    given = sample(64, dtype=torch.float32)
+    once = 7 * 2 * 64 * 6 * 4
+    with torch.no_grad(), flop_counter() as counter:
+        selective_scan(*given, backend=backend)
+    assert counter.get_total_flops() == once
+    with flop_counter() as counter:
+        selective_scan(*(t.requires_grad_() for t in given), backend=backend)[0].sum().backward()
+    assert counter.get_total_flops() == pytest.approx(4 * once, rel=0.1)

@@ -125,6 +125,10 @@ def selective_scan_reference(
     return torch.cat(outputs, 1), h
 
 
-add_engine("selective_scan", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
+add_engine(
+    "selective_scan",
+    torch=Engine(torch_form.run, flops=torch_form.flops),
+    native=Engine(native_form.run, native_form.refuses, native_form.flops),
+)
 
 __all__ = ["Problem", "SelectiveState", "selective_read", "selective_scan", "selective_scan_reference"]

@@ -91,6 +91,11 @@ def refuses(problem: Problem, chunk_size: int) -> str | None:
     return _refusal(problem)
 
 
+def flops(problem: Problem, chunk_size: int) -> float:
+    """Operations of the recurrence, as in PyTorch, and of the product with `c`."""
+    return (5.0 if problem.c is None else 7.0) * problem.updates
+
+
 def _refusal(p: Problem) -> str | None:
     by_token = [t for t in _by_token(p) if t is not None]
     parameters = [t for t in (p.a, p.skip, p.dt_bias, p.state) if t is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from regard.backends.operators import Packed
@@ -31,3 +32,10 @@ class Problem(Packed):
     def learned(self) -> list[Tensor | None]:
         """The inputs that have gradients: the fields before `lengths`."""
         return [self.x, self.dt, self.a, self.b, self.c, self.skip, self.dt_bias, self.z, self.state]
+
+    @property
+    def updates(self) -> float:
+        """How often a state is updated: once for each token. Where gradients are recorded, four times, since the
+        backward pass updates the states again, and differentiates that in twice as many operations."""
+        once = float(self.x.numel() * self.a.shape[1])
+        return 4 * once if torch.is_grad_enabled() and self.records else once

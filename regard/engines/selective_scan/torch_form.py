@@ -123,11 +123,11 @@ def run(problem: Problem, chunk_size: int) -> tuple[Tensor | None, Tensor]:
         state = a.new_zeros(x.shape[0], *a.shape)
     if n == 0:
         return (None if c is None else x), state
+    if _is_of_shapes(problem):
+        return (None if c is None else x.new_empty(x.shape)), state
     valid = None if lengths is None else valid_from_lengths(lengths, n)
     if valid is None and torch.compiler.is_exporting():
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # excludes the scan's padding
-    if x.is_meta:
-        chunk_size = n  # fewer shapes to infer in one chunk than in many
     recompute = torch.is_grad_enabled() and problem.records and not torch.compiler.is_exporting()
 
     def tokens(state: Tensor, *own: Any) -> tuple[Tensor | None, Tensor]:
@@ -147,3 +147,14 @@ def run(problem: Problem, chunk_size: int) -> tuple[Tensor | None, Tensor]:
         chunk, (state,), (x, problem.dt, problem.b, c, problem.z, valid), (0, 0, 0, 0, 0, 0), chunk_size, 1
     )
     return None if c is None else y, state
+
+
+def _is_of_shapes(problem: Problem) -> bool:
+    """Return whether a call has only shapes, and nothing to differentiate: its operators need not be called."""
+    return problem.x.is_meta and not (torch.is_grad_enabled() and problem.records)
+
+
+def flops(problem: Problem, chunk_size: int) -> float:
+    """Operations of the recurrence: two for the decay, one for what is written, and two to update the state. The product
+    with `c` is a matrix product of torch, unless it is not called."""
+    return (7.0 if problem.c is not None and _is_of_shapes(problem) else 5.0) * problem.updates

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from regard import backends
 from regard.contract import Context, Unsupported
 from regard.measurement import units
+from regard.measurement.flops import flop_counter
 from regard.models import build_model, count_parameters
 from regard.models.image_model import ImageModelConfig
 from regard.models.variants import Variant
@@ -169,11 +169,11 @@ def _measures(task: Task, settings: CompareSettings) -> dict[str, Callable[[Imag
 
 
 def flops(config: ImageModelConfig) -> float:
-    """FLOPs of the matrix products and convolutions for one image, as counted by torch."""
+    """FLOPs of the matrix products, convolutions and scans for one image."""
     with torch.device("meta"):
         model = build_model(config).eval()
         inputs = torch.empty(1, math.prod(config.grid), config.patch ** len(config.grid) * config.channels)
     # on meta tensors, which fused kernels unknown to the counter do not accept
-    with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), backends.only("torch"), flop_counter() as counter:
         model(inputs, context=Context(grid=config.grid))
     return float(counter.get_total_flops())

@@ -196,8 +196,8 @@ def parameters(space: Space, networks: Sequence[Genes]) -> list[float]:
 
 
 def flops(space: Space, networks: Sequence[Genes]) -> list[float]:
-    """FLOPs of the matrix products with which each network reads one item, including projections, as counted in torch's
-    own operators."""
+    """FLOPs of the matrix products and scans with which each network reads one item, including projections, as counted in
+    torch's own operators."""
     return [count_flops(build(space.config(genes), 0), space.task) for genes in networks]
 
 

@@ -97,6 +97,16 @@ def test_flops_are_those_of_products_and_convolutions_with_attention(task):
     assert flops(config) == 2 * 64 * 16 * d + 2 * block + 2 * d * 10
 
 
+def test_flops_of_scans_are_counted_too(task):
+    def count(states):
+        mixer = {"d_state": states}
+        return flops(ImageModelConfig.for_task(task, "vim_nano", {"depth": 2, "class_token": "none", "mixer": mixer}))
+
+    n, inner, paths = 64, 2 * 96, 2
+    each = 7 * n * inner + 2 * n * inner * 2  # the scan, and the projections to B and C
+    assert count(16) - count(8) == 2 * paths * 8 * each
+
+
 def test_flops_are_matched(task):
     found = match(task, settings(SMALL[0], "vit_nano:num_layers=1,dim=24", quantity="flops"))
     assert abs(found["vit_nano:num_layers=1,dim=24"]["off"]) < 0.1
