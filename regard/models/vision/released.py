@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, an_instance
 
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""Prefixes that `DistributedDataParallel`, `torch.compile` and Lightning add to every name."""
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+"""Prefixes that `DistributedDataParallel`, `torch.compile`, Lightning and `regard train` add to every name."""
+HEADS = ("head.", "heads.", "distillation_head.")
+"""Prefixes of the layers that make logits."""
 
 
 def load_released(network: Any, checkpoint: Any) -> None:
@@ -19,9 +21,29 @@ def load_released(network: Any, checkpoint: Any) -> None:
     Raises:
         Unsupported: if names or shapes do not fit; the network is then left unchanged.
     """
+    weights = _translated(network, network.translate, checkpoint)
+    check_fit(network, weights)
+    network.load_state_dict(weights)
+
+
+def load_encoder(network: Any, checkpoint: Any) -> None:
+    """Load the encoder's weights in a checkpoint into a network that has `encoder_parts` and can `translate_encoder`
+    names; the names of the encoder must match exactly.
+
+    Raises:
+        Unsupported: if names or shapes do not fit; the network is then left unchanged.
+    """
+    found = _translated(network, network.translate_encoder, checkpoint)
+    weights = {name: value for name, value in found.items() if name.startswith(network.encoder_parts)}
+    check_fit(network, weights, network.encoder_parts)
+    network.load_state_dict(weights, strict=False)
+
+
+def _translated(network: Any, translate: Callable[..., dict[str, Tensor]], checkpoint: Any) -> dict[str, Tensor]:
+    """Return a checkpoint's weights under the network's names."""
     weights = weights_of(checkpoint)
     try:
-        weights = network.translate(weights, network.config)
+        return translate(weights, network.config)
     except (
         IndexError,
         KeyError,
@@ -32,8 +54,6 @@ def load_released(network: Any, checkpoint: Any) -> None:
         raise Unsupported(
             f"weights that do not belong to a {name} ({error})", supported=f"weights of a {name}"
         ) from error
-    check_fit(network, weights)
-    network.load_state_dict(weights)
 
 
 def weights_of(checkpoint: Any) -> dict[str, Tensor]:
@@ -63,12 +83,15 @@ def weights_of(checkpoint: Any) -> dict[str, Tensor]:
     return dict(state)
 
 
-def check_fit(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def check_fit(network: nn.Module, weights: Mapping[str, Tensor], parts: tuple[str, ...] = ("",)) -> None:
     """Raise Unsupported for weights whose names or shapes differ from the network's.
 
     If only the number of classes differs, the error suggests it.
+
+    Args:
+        parts: prefixes of the network's names that the weights are for, by default all.
     """
-    own = network.state_dict()
+    own = {name: value for name, value in network.state_dict().items() if name.startswith(parts)}
     missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
     other = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
     if not (missing or unknown or other):
@@ -79,13 +102,14 @@ def check_fit(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         *_some("with ", unknown),
         *_some("", shapes.values()),
     ]
-    classes = getattr(network, "num_classes", None)  # backbones have it, with a replaceable head
-    heads = all(name.startswith(("head.", "distillation_head.")) for name in missing | unknown | other)
-    head = weights.get("head.weight")
+    whole = parts == ("",)
+    classes = getattr(network, "num_classes", None)  # networks have it if their head can be replaced
+    heads = all(name.startswith(HEADS) for name in missing | unknown | other)
+    head = weights.get("head.weight", weights.get("heads.0.weight"))
     theirs = len(head) if head is not None and head.ndim else 0
     raise Unsupported(
-        f"weights {'; '.join(wrong)} for this {type(network).__name__}",
-        supported="the weights of a model of the same size, classes and channels",
+        f"weights {'; '.join(wrong)} for {'' if whole else 'the encoder of '}this {type(network).__name__}",
+        supported=f"the weights of {'a model of the same size, classes' if whole else 'an encoder of the same size'} and channels",
         nearest=""
         if classes is None or not heads or classes == theirs
         else f"num_classes={theirs}, and reset_classifier({classes}) after loading",

@@ -41,6 +41,7 @@ def test_weights_are_found_in_a_checkpoint_and_under_the_names_of_a_wrapper(make
     for checkpoint in (
         prefixed("module.", state),
         prefixed("module._orig_mod.", state),
+        prefixed("backbone.", state),
         {"model": state, "optimizer": optimizer, "scaler": {}, "epoch": 3},
         {"epoch": 3, "state_dict": prefixed("model.", state)},
     ):

@@ -76,6 +76,16 @@ def test_maps_of_the_encoder_are_those_of_transformers_and_load_by_the_official_
     official.load_released(_official(model.state_dict()))
     for name, value in official.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+    head = {"weight": torch.zeros(7, 20), "bias": torch.zeros(7)}
+    classifying = {name: value for name, value in released.items() if name.startswith("segformer.")}
+    classifying |= {f"classifier.{name}": value for name, value in head.items()}
+    with_head = _official(model.state_dict()) | {f"head.{name}": value for name, value in head.items()}
+    segmenter = create_segmenter("segformer_b0", **options()).double()
+    for encoder in (with_head, classifying, released):
+        segmenter.encoder = create_backbone("mit_b0", num_classes=0, **options()).double()
+        segmenter.load_encoder(encoder)
+        for name, value in segmenter.encoder.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), name
 
 
 def _official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

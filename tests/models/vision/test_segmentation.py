@@ -9,6 +9,7 @@ import torch
 from support import close, load, recorded_state, refused, shaken
 
 from regard.models.parameters import count_parameters
+from regard.models.vision import create_backbone
 from regard.models.vision.segmentation import (
     SEGMENTERS,
     Segmenter,
@@ -81,12 +82,8 @@ def test_a_network_has_as_many_parameters_as_its_code(name: str, classes: int, c
         assert count_parameters(create_segmenter(name, num_classes=classes)) == count
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_logits_have_the_size_of_the_images_and_every_weight_a_gradient(name: str) -> None:
-    """Tiny networks of every kind, two-dimensional ones under autocast, from which Mamba exempts itself.
-
-    In three axes, torch 2.13 occasionally gives non-finite gradients for bfloat16 convolutions over a few voxels.
-    """
+def tiny(name: str) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Options for a tiny network of a named size for grey images and three classes, and the sides of its images."""
     options: dict[str, Any] = {"widths": (8, 16), "num_classes": 3, "channels": 1}
     if name.startswith("segmamba"):
         options |= {"depths": (1, 1), "bottom": 8}
@@ -101,6 +98,16 @@ def test_logits_have_the_size_of_the_images_and_every_weight_a_gradient(name: st
         options |= {"depths": (1, 1), "decoder_depths": (1, 1), "channels": 3 if name == "vm_unet" else 1}
     if name.startswith("segformer"):
         options |= {"depths": (1, 1), "heads": (1, 2), "expansions": (2, 2), "reductions": (2, 1), "decoder_width": 8}
+    return options, size
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_logits_have_the_size_of_the_images_and_every_weight_a_gradient(name: str) -> None:
+    """Tiny networks of every kind, two-dimensional ones under autocast, from which Mamba exempts itself.
+
+    In three axes, torch 2.13 occasionally gives non-finite gradients for bfloat16 convolutions over a few voxels.
+    """
+    options, size = tiny(name)
     model = create_segmenter(name, **options)
     images = torch.randn(2, 1, *size)  # grey images also for three channels
     with torch.autocast("cpu", torch.bfloat16, enabled=len(size) == 2):
@@ -110,6 +117,96 @@ def test_logits_have_the_size_of_the_images_and_every_weight_a_gradient(name: st
     loss.backward()
     lacking = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not lacking
+
+
+EACH_KIND = ("segformer_nano", "segmamba_nano", "umamba_bot_nano", "unet_nano_3d", "vm_unet_nano")
+
+
+def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", EACH_KIND)
+def test_a_reset_classifier_is_an_untrained_head_on_the_same_network(name: str) -> None:
+    options, size = tiny(name)
+    model = shaken(create_segmenter(name, **options)).eval()
+    before, heads = copied(model), copied(model.get_classifier())
+    model.reset_classifier(64)
+    assert model.num_classes == 64
+    own = model.state_dict()
+    assert sum(not torch.equal(own[key], value) for key, value in before.items()) == len(heads)
+    images = torch.randn(2, 1, *size, dtype=torch.float64)
+    with torch.no_grad():
+        for logits in model.forward_levels(images) if isinstance(model, UMamba) else [model(images)]:
+            assert logits.shape[:2] == (2, 64) and logits.dtype == torch.float64
+    fresh = create_segmenter(name, **{**options, "num_classes": 64}).double().eval()
+    drawn = fresh.get_classifier().state_dict()
+    for key, value in model.get_classifier().state_dict().items():
+        assert abs(float(value.std()) - float(drawn[key].std())) <= 0.4 * float(drawn[key].std())
+    refused(r"try num_classes=3, and reset_classifier\(64\)", fresh.load_released, before)
+    fresh.load_released(own)
+    with torch.no_grad():
+        close(fresh(images), model(images))
+    refused("num_classes=0", model.reset_classifier, 0)
+
+
+@pytest.mark.parametrize("name", EACH_KIND)
+def test_an_encoder_s_weights_are_those_of_another_network_whatever_its_head_and_the_rest_stays(name: str) -> None:
+    options, _ = tiny(name)
+    given = shaken(create_segmenter(name, **options)).state_dict()
+    model = create_segmenter(name, **{**options, "num_classes": 4}).double()
+    before = copied(model)
+    model.load_encoder({f"backbone.{key}": value for key, value in given.items()})
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, (given if key.startswith(model.encoder_parts) else before)[key]), key
+    parts = [key for key in given if key.startswith(model.encoder_parts)]
+    assert parts and len(parts) < len(given)
+    loaded = copied(model)
+    refused(
+        f"without {min(parts)} for the encoder of this",
+        model.load_encoder,
+        {k: given[k] for k in given if k != min(parts)},
+    )
+    refused("instead of .* for the encoder", model.load_encoder, {**given, parts[0]: torch.zeros(3, 5)})
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, loaded[key]), key
+
+
+def test_an_encoder_s_weights_are_those_of_the_backbone_of_its_layout() -> None:
+    """MiT in SegFormer, with its head; VMamba in VM-UNet, with more blocks, under the names here and the official ones."""
+    mit = shaken(create_backbone("mit_nano", num_classes=5, image_size=64)).eval()
+    segformer = create_segmenter("segformer_nano").double().eval()
+    segformer.load_encoder(mit.state_dict())
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        for found, expected in zip(
+            *(m.forward_intermediates(images)[1] for m in (segformer.encoder, mit)), strict=True
+        ):
+            close(found, expected)
+    mixer = {"d_state": 4}
+    shape = {"widths": (8, 16), "version": "v0", "expand": 2.0, "mlp_ratio": 0.0, "mixer": mixer}
+    vmamba = shaken(create_backbone("vmamba_t_v0", depths=(2, 3), **shape)).state_dict()
+    unet = create_segmenter("vm_unet", widths=(8, 16), depths=(1, 2), decoder_depths=(1, 1), mixer=mixer).double()
+    unet.load_encoder(vmamba)
+    for key, value in unet.encoder.state_dict().items():
+        assert torch.equal(value, vmamba[f"stages.{key}"]), key
+    unet.load_encoder(recorded_state("vision_vm_unet"))
+    for key, value in recorded("vision_vm_unet").encoder.state_dict().items():
+        assert torch.equal(unet.encoder.state_dict()[key], value), key
+
+
+def test_weights_of_another_layout_than_the_encoder_s_are_refused() -> None:
+    vit = create_backbone("vit_nano").state_dict()
+    refused("encoder of this SegFormer", create_segmenter("segformer_nano").load_encoder, vit)
+    refused("encoder of this VMUNet", create_segmenter("vm_unet_nano").load_encoder, vit)
+    newer = create_backbone("vmamba_nano", widths=(24, 48, 96)).state_dict()
+    refused(
+        r"with encoder\.0\.blocks\.0\.mlp.*encoder of this VMUNet", create_segmenter("vm_unet_nano").load_encoder, newer
+    )
+    plain = create_segmenter("unet_nano").state_dict()
+    refused("without mambas.*encoder of this UMamba", create_segmenter("umamba_bot_nano").load_encoder, plain)
+    colour = create_backbone("mit_nano").state_dict()
+    refused(r"\(32, 3, .*instead of \(32, 1, ", create_segmenter("segformer_nano", channels=1).load_encoder, colour)
 
 
 def test_without_mamba_what_is_left_is_the_plain_residual_network() -> None:

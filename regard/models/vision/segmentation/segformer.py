@@ -85,8 +85,12 @@ class SegFormer(Segmenter):
         self.projections = nn.ModuleList(make_linear(each, width, bias=True) for each in config.widths)
         self.fuse = nn.Conv2d(len(config.widths) * width, width, 1, bias=False)
         self.norm, self.dropout = nn.BatchNorm2d(width), nn.Dropout2d(config.dropout)
-        self.head = nn.Conv2d(width, config.num_classes, 1)
-        nn.init.normal_(self.head.weight, std=0.01)
+        self.head = self.make_head(width)
+
+    def make_head(self, channels: int) -> nn.Module:
+        head = super().make_head(channels)
+        nn.init.normal_(head.get_parameter("weight"), std=0.01)
+        return head
 
     @classmethod
     def multiples(cls, config: SegFormerConfig) -> tuple[int, ...]:
@@ -127,3 +131,9 @@ class SegFormer(Segmenter):
             found[name] = value
         translated = mit.MiT.translate(encoder, config.encoder())
         return found | {f"encoder.{name}": value for name, value in translated.items()}
+
+    @classmethod
+    def translate_encoder(cls, state: Mapping[str, Tensor], config: SegFormerConfig) -> dict[str, Tensor]:
+        """Translate weights of a SegFormer or of a MiT, whose head is left out."""
+        found = cls.translate(state, config)
+        return {name: value for name, value in found.items() if not name.startswith("encoder.head.")}

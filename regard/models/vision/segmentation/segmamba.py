@@ -63,6 +63,7 @@ class SegMamba(Segmenter):
 
     Config = SegMambaConfig
     scales: ClassVar = {"widths": 4, "bottom": 4}
+    encoder_parts = ("reductions.", "stages.", "skips.")
     sizes: ClassVar = {
         "segmamba": {},
         "segmamba_nano": {"widths": (12, 24, 48), "depths": (1, 1, 1), "bottom": 48},
@@ -87,7 +88,7 @@ class SegMamba(Segmenter):
         before = (*widths[1:], config.bottom)
         self.decoder = nn.ModuleList(UpBlock(*pair) for pair in zip(before[::-1], widths[::-1], strict=True))
         self.last = ResidualBlock(widths[0], widths[0])
-        self.head = nn.Conv3d(widths[0], config.num_classes, 1)
+        self.head = self.make_head(widths[0])
 
     def forward(self, images: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b k x y z"]:
         """Return logits (B, num_classes, X, Y, Z)."""
@@ -153,7 +154,7 @@ def _renamed(name: str, config: SegMambaConfig) -> str:
         (r"^decoder(\d+)\.conv_block\.", lambda m: f"decoder.{stages + 1 - int(m[1])}.block."),
         (r"^out\.conv\.conv\.", "head."),
         (r"\.conv(\d)\.conv\.", r".conv\1."),
-        (r"\.mamba\.(conv1d|x_proj|dt_proj)(_b|_s)?\.", _of_path),
+        (r"\.mamba\.(conv1d|x_proj|dt_proj)(_b|_s)?\.(?!\d)", _of_path),
     )
     for pattern, replacement in names:
         name = re.sub(pattern, replacement, name)

@@ -106,6 +106,8 @@ class UMamba(Segmenter):
 
     Config = UMambaConfig
     scales: ClassVar = {"widths": 4}
+    classifier = "heads"
+    encoder_parts = ("stem.", "encoder.", "mambas.")
     sizes: ClassVar = {
         f"{name}_{size}": {
             "axes": axes,
@@ -147,8 +149,13 @@ class UMamba(Segmenter):
             self.upsample.append(convolution(widths[-s - 1], width, 1))
             count = config.decoder_blocks if s < deep else 1
             self.decoder.append(_stage(config.axes, joined, width, unit, count))
-            self.heads.append(convolution(width, config.num_classes, 1))
+            self.heads.append(super().make_head(width))
         self.apply(_initialise)
+
+    def make_head(self, channels: int) -> nn.Module:
+        head = super().make_head(channels)
+        _initialise(head)
+        return head
 
     def _is_left_out(self, s: int) -> bool:
         """Return whether a decoder stage has no skip connection from the encoder."""

@@ -84,7 +84,7 @@ class VMUNet(Segmenter):
             own = [descending.pop(0) for _ in range(config.decoder_depths[number])]
             self.decoder.append(vmamba.Stage(expanding, [vmamba.Block(width, 0, options, rate) for rate in own]))
         self.expanding = PatchExpanding(before := config.widths[0], 4 * before, 4)
-        self.head = nn.Conv2d(before // 4, config.num_classes, 1)
+        self.head = self.make_head(before // 4)
         self.apply(vmamba.initialise)
         for module in self.modules():
             if isinstance(module, PatchExpanding) and isinstance(module.expand, nn.Linear):
@@ -129,6 +129,19 @@ class VMUNet(Segmenter):
             for pattern, replacement in names:
                 name = re.sub(pattern, replacement, name)
             found |= vmamba.translate_block(name, value)
+        return found
+
+    @classmethod
+    def translate_encoder(cls, state: Mapping[str, Tensor], config: VMUNetConfig) -> dict[str, Tensor]:
+        """Translate weights of a VM-UNet or of a VMamba of version v0. Of a stage with more blocks than here, the first
+        ones are taken, as in the official code."""
+        bare = {re.sub(r"^vmunet\.", "", name): value for name, value in state.items()}
+        found: dict[str, Tensor] = {}
+        for name, value in vmamba.VMamba.translate(bare, vmamba.VMambaConfig(version="v0")).items():
+            name = re.sub(r"^stages\.", "encoder.", name)
+            block = re.match(r"encoder\.(\d+)\.blocks\.(\d+)\.", name)
+            if block is None or int(block[1]) >= len(config.depths) or int(block[2]) < config.depths[int(block[1])]:
+                found[name] = value
         return found
 
 
