@@ -115,7 +115,9 @@ def sparse(
         return
     chosen = tuple(read_names(methods)), read_ratios(ratios)
     if preset:
-        _preset(preset, counts or (256, 512), chosen, _tasks(tasks, brief=True), samples or 30, seconds, output, as_json)
+        _preset(
+            preset, counts or (256, 512), chosen, _tasks(tasks, brief=True), samples or 30, seconds, output, as_json
+        )
         return
     from regard.workbench.sparse.study import Plan
 
