@@ -1,4 +1,4 @@
-"""Atomic replacement of files, and checks that a folder can be written."""
+"""Atomic replacement of files, checks that a folder can be written, and the folder for what is kept between runs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def check_folder(folder: Path) -> None:
         raise Unsupported(f"{folder} as the output, where {there} is a file", supported="a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise Unsupported(f"{folder} as the output, which is not writable", supported="a writable folder")
+
+
+def user_cache() -> Path:
+    """The folder of what regard keeps between runs for this user: ``$XDG_CACHE_HOME/regard`` (``~/.cache/regard``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard"
 
 
 def is_same_place(one: Path, other: Path) -> bool:

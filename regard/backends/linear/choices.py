@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 import threading
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from regard.backends.linear.measuring import SMALLEST_WORK, choice
 from regard.backends.linear.product import Product
 from regard.backends.linear.routes import LOCAL, ROUTES, available_routes, lasting
 from regard.contract import Unsupported
-from regard.core.files import write_text_atomically
+from regard.core.files import user_cache, write_text_atomically
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 def cache_file() -> Path:
     """The file that stores choices between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard" / "linear_routes.json"
+    return user_cache() / "linear_routes.json"
 
 
 @functools.cache

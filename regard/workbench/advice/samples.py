@@ -23,7 +23,7 @@ import torch
 from regard.backends.native import library
 from regard.catalogue import get_mechanism
 from regard.contract import Unsupported
-from regard.core.files import write_text_atomically
+from regard.core.files import user_cache, write_text_atomically
 from regard.measurement import provenance
 from regard.measurement.timing import Timing, calm_clock, rounds
 from regard.workbench.advice.layer_work import Decoding, LayerSettings, LayerWork
@@ -108,7 +108,7 @@ Measure = Callable[[str, int, Sequence[str]], Mapping[str, Sample]]
 
 def cache_folder() -> Path:
     """The folder of cached measurements, for this user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard" / "probes"
+    return user_cache() / "probes"
 
 
 def identity(settings: LayerSettings) -> dict[str, Any]:
