@@ -116,6 +116,6 @@ RATE = Annotated[float, typer.Option(help="Learning rate of the last stage, like
 EVALUATION_BLOCKS = Annotated[
     int | None,
     typer.Option(
-        help="Maximum number of blocks (or batches of images) from each source in the evaluation; as the budget allows when not given."
+        help="Maximum number of blocks (or batches of images) from each source in the evaluation, and of texts of each probe; as the budget allows when not given."
     ),
 ]

@@ -23,6 +23,12 @@ BLOCKS = (2, 32)
 """The least and the most blocks of each text in the evaluation."""
 TRIED = 4
 """The most held-out blocks for judging a stage and for measuring sensitivity."""
+PROBES = (3, 8)
+"""The least and the most texts of each probe of what a language model finds, at each length."""
+PROBING = 0.05
+"""The share of a budget for these texts, above the least."""
+PASSES = 4
+"""Passes over a block that a training step of the whole model takes: the teacher's, and three for the student's gradients."""
 SHARES = {"warm": 0.1, "sensitivity": 0.1, "transfer": 0.2, "tune": 0.45, "evaluation": 0.15}
 """Shares of a time budget."""
 LOOKING = {"warm": 0.0, "transfer": 0.1, "tune": 0.1}
@@ -40,6 +46,7 @@ class Plan:
         tried: held-out blocks for each layer's sensitivity.
         transfer, tune: steps of these stages.
         windows: blocks of each text in the evaluation.
+        probes: texts of each probe at each length in the evaluation, of a language model.
         seconds: planned time of each stage; empty for a budget of tokens or steps.
         changeable: the layers that can get new attention.
     """
@@ -49,6 +56,7 @@ class Plan:
     transfer: int
     tune: int
     windows: int
+    probes: int
     seconds: dict[str, float]
     changeable: list[int]
 
@@ -83,7 +91,8 @@ def plan(
     left_out = {"warm", "transfer", "tune"} - set(settings.stages) | (set() if settings.chosen else {"sensitivity"})
     shares = {k: v for k, v in SHARES.items() if k not in left_out}
     whole = sum(shares.values())
-    spent += pace["probe"] + host.timed(settings) * pace["block"]
+    probed = host.probed(settings) * pace["block"]
+    spent += pace["probe"] + host.timed(settings) * pace["block"] + PROBES[0] * probed
     left = budget.amount - spent
     seconds = {name: max(left, 0.0) * share / whole for name, share in shares.items()}
     steps = {name: math.floor((1 - LOOKING[name]) * seconds[name] / pace[name]) for name in settings.stages}
@@ -109,6 +118,7 @@ def plan(
         steps.get("transfer", 0),
         steps["tune"],
         min(windows, settings.evaluation_blocks or BLOCKS[1]),
+        _probes(settings, PROBING * budget.amount, probed),
         seconds,
         changeable,
     )
@@ -147,7 +157,16 @@ def _of_work(host: Host, settings: RetrofitSettings, changeable: list[int]) -> P
         )
     windows = settings.evaluation_blocks or BLOCKS[1]
     tried = min(TRIED, windows) if settings.chosen else 0
-    return Plan(counts.get("warm", 0), tried, counts.get("transfer", 0), counts["tune"], windows, {}, changeable)
+    probes = _probes(settings, PROBING * PASSES * steps * settings.rows, host.probed(settings))
+    return Plan(
+        counts.get("warm", 0), tried, counts.get("transfer", 0), counts["tune"], windows, probes, {}, changeable
+    )
+
+
+def _probes(settings: RetrofitSettings, amount: float, each: float) -> int:
+    """How many texts of each probe are read, if one of each takes `each` of an amount to spend on them."""
+    afforded = math.floor(amount / each) if each else 0
+    return min(max(afforded, PROBES[0]), settings.evaluation_blocks or PROBES[1], PROBES[1])
 
 
 def measure_pace(host: Host, data: Any, settings: RetrofitSettings, changeable: list[int]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from regard.retrofit.hosts import Host, open_host
 from regard.retrofit.hosts.base import EQUAL
 from regard.retrofit.inserting import inserts_tokens
 from regard.retrofit.measures import KINDS, evaluate
-from regard.retrofit.pace import TRIED, Plan, plan
+from regard.retrofit.pace import PROBES, TRIED, Plan, plan
 from regard.retrofit.sensitivity import choose, measure_sensitivity
 from regard.retrofit.settings import RetrofitSettings, advising, told_of_start
 from regard.retrofit.stage import Progress, Stage, Watch
@@ -177,7 +177,7 @@ def _plan(host: Host, data: Any, settings: RetrofitSettings, folder: Folder, say
     """The plan in a folder; for a new one, made after a look at the model with new layers."""
     every = settings.changeable(len(host.layers))
     if (known := folder.read("plan")) is not None:
-        return Plan(**{"changeable": every, **known})  # folders of earlier versions do not name them
+        return Plan(**{"changeable": every, "probes": PROBES[0], **known})  # earlier versions do not name them
     started = time.monotonic()
     difference, able = _look_at(host, data, settings)
     if difference <= EQUAL:
@@ -378,7 +378,7 @@ class Run:
             module.load_state_dict(warm[number].state_dict())
 
     def _record(self, student: Any, learned: list[str], swapped: list[int], losses: dict[str, Any]) -> dict[str, Any]:
-        results = evaluate(self.host, student, self.data, self.settings, self.plan.windows, self.folder, self.watch)
+        results = evaluate(self.host, student, self.data, self.settings, self.plan, self.folder, self.watch)
         work = self.host.work(self.settings)
         return {
             "regard": VERSION,

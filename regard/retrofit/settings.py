@@ -47,8 +47,8 @@ class RetrofitSettings:
             mean square of each parameter; new parameters learn four times as fast.
         lengths: context lengths at which time, state and recall are measured; the default for the kind of model when
             None.
-        evaluation_blocks: the most blocks (or batches of images) of each source in the evaluation; as the budget allows
-            when None.
+        evaluation_blocks: the most blocks (or batches of images) of each source in the evaluation, and the most texts of
+            each probe; as the budget allows when None.
         seed: for drawing blocks and for random initial values.
     """
 

@@ -16,7 +16,8 @@ from regard.measurement.budget import Budget
 from regard.models.variants import Variant
 from regard.retrofit import card, open_host
 from regard.retrofit.measures import ORIGINAL, RETROFIT, change, kind_of, measures_of
-from regard.retrofit.measures.language import mean_recall
+from regard.retrofit.measures.probes import found_by, probed
+from regard.retrofit.measures.shared import kept
 from regard.retrofit.measures.verdict import state_at
 from regard.retrofit.run import Say, planned, read_settings
 from regard.retrofit.stage import Progress, Watch
@@ -122,9 +123,8 @@ def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
         found: dict[str, Any] = {"attention": name}
         found |= {f"perplexity on {source}": units.number(its[model]) for source, its in results["perplexity"].items()}
         found["change"] = None if model == ORIGINAL else change(dict(judged(record)))
-        for length, its in results["recall"].items():
-            share = None if its is None else mean_recall(its, model)
-            found[f"needle in {units.tokens(int(length))}"] = None if share is None else f"{share:.0%}"
+        for what, length, its in probed(results):
+            found[f"{what} in {units.tokens(int(length))}"] = kept(*found_by(its, model))
         found[f"state at {units.tokens(at)}"] = units.size(results["state"][str(at)][model])
         for what, words in (("prefill", "prompt of"), ("decoding", "token after")):
             for length, its in results[what].items():
@@ -149,8 +149,8 @@ def _rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
 def says(record: Mapping[str, Any]) -> str:
     """What the retrofits have in common, from the record of one of them."""
     keep = record["settings"]["keep_layers"]
-    kept = "the layers that its own sensitivity chose" if keep.startswith("auto") else f"these layers: {keep}"
-    return f"Each was trained back with the same budget on the same data, and keeps {kept}."
+    those = "the layers that its own sensitivity chose" if keep.startswith("auto") else f"these layers: {keep}"
+    return f"Each was trained back with the same budget on the same data, and keeps {those}."
 
 
 def sections(records: Mapping[str, Any]) -> list[Section]:

@@ -257,7 +257,8 @@ def test_landmarks_are_inserted_trained_and_retrieved(tmp_path):
     )
     losses = made.record["losses"]
     assert losses["transfer"] == [] and len(losses["tune"]) == 12
-    assert set(made.results["recall"]) == {"64", "256"}  # twice and eight times the trained length
+    for probe in ("needles", "pairs"):
+        assert set(made.results[probe]) == {"64", "256"}  # twice and eight times the trained length
     loaded = AutoModelForCausalLM.from_pretrained(made.folder)
     assert isinstance(loaded, RegardForCausalLM)
     assert {layer[0] for layer in loaded.model.config.plan} == {"landmark"}

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from kills import undisturbed_and_killed
+from kills import Killed, undisturbed_and_killed
 from small_llama import SIZES, WORK, llama, tokens
 
 import regard
@@ -17,15 +17,17 @@ from regard import Unsupported
 from regard.integrations.transformers import CACHE, AutoModelForCausalLM
 from regard.measurement.budget import Budget
 from regard.models import from_pretrained, from_transformers, masformer_plan
-from regard.retrofit import hosts
+from regard.retrofit import hosts, pace
 from regard.retrofit.best import Best
-from regard.retrofit.corpus import Corpus, even_blocks
+from regard.retrofit.corpus import Corpus, even_blocks, read_corpus
 from regard.retrofit.folder import Folder
-from regard.retrofit.measures.language import perplexity, state_bytes
+from regard.retrofit.measures.language import perplexity, state_bytes, token_losses
 from regard.retrofit.sensitivity import choose
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Stage
 from regard.retrofit.transfer import begin_at_scale, held_out_losses, transfer, transfer_losses
+from regard.workbench.reports.retrofit_report import render_retrofit
+from regard.workbench.retrofits import rows
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,65 @@ def test_the_layers_that_matter_keep_their_attention(done):
     made, _, _ = done
     assert made.record["kept"] == [1, 2]
     assert made.swapped == [0, 3]
+
+
+def test_needles_and_pairs_are_told_with_their_standard_errors(done):
+    made, _, _ = done
+    needles, pairs = made.results["needles"]["32"], made.results["pairs"]["32"]
+    for its in (needles, pairs["first"], pairs["rank"]):
+        assert len(its["original"]) == len(its["retrofit"]) == 2
+        assert set(its["standard_error"]) == {"original", "retrofit"}
+    page = render_retrofit(made.record)
+    for words in ("needles in 32 tokens", "pairs in 32 tokens, right values", "(50% by chance)"):
+        assert words in page and words in (made.folder / "README.md").read_text()
+    own = pairs["rank"]["mean"]["retrofit"], pairs["rank"]["standard_error"]["retrofit"]
+    assert f"{own[0]:.1%} (± {100 * own[1]:.1f})" in page
+
+
+def as_earlier_versions_measured(found):
+    """Results without what this version added."""
+    for its in found.values():
+        its.pop("standard_errors", None)
+        for part in its.get("by_position", []):
+            part.pop("standard_errors")
+    return found
+
+
+def test_a_record_of_an_earlier_version_is_shown_without_what_it_lacks(done):
+    made, _, _ = done
+    record = json.loads((made.folder / "retrofit.json").read_text())
+    results = record["results"]
+    as_earlier_versions_measured(results["perplexity"])
+    del results["needles"], results["pairs"]
+    results["recall"] = {"32": {"depths": [0.1, 0.5, 0.9], "original": [1.0, 0.5, 0.0], "retrofit": [0.0, 0.0, 0.0]}}
+    page = render_retrofit(record)
+    assert "needles in 32 tokens, said" in page and "50.0% (± 28.9)" in page and "pairs in" not in page
+    (first, second) = rows({"now": made.record, "before": record})[1:]
+    assert set(second) < set(first)
+
+
+def test_a_folder_that_an_earlier_version_began_is_evaluated_in_full(tmp_path):
+    settings = {"keep_layers": [0], "data": tokens(), "budget": "28 steps", **WORK}
+    model, output = llama(2), tmp_path / "out"
+
+    def kill(progress):
+        if progress.doing.startswith("evaluation: perplexity"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        regard.retrofit(model, "gated_linear", output=output, watch=kill, **settings)
+    work = output / ".retrofit"
+    plan, measured = (json.loads((work / f"{name}.json").read_text()) for name in ("plan", "evaluation"))
+    del plan["probes"]
+    (work / "plan.json").write_text(json.dumps(plan))
+    before = {**as_earlier_versions_measured(measured), "recall at 32": {"original": [1.0], "retrofit": [1.0]}}
+    (work / "evaluation.json").write_text(json.dumps(before))
+    done = []
+    made = regard.retrofit(model, "gated_linear", output=output, watch=done.append, **settings)
+    assert all(progress.done <= progress.total for progress in done)
+    assert len(made.results["needles"]["32"]["retrofit"]) == len(made.results["pairs"]["32"]["rank"]["original"]) == 3
+    assert "recall" not in made.results and "standard_errors" not in made.results["perplexity"]["the data, held out"]
+    assert "pairs in 32 tokens" in render_retrofit(made.record)
 
 
 def test_every_stage_lowers_its_loss(tmp_path):
@@ -297,6 +358,19 @@ def test_the_most_sensitive_layers_are_kept():
     assert choose({0: 0.1, 1: 0.1, 2: 0.1}, 1) == (0,)
 
 
+def test_standard_errors_of_perplexity_are_those_over_blocks(host):
+    models = {"original": host.model, "retrofit": hosts.open_host(llama(2)).model}
+    blocks = tokens(6 * 64).view(6, 64)
+    found = perplexity(models, blocks)
+    for name, model in models.items():
+        whole, last = (token_losses(model, blocks)[:, a:].mean(1) for a in (0, 32))
+        for its, losses in ((found, whole), (found["by_position"][-1], last)):
+            error = losses.mean().exp() * losses.std() / 6**0.5
+            assert its[name] == pytest.approx(float(losses.mean().exp()))
+            assert its["standard_errors"][name] == pytest.approx(float(error))
+    assert perplexity(models, blocks[:1])["standard_errors"] == {"original": None, "retrofit": None}
+
+
 def test_the_same_model_has_the_same_perplexity_at_every_position(host):
     found = perplexity({"original": host.model, "retrofit": host.model}, tokens(4 * 64).view(4, 64))
     assert found["change"] == found["standard_error"] == 0
@@ -439,10 +513,6 @@ def test_a_model_of_few_positions_is_measured_at_the_length_of_a_block(host):
 
 
 def test_a_time_is_planned_from_the_pace_that_is_measured(host, monkeypatch):
-    from regard.retrofit import pace
-    from regard.retrofit.corpus import read_corpus
-    from regard.retrofit.settings import RetrofitSettings
-
     data = tokens()
     corpus = read_corpus(data, None, None, length=32, vocabulary=48, seed=0)
     seconds = {"probe": 1.0, "block": 0.1, "warm": 0.5, "transfer": 0.5, "tune": 2.0}
@@ -454,6 +524,23 @@ def test_a_time_is_planned_from_the_pace_that_is_measured(host, monkeypatch):
     assert found.tune > 0 and found.windows == 32
     with pytest.raises(Unsupported, match=r"budget of 10s, which leaves only .* for"):
         pace.plan(host, corpus, dataclasses.replace(settings, budget=Budget.parse("10s")))
+
+
+@pytest.mark.parametrize("lengths", [(32,), (64, 256), (256,)])
+@pytest.mark.parametrize("budget", ["5m", "30m", "5h", "100 steps", "2000 steps", "200000 tokens"])
+def test_texts_of_probes_are_few_and_take_a_small_part_of_the_budget(host, monkeypatch, budget, lengths):
+    seconds = {"probe": 1.0, "block": 0.1, "warm": 0.5, "transfer": 0.5, "tune": 2.0}
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: seconds)
+    corpus = Corpus(tokens(), tokens(400), None, "drawn", None)
+    settings = RetrofitSettings("linear", budget=Budget.parse(budget), length=32, batch_size=2, lengths=lengths)
+    found = pace.plan(host, corpus, host.begun(settings))
+    read = 2 * 2 * sum(lengths) / 32  # blocks, of a text of both probes by both models
+    amount = settings.budget.amount
+    whole = amount / 0.1 if "s" not in budget else 4 * amount / (32 if "tokens" in budget else 1 / 2)
+    assert 3 <= found.probes <= 8 and (found.probes == 3 or found.probes * read <= 0.05 * whole)
+    assert found.probes == 8 or (found.probes + 1) * read > 0.05 * whole
+    fewer = pace.plan(host, corpus, host.begun(dataclasses.replace(settings, evaluation_blocks=2)))
+    assert fewer.probes == 2
 
 
 def test_an_encoder_that_transformers_loads_as_a_causal_model_is_refused(tmp_path):

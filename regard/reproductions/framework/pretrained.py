@@ -22,7 +22,8 @@ from regard.reproductions.framework.protocol import Setting
 from regard.retrofit import RetrofitSettings, open_host, retrofit
 from regard.retrofit.corpus import even_blocks
 from regard.retrofit.hosts import LanguageHost
-from regard.retrofit.measures.language import ORIGINAL, RETROFIT, mean_recall, recall, token_losses
+from regard.retrofit.measures.language import ORIGINAL, RETROFIT, token_losses
+from regard.retrofit.measures.probes import found_by, needles
 from regard.tasks.packaged import read_verse_pairs
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def retrofitted(setting: Setting, seed: int) -> Measurements:
     found |= {"loss": loss_of(made.model, blocks), "original": loss_of(host.model, blocks)}
     for length, count in setting["needles"].items():
         models = {RETROFIT: made.model, ORIGINAL: host.model}
-        rows = [recall(models, other, int(length), seed * count + row) for row in range(count)]
-        for name, said in ((RETROFIT, f"found at {length}"), (ORIGINAL, f"original found at {length}")):
-            found[said] = sum(mean_recall(row, name) for row in rows if row is not None) / count
+        said = needles(models, other, int(length), count, seed)
+        for name, what in ((RETROFIT, f"found at {length}"), (ORIGINAL, f"original found at {length}")):
+            found[what] = 0.0 if said is None else found_by(said, name)[0]
     for name, options in setting.get("changed", {}).items():
         change_options(made.model, **options)
         found[name] = loss_of(made.model, blocks)

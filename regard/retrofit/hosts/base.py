@@ -148,6 +148,10 @@ class Host(ABC):
     def timed(self, settings: RetrofitSettings) -> float:
         """The amount of data read for timing and the like, in blocks or batches of the usual size."""
 
+    def probed(self, settings: RetrofitSettings) -> float:
+        """The amount of data in one text of each length and probe, as both models read it, likewise; 0 without probes."""
+        return 0.0
+
     @abstractmethod
     def reads(self, settings: RetrofitSettings) -> int:
         """Tokens of a row."""

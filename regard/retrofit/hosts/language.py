@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 AHEAD = 1e-5
 """Change of logits, relative to the largest, above which a token must have read a later one; in a causal model only
 rounding can change them."""
+PROBED = 4
+"""Number of times that a text of each length is read for probes: two probes, two models."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class LanguageHost(TextHost):
     def longest_read(self, data: Corpus, settings: RetrofitSettings) -> int:
         blocks = [self.evaluation_length(ids, settings.block) for ids in data.sources.values()]
         return max(super().longest_read(data, settings), *blocks)
+
+    def probed(self, settings: RetrofitSettings) -> float:
+        return PROBED * sum(self.within(settings.spans)) / settings.block
 
     def read_once(self, model: Any, ids: Int[Tensor, "b n"]) -> None:
         model(ids, use_cache=reads_by_state(model), logits_to_keep=1)

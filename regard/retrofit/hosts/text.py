@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-READS = 22
-"""Number of times that a text of each length is read for recall and timing."""
+READS = 16
+"""Number of times that a text of each length is read for timing."""
 BLOCK, BLOCKS = 512, 4
 """Default tokens in a block, and default blocks of a training step."""
 

@@ -11,6 +11,7 @@ from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Host
 from regard.retrofit.measures import encoder, language, vision
 from regard.retrofit.measures.shared import MODELS, ORIGINAL, RETROFIT, Loss, Row, change
+from regard.retrofit.pace import Plan
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Progress, Watch
 
@@ -19,9 +20,9 @@ class Measures(Protocol):
     """The measurements for one kind of model."""
 
     def parts(
-        self, host: Any, student: Any, data: Any, settings: RetrofitSettings, windows: int
+        self, host: Any, student: Any, data: Any, settings: RetrofitSettings, plan: Plan
     ) -> dict[str, Callable[[], Any]]:
-        """The measurements by name, each independent; with at most `windows` blocks or batches of each source."""
+        """The measurements by name, each independent; of as many blocks, batches or texts as the plan says."""
 
     def results(
         self, host: Any, student: Any, data: Any, settings: RetrofitSettings, found: Mapping[str, Any]
@@ -57,18 +58,15 @@ def evaluate(
     student: Any,
     data: Any,
     settings: RetrofitSettings,
-    windows: int,
+    plan: Plan,
     folder: Folder,
     watch: Watch,
 ) -> dict[str, Any]:
-    """All figures, each measured once: results in the folder are reused.
-
-    Args:
-        windows: the most blocks (or batches of images) of each source.
-    """
+    """All figures, each measured once: results in the folder are reused."""
     measures = KINDS[host.kind]
-    parts = measures.parts(host, student, data, settings, windows)
-    found: dict[str, Any] = folder.read("evaluation") or {}
+    parts = measures.parts(host, student, data, settings, plan)
+    known: dict[str, Any] = folder.read("evaluation") or {}
+    found = {name: known[name] for name in parts if name in known}  # earlier versions measured others too
     started, begun = time.monotonic(), len(found)
     for name, measure in parts.items():
         if name not in found:

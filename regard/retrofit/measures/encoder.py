@@ -38,6 +38,7 @@ from regard.retrofit.measures.shared import (
     times_as_long,
 )
 from regard.retrofit.measures.verdict import WORTH
+from regard.retrofit.pace import Plan
 from regard.retrofit.settings import RetrofitSettings
 
 if TYPE_CHECKING:
@@ -45,12 +46,12 @@ if TYPE_CHECKING:
 
 
 def parts(
-    host: EncoderHost, student: Any, corpus: Corpus, settings: RetrofitSettings, windows: int
+    host: EncoderHost, student: Any, corpus: Corpus, settings: RetrofitSettings, plan: Plan
 ) -> dict[str, Callable[[], Any]]:
     """The measurements by name; see :class:`regard.retrofit.measures.Measures`."""
     models = {ORIGINAL: host.model, RETROFIT: student}
     found: dict[str, Callable[[], Any]] = {
-        f"quality on {source}": partial(quality, models, host.of_text(ids, windows, settings))
+        f"quality on {source}": partial(quality, models, host.of_text(ids, plan.windows, settings))
         for source, ids in corpus.sources.items()
     }
     for length in host.within(settings.spans):

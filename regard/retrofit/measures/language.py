@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -21,21 +20,33 @@ from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.hosts import LanguageHost
 from regard.retrofit.hosts.language import log_likelihoods
 from regard.retrofit.inserting import placed_in, reads_by_state
-from regard.retrofit.measures.shared import ORIGINAL, RETROFIT, SOFTMAX, Loss, Models, Row, change, rise, times
+from regard.retrofit.measures.probes import found_by, needles, pairs, probed
+from regard.retrofit.measures.shared import (
+    MODELS,
+    ORIGINAL,
+    RETROFIT,
+    SOFTMAX,
+    Loss,
+    Models,
+    Row,
+    change,
+    kept,
+    mean_and_error,
+    rise,
+    times,
+)
 from regard.retrofit.measures.verdict import recommend
+from regard.retrofit.pace import Plan
 from regard.retrofit.settings import RetrofitSettings
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-CUE, ANSWER = 4, 8
-"""Tokens of a needle that are shown again, and tokens of it that must then be predicted."""
-DEPTHS = (0.1, 0.5, 0.9)
 STATE_LENGTHS = (2048, 8192, 32768)
 
 
 def parts(
-    host: LanguageHost, student: Any, corpus: Corpus, settings: RetrofitSettings, windows: int
+    host: LanguageHost, student: Any, corpus: Corpus, settings: RetrofitSettings, plan: Plan
 ) -> dict[str, Callable[[], Any]]:
     """The measurements by name; see :class:`regard.retrofit.measures.Measures`."""
     models = {ORIGINAL: host.model, RETROFIT: student}
@@ -43,9 +54,11 @@ def parts(
     found: dict[str, Callable[[], Any]] = {}
     for source, ids in corpus.sources.items():
         length = host.evaluation_length(ids, settings.block)
-        found[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, windows, length))
+        found[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, plan.windows, length))
     for length in lengths:
-        found[f"recall at {length}"] = partial(recall, models, corpus.held_out, _with_room(host, length), settings.seed)
+        for probe in (needles, pairs):
+            sizes = (length, plan.probes, settings.seed)
+            found[f"{probe.__name__} in {length}"] = partial(probe, models, corpus.held_out, *sizes)
     timed = {**models, SOFTMAX: host.by_regard}
     for length in lengths:
         found[f"prefill of {length}"] = partial(prefill, timed, corpus.held_out, length)
@@ -60,7 +73,8 @@ def results(
     lengths = host.within(settings.spans)
     return {
         "perplexity": {source: found[f"perplexity on {source}"] for source in corpus.sources},
-        "recall": {str(length): found[f"recall at {length}"] for length in lengths},
+        "needles": {str(length): found[f"needles in {length}"] for length in lengths},
+        "pairs": {str(length): found[f"pairs in {length}"] for length in lengths},
         "prefill": {str(length): found[f"prefill of {length}"] for length in lengths},
         "decoding": {str(length): found[f"decoding after {length}"] for length in lengths},
         "state": {
@@ -82,22 +96,30 @@ def state_lengths(host: LanguageHost) -> list[int]:
 def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
     """Perplexity of each model on the same blocks, also by position, and its relative rise in the retrofit.
 
-    The standard error of the change is that of the mean difference over blocks.
+    Standard errors are over the blocks: ``standard_errors`` those of each model, ``standard_error`` that of the rise, from the
+    differences of blocks.
     """
     losses = {name: token_losses(model, blocks) for name, model in models.items()}
-    mean = {name: float(loss.mean()) for name, loss in losses.items()}
     gaps = (losses[RETROFIT] - losses[ORIGINAL]).mean(1)
     borders = [0, *(b for b in (2**e for e in range(4, 24)) if b < blocks.shape[1] - 1), blocks.shape[1] - 1]
     return {
         "blocks": len(blocks),
         "length": blocks.shape[1],
-        **{name: math.exp(min(value, 700.0)) for name, value in mean.items()},
+        **_perplexities(losses),
         **rise(gaps),
         "by_position": [
-            {"first": a + 1, "last": b, **{n: math.exp(min(float(x[:, a:b].mean()), 700.0)) for n, x in losses.items()}}
+            {"first": a + 1, "last": b, **_perplexities({name: loss[:, a:b] for name, loss in losses.items()})}
             for a, b in itertools.pairwise(borders)
         ],
     }
+
+
+def _perplexities(losses: Mapping[str, Float[Tensor, "w m"]]) -> dict[str, Any]:
+    """The perplexity of each model from its losses in blocks, and ``standard_errors`` over the blocks."""
+    found = {name: mean_and_error(loss.mean(1)) for name, loss in losses.items()}
+    values = {name: math.exp(min(mean, 700.0)) for name, (mean, _) in found.items()}
+    errors = {name: None if error is None else error * values[name] for name, (_, error) in found.items()}
+    return {**values, "standard_errors": errors}
 
 
 @torch.no_grad()
@@ -106,30 +128,6 @@ def token_losses(model: Any, blocks: Int[Tensor, "w n"]) -> Float[Tensor, "w n-1
     return torch.cat(
         [-log_likelihoods(model(row, use_cache=reads_by_state(model)).logits, row) for row in blocks.split(1)]
     ).double()
-
-
-@torch.no_grad()
-def recall(models: Models, ids: Int[Tensor, " n"], length: int, seed: int) -> dict[str, Any] | None:
-    """Share of a needle's tokens that each model predicts after its beginning is shown again; None for a short text.
-
-    A needle is random tokens of the text, hidden at three depths of it; a model that predicts them must have found the
-    needle, since nothing else gives them away.
-    """
-    filler = length - 2 * CUE - ANSWER
-    if len(ids) < filler or filler < 1:
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    kinds = ids.unique()
-    found: dict[str, list[float]] = {name: [] for name in models}
-    for depth in DEPTHS:
-        start = int(torch.randint(len(ids) - filler + 1, (1,), generator=generator))
-        text, place = ids[start : start + filler], round(depth * filler)
-        needle = kinds[torch.randint(len(kinds), (CUE + ANSWER,), generator=generator)]
-        asked = torch.cat([text[:place], needle, text[place:], needle[:CUE], needle[CUE:]])[None]
-        for name, model in models.items():
-            said = model(asked[:, :-1], use_cache=reads_by_state(model)).logits[0, -ANSWER:].argmax(-1)
-            found[name].append(float((said == needle[CUE:]).double().mean()))
-    return {"depths": list(DEPTHS), **found}
 
 
 @torch.no_grad()
@@ -216,7 +214,7 @@ def _read(model: Any, prompt: Int[Tensor, "1 n"]) -> Float[Tensor, "1 1 v"]:
 
 
 def _with_room(host: LanguageHost, length: int) -> int:
-    """`length`, or as many tokens as leave positions for those that are decoded after them, or asked for."""
+    """`length`, or as many tokens as leave positions for those that are decoded after them."""
     return length if host.longest is None else min(length, host.longest - host.decoded)
 
 
@@ -245,11 +243,6 @@ def state_bytes(host: LanguageHost, model: Any, length: int) -> int:
     return round(total)
 
 
-def mean_recall(found: dict[str, Any], model: str) -> float:
-    """Mean recall of a model over the depths."""
-    return statistics.fmean(found[model])
-
-
 def loss(results: Mapping[str, Any]) -> Loss:
     """The rise of perplexity."""
     judged = list(results["perplexity"].values())[-1]
@@ -260,12 +253,16 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
     """Table rows of the figures: a label, the original's value, the retrofit's value."""
     found: list[Row] = []
     for source, its in results["perplexity"].items():
-        found.append((f"perplexity on {source}", units.number(its["original"]), units.number(its["retrofit"])))
-    for length, its in results["recall"].items():
+        before, after = (_with_error(its, model) for model in MODELS)
+        found.append((f"perplexity on {source}", before, after))
+    said = {"needles": "needles in {} tokens, said", "pairs": "pairs in {} tokens, right values the likeliest there"}
+    for what, length, its in probed(results):
+        found.append(_found(said[what], length, its))
+    for length, its in results.get("pairs", {}).items():
         if its is not None:
-            shares = (sum(its[model]) / len(its[model]) for model in ("original", "retrofit"))
-            before, after = (f"{share:.0%}" for share in shares)
-            found.append((f"needle in {units.tokens(int(length))} tokens, said", before, after))
+            found.append(
+                _found("pairs in {} tokens, values less likely than the right one (50% by chance)", length, its["rank"])
+            )
     for length, its in results["state"].items():
         found.append(
             (
@@ -284,14 +281,24 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
     return found
 
 
+def _found(words: str, length: str, its: Mapping[str, Any]) -> Row:
+    """A row of what both models found in texts of a length, with standard errors."""
+    before, after = (kept(*found_by(its, model)) for model in MODELS)
+    return words.format(units.tokens(int(length))), before, after
+
+
+def _with_error(its: Mapping[str, Any], model: str) -> str:
+    """A perplexity with its standard error, which records of earlier versions lack."""
+    error = its.get("standard_errors", {}).get(model)
+    return units.number(its[model]) if error is None else units.told(its[model], error)
+
+
 __all__ = [
     "decoding",
     "loss",
-    "mean_recall",
     "parts",
     "perplexity",
     "prefill",
-    "recall",
     "recommend",
     "results",
     "rows",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regard.measurement import units
+from regard.retrofit.measures.probes import found_by, more, probed
 from regard.retrofit.measures.shared import LESS, ORIGINAL, RETROFIT, SOFTMAX, change, longer, times_as_long
 
 WORTH = 0.08
@@ -13,7 +14,7 @@ WORTH = 0.08
 STATE_AT = 8192
 """The length at which states are compared, or the longest that the model can read if that is less."""
 FORGETS = 0.25
-"""The least difference of needle shares that is reported."""
+"""The least difference of the shares of needles, or of pairs, that is reported, if it is also twice its standard error."""
 LOWER = 0.01
 """The least relative fall of perplexity that is a reason on its own."""
 ROOM = 1.25
@@ -35,7 +36,7 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
     gains = []
     if share < LESS and _goes_on_from_state(results):
         gains.append(f"the state at {at} tokens is {share:.0%} of the original's")
-    gains += filter(None, (_speed(results), _finds(results)))
+    gains += filter(None, (_speed(results), *_finds_more(results, RETROFIT, ORIGINAL)[:1]))
     cost = f"perplexity is {change(judged)} on {source}"
     close = judged["change"] <= WORTH
     take = close and bool(gains)
@@ -76,14 +77,16 @@ def _delay(results: Mapping[str, Any]) -> str | None:
     return None if found is None else f"{found[0]} takes {times_as_long(found[1])}"
 
 
-def _finds(results: Mapping[str, Any]) -> str | None:
-    """The longest length at which the retrofit finds clearly more needles, in words; None if nowhere."""
-    for length, found in reversed(list(results["recall"].items())):
-        if found is not None:
-            before, after = (sum(found[model]) / len(found[model]) for model in (ORIGINAL, RETROFIT))
-            if after - before >= FORGETS:
-                return f"of the needles in {units.tokens(int(length))} tokens it finds {after:.0%} where the original finds {before:.0%}"
-    return None
+def _finds_more(results: Mapping[str, Any], model: str, other: str) -> list[str]:
+    """Where one model finds clearly more needles or values of keys than another, in words, the longest texts first."""
+    found = []
+    for what, length, its in sorted(probed(results), key=lambda one: -int(one[1])):
+        gap, error = more(its, model, other)
+        if gap >= FORGETS and gap >= 2 * (error or 0.0):
+            before, after = (found_by(its, name)[0] for name in (ORIGINAL, RETROFIT))
+            words = f"of the {what} in {units.tokens(int(length))} tokens it finds {after:.0%}"
+            found.append(f"{words} where the original finds {before:.0%}")
+    return found
 
 
 def _clearly_longer(results: Mapping[str, Any], model: str, other: str, likewise: str = "") -> tuple[str, float] | None:
@@ -124,14 +127,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
             f"the mechanism's own state would be {share:.0%} of the original's at {units.tokens(state_at(results))} tokens, but inside "
             f"transformers generate does not continue from it: it {how}."
         )
-    for length, found in results["recall"].items():
-        if found is None:
-            continue
-        before, after = (sum(found[model]) / len(found[model]) for model in (ORIGINAL, RETROFIT))
-        if before - after >= FORGETS:
-            notes.append(
-                f"of the needles in {units.tokens(int(length))} tokens it finds {after:.0%} where the original finds {before:.0%}."
-            )
+    notes += [f"{sentence}." for sentence in reversed(_finds_more(results, ORIGINAL, RETROFIT))]
     own = [found for found in results["prefill"].values() if SOFTMAX in found]
     if own and (ratio := longer(own[-1], ORIGINAL, SOFTMAX)) is not None:
         length = list(results["prefill"])[-1]

@@ -33,6 +33,7 @@ from regard.retrofit.measures.shared import (
     times,
     times_as_long,
 )
+from regard.retrofit.pace import Plan
 from regard.retrofit.pictures import Pictures, Some
 from regard.retrofit.settings import RetrofitSettings
 
@@ -46,10 +47,10 @@ loss of accuracy."""
 
 
 def parts(
-    host: VisionHost, student: Any, pictures: Pictures, settings: RetrofitSettings, windows: int
+    host: VisionHost, student: Any, pictures: Pictures, settings: RetrofitSettings, plan: Plan
 ) -> dict[str, Callable[[], Any]]:
     """The measurements by name; see :class:`regard.retrofit.measures.Measures`."""
-    models, most = {ORIGINAL: host.model, RETROFIT: student}, windows * settings.rows
+    models, most = {ORIGINAL: host.model, RETROFIT: student}, plan.windows * settings.rows
     found: dict[str, Callable[[], Any]] = {
         f"quality on {source}": partial(quality, models, host, images.spread(most), settings.rows)
         for source, images in pictures.sources.items()
