@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from regard.retrofit.hosts.base import EQUAL
 from regard.retrofit.inserting import inserts_tokens
 from regard.retrofit.measures import KINDS, evaluate
 from regard.retrofit.pace import PROBES, TRIED, Plan, plan
-from regard.retrofit.sensitivity import choose, measure_sensitivity
+from regard.retrofit.sensitivity import Known, choose, measure_sensitivity
 from regard.retrofit.settings import RetrofitSettings, advising, told_of_start
 from regard.retrofit.stage import Progress, Stage, Watch
 from regard.retrofit.transfer import held_out_losses, transfer
@@ -303,26 +303,35 @@ class Run:
             kept = tuple(known)
         return [number for number in layers if number not in kept]
 
-    def _warm(self) -> tuple[dict[int, nn.Module], list[str]]:
+    def _warm(self, numbers: Sequence[int], name: str = "warm") -> dict[int, nn.Module]:
+        """New modules of some layers after the first steps, in which each learns as if it were alone."""
         student, learned = self.host.copy_with(self.plan.changeable, self.settings.mechanism, self.settings.seed)
-        return self._modules(student, self.plan.changeable), learned
+        modules = self._modules(student, numbers)
+        doing = "first steps of all layers" if name == "warm" else "first steps of the new layers"
+        stage = replace(self._stage("warm", doing, self.plan.warm, self.settings.transfer_rate, 0), name=name)
+        transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch)
+        return modules
 
     def _modules(self, student: Any, numbers: Sequence[int]) -> dict[int, nn.Module]:
         return {number: student.get_submodule(self.host.layers[number].path) for number in numbers}
 
     def _sensitivity(self) -> dict[int, float]:
-        modules, learned = self._warm()
-        self._transfer("warm", modules, learned)
-        held_out = self.host.held_out(self.data, self.plan.tried, self.settings)
-        return measure_sensitivity(self.host, modules, held_out, self.folder, self.watch, self._after("sensitivity"))
-
-    def _transfer(
-        self, name: str, modules: dict[int, nn.Module], learned: list[str], best: Best | None = None
-    ) -> list[list[float]]:
-        doing = "first steps of all layers" if name == "warm" else "attention transfer"
-        steps = self.plan.warm if name == "warm" else self.plan.transfer
-        stage = self._stage(name, doing, steps, self.settings.transfer_rate, 0 if name == "warm" else 1)
-        return transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch, best)
+        """The sensitivity of each layer, from an earlier retrofit if one measured it and this one has not begun to."""
+        plan = self.plan
+        kept = Known(self.folder.identity, plan.changeable)
+        if not self.folder.checkpoint("warm").exists() and (found := kept.read(plan.warm, plan.tried)) is not None:
+            self.say(
+                "sensitivity: as an earlier retrofit of this model measured it with this data and mechanism; to measure it "
+                f"again, delete {kept.path}"
+            )
+            self.folder.write("sensitivity", found)
+            return found
+        modules = self._warm(plan.changeable)
+        held_out = self.host.held_out(self.data, plan.tried, self.settings)
+        after = self._after("sensitivity")
+        found = measure_sensitivity(self.host, modules, held_out, self.folder, self.watch, after)
+        kept.write(found, plan.warm, plan.tried)
+        return found
 
     def _trained(self, student: Any, learned: list[str], swapped: list[int]) -> dict[str, Any]:
         """Train the student, and return the losses of the stages."""
@@ -363,7 +372,9 @@ class Run:
         best = Best(
             list(modules.values()), lambda: held_out_losses(self.host, modules, held_out), self.folder, "transfer"
         )
-        moved = self._transfer("transfer", modules, learned, best)
+        rate = self.settings.transfer_rate
+        stage = self._stage("transfer", "attention transfer", self.plan.transfer, rate, 1)
+        moved = transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch, best)
         self.say(
             f"attention transfer: held out, {_best_of(best)} of the outputs' square, {len(swapped)} layers, "
             f"{_counted(moved, self.plan.transfer)}"
@@ -371,9 +382,10 @@ class Run:
         return moved, best.record()
 
     def _begin_warm(self, modules: dict[int, nn.Module]) -> None:
-        """Start from the modules that the first steps of all layers trained."""
-        warm, names = self._warm()
-        self._transfer("warm", warm, names)
+        """Start from the modules that the first steps trained: of all layers, or of these alone if no sensitivity was measured
+        here."""
+        whole = self.folder.checkpoint("warm").exists()
+        warm = self._warm(self.plan.changeable) if whole else self._warm(list(modules), "begin")
         for number, module in modules.items():
             module.load_state_dict(warm[number].state_dict())
 

@@ -1,17 +1,37 @@
-"""Which layers matter: the model's loss of quality when only one layer has the new attention."""
+"""Which layers matter: the model's loss of quality when only one layer has the new attention.
+
+What a retrofit measured is kept in ``$XDG_CACHE_HOME/regard/sensitivity/`` (``~/.cache`` if the variable is not set), for
+others of the same model with the same data and mechanism; an unreadable file counts as missing.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from regard.catalogue import plugin_file, resolve
+from regard.contract import Unsupported
+from regard.core.files import user_cache, write_text_atomically
+from regard.measurement import provenance
+from regard.models.variants import read_variant
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Batch, Host
 from regard.retrofit.stage import Progress, Watch
+from regard.version import VERSION
+
+DECIDES = ("model", "data", "mechanism", "length", "batch_size", "transfer_rate", "seed")
+"""The parts of a folder's identity on which the sensitivity of its layers depends; the budget decides how long it is measured."""
+ENOUGH = 0.5
+"""The least share of the planned steps, and of the blocks, with which a sensitivity from another folder was measured."""
 
 
 @torch.no_grad()
@@ -49,3 +69,45 @@ def choose(sensitivity: Mapping[int, float], kept: int) -> tuple[int, ...]:
     lost = {number: loss if math.isfinite(loss) else math.inf for number, loss in sensitivity.items()}
     worst = sorted(lost, key=lambda number: (-lost[number], number))
     return tuple(sorted(worst[:kept]))
+
+
+class Known:
+    """The sensitivities that an earlier retrofit of the same model measured, with the same data and mechanism.
+
+    Args:
+        identity: the identity of a retrofit's folder.
+        layers: the layers whose sensitivity is measured.
+    """
+
+    def __init__(self, identity: Mapping[str, Any], layers: Sequence[int]) -> None:
+        files = [plugin_file(resolve(name)[0].name) for name, _ in read_variant(identity["mechanism"]).layers]
+        self.identity = {
+            **{name: identity[name] for name in DECIDES},
+            "layers": list(layers),
+            "regard": VERSION,
+            "revision": provenance.git_revision(),
+            "plugins": [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file is not None],
+        }
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.path = user_cache() / "sensitivity" / f"{digest[:16]}.json"
+
+    def read(self, steps: int, blocks: int) -> dict[int, float] | None:
+        """The sensitivity of each layer; None if there is none, or if it was measured after less than half of the steps, or on
+        less than half of the held-out blocks, that are planned."""
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if (
+                found["identity"] != self.identity
+                or found["steps"] < ENOUGH * steps
+                or found["blocks"] < ENOUGH * blocks
+            ):
+                return None
+            return {number: float(found["sensitivity"][str(number)]) for number in self.identity["layers"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, sensitivity: Mapping[int, float], steps: int, blocks: int) -> None:
+        """Keep a sensitivity, unless the folder cannot be written."""
+        found = {"identity": self.identity, "steps": steps, "blocks": blocks, "sensitivity": dict(sensitivity)}
+        with suppress(Unsupported):
+            write_text_atomically(self.path, json.dumps(found))
