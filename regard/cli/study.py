@@ -61,10 +61,10 @@ def study(
 
     \b
         regard study
-        regard study wide-attention --no-timings --shard 1/2
-        regard study wide-attention --no-timings --engine ray --address 192.168.0.10:6379
+        regard study wide-attention --preset small --no-timings --shard 1/2
+        regard study wide-attention --preset small --no-timings --engine ray --address 192.168.0.10:6379
         regard study token-reduction --budget 30m
-        regard study wide-attention --table --json
+        regard study wide-attention --preset small --table --json
         regard study attention-passes my_cascade.txt my_machine.yaml
         regard study attention-passes my_cascade.txt edge this-processor
         regard study training-dynamics my_corpus.txt

@@ -1,4 +1,4 @@
-"""Find studies: the modules and folders in the parent folder, and the reproductions that have a table."""
+"""Find studies: the modules and folders in the parent folder, and other reproductions that have a table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _found() -> dict[str, Study]:
         if entry.name != "framework"
     ]
     tabled = [get_reproduction(name) for name in list_reproductions()]
-    studies = [*own, *(_of(one) for one in tabled if one.table is not None)]
+    studies = [*(_of(one) for one in tabled if one.table is not None), *own]  # a module of its own goes before a table
     return {study.name: study for study in studies}
 
 
