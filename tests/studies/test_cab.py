@@ -136,6 +136,35 @@ def test_pieces_hold_the_same_predictions_at_every_length():
         assert pieces.training_batch(0, 0, 5).inputs.shape == (5, length)
 
 
+def test_all_mechanisms_train_on_the_same_clouds_which_are_drawn_once():
+    sizes = SMOKE | {"layers": 1, "length": 16, "history": 16}
+    cached_task.cache_clear()
+    task, drawn = NAMED["PCC"].data(sizes), create_task("completion", length=16, seen=16, evaluation_items=2)
+    for mechanism in ("softmax", "linear"):
+        cells.run_cell(sizes | {"bench": "PCC", "mechanism": mechanism, "pattern": NS.value, "learning_rate": 1e-2}, 3)
+    assert task.training_batch.cache_info().misses == SMOKE["steps"] == task.training_batch.cache_info().hits
+    for step in range(SMOKE["steps"]):
+        kept, new = (one.training_batch(step, 3, SMOKE["batch_size"]) for one in (task, drawn))
+        assert torch.equal(kept.targets, new.targets) and torch.equal(kept.memory, new.memory), "training changes none"
+    cached_task.cache_clear()
+
+
+@pytest.mark.usefixtures("small_library")
+def test_perplexities_in_pieces_are_those_of_all_pieces_alone():
+    sizes = SMOKE | {"layers": 1, "length": 16}
+    task = NAMED["LM"].data(sizes)
+    model = NAMED["LM"].model(task, sizes, Plans("softmax", CS, 32)).double().eval()
+    model.requires_grad_(False)
+    found = NAMED["LM"].measure(model, task, sizes)
+    for length, perplexity in zip(found["lengths"], found["perplexities"], strict=True):
+        losses = []
+        for batch in task.text.evaluation_batches(1):
+            ids, targets = (x.reshape(-1, int(length)) for x in (batch.inputs, batch.targets))
+            logits = torch.cat([model(row[None]).output for row in ids])
+            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        assert perplexity == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-9)
+
+
 def test_groups_of_frames_come_apart_again(recordings):
     speech = create_task("speech", length=30, digits=2, evaluation_items=4)
     groups = Groups(speech, 4)

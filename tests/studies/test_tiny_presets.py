@@ -1,10 +1,10 @@
-"""Every cell of every study's smallest preset, from the command line, with a user's mechanism
-(cab, which takes a third of the time, only in `make test-all`)."""
+"""Every cell of every study's smallest preset, from the command line, with a user's mechanism."""
 
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,9 @@ from regard.studies import (
     list_studies,
     softmax_regression,
     training_dynamics,
+    wide_attention,
 )
+from regard.studies.cab import cells as cab
 
 PLUGIN = Path(__file__).parents[2] / "docs/examples/mechanisms/rectified.py"
 ENTER = {
@@ -30,15 +32,26 @@ ENTER = {
     "in-context-functions": "softmax,gated_linear,rectified",
     "softmax-regression": "softmax,linear,rectified",
     "training-dynamics": "softmax,rectified",
+    "wide-attention": "softmax,linear,rectified",
 }
 
 SHORTER = {
     "architecture-search": [(architecture_search.SIZES, {"steps": 8, "retrain": 8, "evaluations": 40, "items": 16})],
+    "cab": [
+        (cab.PRESETS, {name: one | {"steps": 4, "items": 4} for name, one in cab.PRESETS["tiny"].items()}),
+        (cab.COSTS, {"seconds": 0.02}),
+    ],
     "in-context-functions": [(in_context_functions.SIZES, {"steps": 8, "items": 16})],
     "softmax-regression": [(softmax_regression.PRESETS, {"steps": 8, "items": 64, "draws": 30})],
     "training-dynamics": [
         (training_dynamics.PRESETS, {"seeds": 2, "ratios": [1, 10], "batches": [8, 64]}),
         (training_dynamics.TEXTS, {"steps": 12}),
+    ],
+    "wide-attention": [
+        (
+            wide_attention.SIZES,
+            {"training": wide_attention.SIZES["tiny"].training | {"steps": 4, "items": 16}, "timed": {"seconds": 0.02}},
+        ),
     ],
 }
 """Presets reduced for `make test`, which does not check what was learned; `make test-all` has the full presets."""
@@ -56,12 +69,13 @@ def test_these_are_all_studies_with_a_tiny_preset():
     assert set(ENTER) == {name for name in list_studies() if "tiny" in get_study(name).presets}
 
 
-@pytest.mark.parametrize("name", ENTER if ALL else sorted({*ENTER} - {"cab"}))
+@pytest.mark.parametrize("name", ENTER)
 def test_a_tiny_preset_runs_whole_and_shows_the_mechanism_of_the_user(capsys, tmp_path, monkeypatch, name):
     if not ALL:
         monkeypatch.setattr("regard.workbench.search.predictor.STEPS", 20)
         for sizes, fewer in SHORTER.get(name, []):
-            monkeypatch.setitem(sizes, "tiny", sizes["tiny"] | fewer)
+            size = sizes["tiny"]
+            monkeypatch.setitem(sizes, "tiny", size | fewer if isinstance(size, dict) else replace(size, **fewer))
     line = f"study {name} --preset tiny --output {tmp_path}"
     line += f" --plugin {PLUGIN} --mechanisms {ENTER[name]}"
     found = told(answer, capsys, line)

@@ -140,8 +140,8 @@ class Groups(Task):
         return Batch(batch.inputs, self._apart(batch.targets), memory=batch.memory)
 
 
-def _evaluated(model: nn.Module, task: Task, sizes: Sizes) -> Evaluation:
-    return runner_of(task).evaluate(model, task, sizes["batch_size"])
+def _evaluated(model: nn.Module, task: Task, batch_size: int) -> Evaluation:
+    return runner_of(task).evaluate(model, task, batch_size)
 
 
 def _perplexity(nats: float) -> float:
@@ -178,18 +178,21 @@ def _text_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
     """Perplexity at the training length, and of the same text in pieces of 1/32 to 2 times that length."""
     assert isinstance(task, Pieces)
     lengths = [length for power in range(-5, 2) if (length := int(sizes["length"] * 2**power)) >= 4]
-    found = [_perplexity(_evaluated(model, Pieces(task.text, length), sizes).loss) for length in lengths]
+    found = []
+    for length in lengths:
+        pieces = Pieces(task.text, length)  # of as many texts at once whatever their length
+        found.append(_perplexity(_evaluated(model, pieces, sizes["batch_size"] * pieces.pieces).loss))
     at = lengths.index(sizes["length"])
     return {"PPL": found[at], "lengths": [float(length) for length in lengths], "perplexities": found}
 
 
 def _masked_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
-    found = _evaluated(model, task, sizes)
+    found = _evaluated(model, task, sizes["batch_size"])
     return {"PPL": _perplexity(found.loss), "score": found.score}
 
 
 def _forecast_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
-    found = _evaluated(model, task, sizes)
+    found = _evaluated(model, task, sizes["batch_size"])
     return {"MSE": found.loss, "MAE": found.score, "score": found.score}
 
 
@@ -197,7 +200,7 @@ def _figured(score: str) -> Callable[[nn.Module, Task, Sizes], dict[str, Any]]:
     """A measurement that stores the score under the given name, and the task's further figures under theirs."""
 
     def measure(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
-        found = _evaluated(model, task, sizes)
+        found = _evaluated(model, task, sizes["batch_size"])
         told = {score: found.score, "score": found.score}
         for name, items in found.figures.items():
             told[name] = sum(total for total, _ in items) / sum(weight for _, weight in items)
@@ -220,7 +223,7 @@ def _summary_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any
     sums = dict.fromkeys(judges, 0.0)
     items = 0
     with evaluation_mode(model):
-        for batch in task.evaluation_batches(sizes["batch_size"]):
+        for batch in task.evaluation_batches(4 * sizes["batch_size"]):  # without gradients there is room for more
             tokens = model.generate(  # type: ignore[operator]
                 batch.inputs[:, :1],
                 task.generates,
@@ -250,6 +253,19 @@ def _forecast(sizes: Sizes) -> Task:
 
 def _speech(sizes: Sizes) -> Task:
     return _task(sizes, "speech", length=sizes["length"], digits=sizes["digits"], evaluation_items=sizes["items"])
+
+
+KEPT = 256
+"""Most steps of a training whose batches are kept in memory."""
+
+
+def _clouds(sizes: Sizes) -> Task:
+    """The task of point clouds; a short training's batches are kept, since drawing one takes as long as several layers
+    and all mechanisms get the same ones."""
+    task = _task(sizes, "completion", length=sizes["length"], seen=sizes["history"], evaluation_items=sizes["items"])
+    if sizes["steps"] <= KEPT and "training_batch" not in vars(task):
+        task.training_batch = functools.lru_cache(maxsize=KEPT)(task.training_batch)  # type: ignore[method-assign]
+    return task
 
 
 BENCHES: tuple[Bench, ...] = (
@@ -305,9 +321,7 @@ BENCHES: tuple[Bench, ...] = (
         "PCC",
         (NS, NC),
         {"CD-l1": False, "CD-l2": False, "F-score": True},
-        lambda sizes: _task(
-            sizes, "completion", length=sizes["length"], seen=sizes["history"], evaluation_items=sizes["items"]
-        ),
+        _clouds,
         backbones.Completer,
         _figured("CD-l1"),
     ),

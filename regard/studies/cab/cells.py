@@ -40,15 +40,15 @@ LEADERBOARD: dict[Pattern, tuple[str, ...]] = {
 }
 """Tasks whose index counts in each pattern; other cells are reported but not averaged."""
 
-_TINY = {"dim": 32, "heads": 2, "layers": 2, "batch_size": 8, "learning_rate": 3e-3, "steps": 100, "items": 16}
+_TINY = {"dim": 32, "heads": 2, "layers": 2, "batch_size": 8, "learning_rate": 1e-2, "steps": 50, "items": 16}
 _SMALL = {"dim": 64, "heads": 4, "layers": 2, "batch_size": 8, "learning_rate": 2e-3, "steps": 800, "items": 64}
 _PAPER = {"dim": 512, "heads": 8, "layers": 6, "batch_size": 16, "learning_rate": 5e-4, "steps": 100_000, "items": 256}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "LM": _TINY | {"length": 128},
         "MLM": _TINY | {"length": 128},
-        "PCC": _TINY | {"length": 64, "history": 64, "steps": 75},
-        "Sum": _TINY | {"length": 24, "history": 96, "tokenizer": "bpe:512", "steps": 60},
+        "PCC": _TINY | {"length": 64, "history": 64, "layers": 1, "steps": 60, "learning_rate": 5e-3},
+        "Sum": _TINY | {"length": 24, "history": 96, "tokenizer": "bpe:512", "layers": 1, "steps": 30},
     },
     "small": {
         "LM": _SMALL | {"length": 1024, "batch_size": 4, "steps": 400, "learning_rate": 5e-3},
@@ -74,12 +74,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 COSTS: dict[str, dict[str, Any]] = {
-    "tiny": {"dim": 64, "heads": 4, "batch": 1, "lengths": [128, 256, 512, 1024], "seconds": 0.5},
+    "tiny": {"dim": 64, "heads": 4, "batch": 1, "lengths": [128, 256, 512, 1024], "seconds": 0.25},
     "small": {"dim": 128, "heads": 4, "batch": 1, "lengths": [128, 256, 512, 1024, 2048, 4096], "seconds": 20.0},
     "paper": {"dim": 512, "heads": 8, "batch": 4, "lengths": [256, 512, 1024, 2048, 4096, 8192], "seconds": 600.0},
 }
 SECONDS: dict[str, dict[str, float]] = {
-    "tiny": {"LM": 2.0, "MLM": 1.5, "PCC": 1.5, "Sum": 2.0, "cost": 1.0},
+    "tiny": {"LM": 0.7, "MLM": 0.6, "PCC": 0.7, "Sum": 0.6, "cost": 0.5},
     "small": {
         "LM": 45.0, "MLM": 40.0, "LSTF": 80.0, "SR": 85.0, "Sum": 75.0, "PCC": 27.0, "FastSpeech": 50.0,
         "Transformer-TTS": 90.0, "cost": 25.0,
