@@ -191,7 +191,7 @@ class AttentionLayer(Layer):
         elif gate.output_gate:
             self.gate = project(dim, num_heads * value_dim)
         self.gate_activation = gate.output_gate
-        self.output = project(num_heads * value_dim, dim)
+        self.output = projections.make_output(num_heads * value_dim, dim)
 
     def _position_scheme(self, options: PositionOptions) -> Positions:
         scheme = "none" if options.positions is None else options.positions

@@ -136,16 +136,23 @@ class LinearOptions(Group):
         linear: kind of the projections (``dense`` or a projection mechanism).
         linear_options: options of that kind.
         bias: whether the projections have biases.
+        output_bias: whether the output projection has one; as `bias` when None.
     """
 
     linear: str = "dense"
     linear_options: dict[str, Any] | None = None
     bias: bool = False
+    output_bias: bool | None = None
 
     def make(self, in_features: int, out_features: int, **others: Any) -> nn.Module:
         """Make one projection; `others` override these options."""
         options = {"bias": self.bias, "kind": self.linear, **(self.linear_options or {}), **others}
         return make_linear(in_features, out_features, **options)
+
+    def make_output(self, in_features: int, out_features: int) -> nn.Module:
+        """Make the output projection."""
+        own = {} if self.output_bias is None else {"bias": self.output_bias}
+        return self.make(in_features, out_features, **own)
 
 
 def shell_options(shell: type[nn.Module]) -> Mapping[str, type[Group] | None]:

@@ -1,4 +1,4 @@
-"""Load pretrained Mamba, Mamba-2 and Llama models of Hugging Face transformers as regard language models.
+"""Load pretrained Mamba, Mamba-2, Llama, Mistral and Qwen2 models of transformers as regard language models.
 
 Reads a folder written by transformers' ``save_pretrained`` (``config.json`` and safetensors), without transformers::
 
@@ -45,10 +45,15 @@ BLOCK_NAMES = {
     "input_layernorm.weight": "mixer_norm.weight",
     "post_attention_layernorm.weight": "feed_forward_norm.weight",
     **{
-        f"self_attn.{theirs}_proj.weight": f"mixer.{own}.weight"
+        f"self_attn.{theirs}_proj.{part}": f"mixer.{own}.{part}"
         for theirs, own in {"q": "query", "k": "key", "v": "value", "o": "output"}.items()
+        for part in ("weight", "bias")
     },
-    **{f"mlp.{name}_proj.weight": f"feed_forward.{name}.weight" for name in ("gate", "up", "down")},
+    **{
+        f"mlp.{name}_proj.{part}": f"feed_forward.{name}.{part}"
+        for name in ("gate", "up", "down")
+        for part in ("weight", "bias")
+    },
 }
 """Names within a block that differ: transformers' name -> regard's."""
 BLOCKS = ("backbone.layers.", "model.layers.")
@@ -83,7 +88,7 @@ def _mamba2(config: Mapping[str, Any]) -> dict[str, Any]:
 def _of_states(config: Mapping[str, Any], layers: Sequence[Any] | None) -> LanguageModelConfig:
     kind = config["model_type"]
     if layers is not None:
-        raise Unsupported(f"other layers in a {kind}", supported="those of a llama")
+        raise Unsupported(f"other layers in a {kind}", supported="those of a llama, mistral or qwen2")
     options = {"mamba": _mamba, "mamba2": _mamba2}[kind](config)
     return LanguageModelConfig(
         config["vocab_size"],
@@ -96,22 +101,60 @@ def _of_states(config: Mapping[str, Any], layers: Sequence[Any] | None) -> Langu
     )
 
 
-def _llama(config: Mapping[str, Any], layers: Sequence[Any] | None) -> LanguageModelConfig:
+def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of rotary positions that turn as the checkpoint's."""
     told = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaling = told.get("rope_type", told.get("type", "default"))
-    if scaling != "default":
-        raise Unsupported(f"a llama with rotary positions of type {scaling!r}", supported='"default"')
+    kind = told.get("rope_type", told.get("type", "default"))
+    found: dict[str, Any] = {"base": float(told.get("rope_theta", config.get("rope_theta", 10_000.0)))}
+    if kind == "default":
+        return found
+    if kind not in ("linear", "llama3"):
+        raise Unsupported(
+            f"a {config['model_type']} with rotary positions of type {kind!r}",
+            supported='"default", "linear", "llama3"',
+        )
+    found["interpolation"] = float(told["factor"])
+    if kind == "llama3":
+        trained = told.get("original_max_position_embeddings", config["max_position_embeddings"])
+        found["wavelengths"] = (trained / told["high_freq_factor"], trained / told["low_freq_factor"])
+    return found
+
+
+def _windows(config: Mapping[str, Any]) -> list[int | None]:
+    """The window of each layer's attention, in keys with the query's own; None for no window."""
+    kind, layers = config["model_type"], config["num_hidden_layers"]
+    window = config.get("sliding_window", 4096)  # the default of transformers
+    if kind == "mistral":
+        return [window] * layers
+    if kind != "qwen2" or not config.get("use_sliding_window", False):
+        return [None] * layers
+    first, kinds = config.get("max_window_layers", 28), config.get("layer_types")
+    slides = [i >= first for i in range(layers)] if kinds is None else [each == "sliding_attention" for each in kinds]
+    return [window if each else None for each in slides]
+
+
+def _llama(config: Mapping[str, Any], layers: Sequence[Any] | None) -> LanguageModelConfig:
     heads = config["num_attention_heads"]
+    shell: dict[str, Any] = {"bias": True} if config.get("attention_bias") else {}
+    if config["model_type"] == "qwen2":
+        shell = {"bias": True, "output_bias": False}
+    if config.get("mlp_bias"):
+        shell["feed_forward_options"] = {"bias": True}
+    given = [("softmax", {})] * config["num_hidden_layers"] if layers is None else layers
+    plan = []
+    for (name, options), window in zip(given, _windows(config), strict=True):
+        seen = {} if window is None or name != "softmax" else {"window": (window - 1, None)}
+        plan.append((name, {**shell, **seen, **options}))
     return LanguageModelConfig(
         config["vocab_size"],
         dim=config["hidden_size"],
-        plan=["softmax"] * config["num_hidden_layers"] if layers is None else list(layers),
+        plan=plan,
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim"),
         feed_forward=config["intermediate_size"],
         positions="rotary",
-        position_options={"base": float(told.get("rope_theta", config.get("rope_theta", 10_000.0)))},
+        position_options=_rotary(config),
         max_length=config.get("max_position_embeddings", 2048),
         tie_embeddings=config.get("tie_word_embeddings", False),
         norm=f"rms:{config['rms_norm_eps']}",
@@ -122,6 +165,8 @@ CONFIGS: dict[str, Callable[[Mapping[str, Any], Sequence[Any] | None], LanguageM
     "mamba": _of_states,
     "mamba2": _of_states,
     "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _llama,
 }
 """For each ``model_type``, a function that makes the config from the checkpoint's settings and optional layers."""
 
@@ -132,7 +177,7 @@ REASONS = {
     "zamba2": "its layers share attention blocks",
     "bamba": "its attention layers have rotary positions on a part of each head",
 }
-FIXED = {"hidden_act": "silu", "use_bias": False, "attention_bias": False, "mlp_bias": False}
+FIXED = {"hidden_act": "silu", "use_bias": False}
 """Settings for which the layers here support a single value."""
 
 
@@ -140,8 +185,8 @@ def from_transformers(folder: str | os.PathLike[str], *, dtype: torch.dtype = to
     """Load a checkpoint as a language model, on the CPU and in evaluation mode.
 
     Args:
-        folder: contains the ``config.json`` of a ``mamba``, ``mamba2`` or ``llama`` and its safetensors, in one or more
-            files.
+        folder: contains the ``config.json`` of a ``mamba``, ``mamba2``, ``llama``, ``mistral`` or ``qwen2`` and its
+            safetensors, in one or more files.
         dtype: dtype of the parameters; those that mamba keeps in float32 stay in float32.
 
     Raises:
@@ -188,9 +233,10 @@ def converted(
     """Build a language model from a checkpoint's settings and tensors; also return the names of its new parameters.
 
     Args:
-        layers: for a llama, mechanisms to use instead of its own, as in a plan. Their parameters other than the
-            projections are new; the embeddings of tokens that they insert start as the mean of all embeddings, as in
-            Mohtashami and Jaggi (arXiv 2305.16300).
+        layers: for a llama, mistral or qwen2, (name, options) of each layer, to use instead of its own; the windows of
+            the checkpoint stay in those of softmax. Parameters other than the projections are new; the embeddings of
+            tokens that the layers insert start as the mean of all embeddings, as in Mohtashami and Jaggi (arXiv
+            2305.16300).
         source: the name of the checkpoint in error messages.
 
     Raises:

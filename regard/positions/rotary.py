@@ -7,7 +7,10 @@ positions. The other features are left unchanged.
 
 For contexts longer than in training:
 
-- `interpolation` divides positions (Chen et al., arXiv 2306.15595, equation 4).
+- `interpolation` = s divides positions (Chen et al., arXiv 2306.15595, equation 4). With `wavelengths` = (a, b) it does
+  so by parts (Peng et al., arXiv 2309.00071, section 3.2): planes that turn once in a tokens or fewer keep their speed,
+  those that need b or more are slowed by s, and the factor of those between is linear in their turns per token. Llama
+  3.1 has s = 8, a = 2048 and b = 8192.
 - `ntk` = s multiplies the base by ``s^(R/(R-2))``, which slows the slowest plane by s and does not change the fastest
   (the "NTK-aware" rule, Peng et al., arXiv 2309.00071, section 3.1).
 - `trained_length` = T additionally makes the rule dynamic (same paper, section 3.3): nothing changes before position T,
@@ -44,7 +47,9 @@ class Rotary(Positions):
         head_dim: width D of a head.
         base: the slowest plane rotates by one radian in about `base` tokens.
         fraction: share of the features that are rotated, in (0, 1]; R is rounded down to an even number.
-        interpolation: divisor of positions; 1 for none.
+        interpolation: divisor s of positions; 1 for none.
+        wavelengths: tokens (a, b) in which planes turn once, 0 < a < b, between which the interpolation sets in; None
+            for all planes alike.
         ntk: factor s of NTK-aware scaling, by which the context grows; 1 for none.
         trained_length: T >= 1 for dynamic NTK-aware scaling; None for the same base at all positions.
     """
@@ -58,6 +63,7 @@ class Rotary(Positions):
         base: float = 10_000.0,
         fraction: float = 1.0,
         interpolation: float = 1.0,
+        wavelengths: tuple[float, float] | None = None,
         ntk: float = 1.0,
         trained_length: int | None = None,
     ) -> None:
@@ -68,6 +74,8 @@ class Rotary(Positions):
             raise Unsupported(f"fraction={fraction} of a head", supported="0 < fraction <= 1", nearest="fraction=1.0")
         at_least("interpolation", interpolation, 1.0)
         at_least("ntk", ntk, 1.0)
+        if wavelengths is not None:
+            _check_wavelengths(wavelengths, ntk != 1 or trained_length is not None)
         if trained_length is not None:
             at_least("trained_length", trained_length, 1)
         # A product such as 0.7 * 20 is just below the intended integer.
@@ -81,7 +89,7 @@ class Rotary(Positions):
                 supported=f"at least {fewest}",
                 nearest=f"head_dim={fewest}, fraction=1.0",
             )
-        self.head_dim, self.interpolation = head_dim, interpolation
+        self.head_dim, self.interpolation, self.wavelengths = head_dim, interpolation, wavelengths
         self.ntk, self.trained_length = ntk, trained_length
         static = ntk != 1 and trained_length is None
         self.base = base * ntk ** (self.rotated / (self.rotated - 2)) if static else base
@@ -92,10 +100,10 @@ class Rotary(Positions):
         check_positions(positions, x.shape[0], x.shape[2])
         if x.shape[-1] != self.head_dim:
             raise Unsupported(f"rotary positions on heads of {x.shape[-1]}", supported=f"head_dim={self.head_dim}")
-        if self.trained_length is None:
+        if self.trained_length is None and self.wavelengths is None:
             return rotary(x, positions, rotated=self.rotated, base=self.base, stretch=self.interpolation)
         dtype = wide_dtype(x)
-        turn = self._dynamic_angles(positions).to(dtype)[:, None]
+        turn = self._angles(positions).to(dtype)[:, None]
         turning, still = x.split([self.rotated, self.head_dim - self.rotated], -1)
         first, second = turning.to(dtype).chunk(2, -1)
         cos, sin = turn.cos(), turn.sin()
@@ -112,20 +120,38 @@ class Rotary(Positions):
             self._turns = turned
         return self._turns
 
-    def _dynamic_angles(self, positions: Int[Tensor, "#b n"]) -> Float[Tensor, "#b n planes"]:
-        """Return the angles, modulo one turn, of tokens whose base depends on their position."""
+    def _angles(self, positions: Int[Tensor, "#b n"]) -> Float[Tensor, "#b n planes"]:
+        """Return the angles, modulo one turn, of planes that are not all slowed alike."""
         wide = torch.float32 if positions.device.type == "mps" else torch.float64
-        length = (positions.to(wide) + 1) / (self.trained_length or 1)
-        growth = (self.ntk * length - (self.ntk - 1)).clamp(min=1)
         plane = torch.arange(0, self.rotated, 2, dtype=wide, device=positions.device)
-        # the base is raised to -2 i / R; its growth, raised to R / (R - 2) before, thus to -2 i / (R - 2)
-        slowing = growth[..., None] ** (-plane / (self.rotated - 2))
-        turns = positions.to(wide)[..., None] * slowing * (self.base ** (-plane / self.rotated))
-        turns = turns / (2 * math.pi * self.interpolation)
+        speed = self.base ** (-plane / self.rotated) / (2 * math.pi)  # turns per token
+        if self.wavelengths is None:
+            length = (positions.to(wide) + 1) / (self.trained_length or 1)
+            growth = (self.ntk * length - (self.ntk - 1)).clamp(min=1)
+            # the base is raised to -2 i / R; its growth, raised to R / (R - 2) before, thus to -2 i / (R - 2)
+            speed = speed / self.interpolation * growth[..., None] ** (-plane / (self.rotated - 2))
+        else:
+            short, long = self.wavelengths
+            kept = ((speed - 1 / long) / (1 / short - 1 / long)).clamp(0, 1)
+            speed = speed * (kept + (1 - kept) / self.interpolation)
+        turns = positions.to(wide)[..., None] * speed
         return (turns - turns.round()) * (2 * math.pi)
 
     def extra_repr(self) -> str:
         scaling = f"base={self.base:g}, interpolation={self.interpolation:g}"
+        if self.wavelengths is not None:
+            scaling += f", wavelengths={self.wavelengths}"
         if self.trained_length is not None:
             scaling += f", ntk={self.ntk:g}, trained_length={self.trained_length}"
         return f"head_dim={self.head_dim}, rotated={self.rotated}, {scaling}"
+
+
+def _check_wavelengths(wavelengths: tuple[float, float], scaled: bool) -> None:
+    if len(wavelengths) != 2 or not 0 < wavelengths[0] < wavelengths[1]:
+        raise Unsupported(f"wavelengths={wavelengths} of rotary positions", supported="(a, b) with 0 < a < b")
+    if scaled:
+        raise Unsupported(
+            f"wavelengths={wavelengths} with NTK-aware scaling",
+            supported="interpolation by parts, or ntk and trained_length",
+            nearest="ntk=1.0, trained_length=None",
+        )

@@ -23,6 +23,7 @@ OPTIONS = {
     "num_kv_heads": 1,
     "value_expand": 2.0,
     "bias": True,
+    "output_bias": False,
 }
 KEPT = [
     p for p in LAYER_PROPERTIES if p.name in ("layer_causality", "layer_decoding", "layer_padding", "layer_packing")

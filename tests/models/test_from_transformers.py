@@ -68,7 +68,7 @@ def test_checkpoints_in_several_files_are_read_and_saved_as_ours(tmp_path):
     ("changes", "told"),
     [
         ({"model_type": "falcon_mamba"}, "falcon_mamba .it normalises B, C and the steps"),
-        ({"model_type": "gpt2"}, "a checkpoint of gpt2; supported: mamba, mamba2, llama"),
+        ({"model_type": "gpt2"}, "a checkpoint of gpt2; supported: mamba, mamba2, llama, mistral, qwen2"),
         ({"use_bias": True}, "use_bias=True of a mamba"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"num_hidden_layers": 3}, "without blocks.2"),
@@ -98,26 +98,52 @@ def test_folders_without_weights_or_settings_are_refused(tmp_path):
             from_transformers(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True, "head_dim": 12, "rope_theta": 500.0}], ids=str)
-def test_a_llama_gives_the_logits_and_the_tokens_of_transformers(options, tmp_path):
+STRETCHED = {"factor": 8.0, "rope_theta": 10.0}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+ATTENDING = {
+    "llama": ("Llama", {}),
+    "llama, tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 12, "rope_theta": 500.0}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama 3.1": ("Llama", {"rope_parameters": {"rope_type": "llama3", **STRETCHED, **LLAMA3}}),
+    "llama, interpolated": ("Llama", {"rope_parameters": {"rope_type": "linear", **STRETCHED}}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 12}),
+    "mistral with a window": ("Mistral", {"sliding_window": 4}),
+    "qwen2": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
+    "qwen2 with windows": ("Qwen2", WINDOWS),
+}
+
+
+def attending(kind, **others):
+    name, options = ATTENDING[kind]
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(**sizes, vocab_size=41, num_hidden_layers=2, eos_token_id=None, **options)
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    for parameter in theirs.parameters():
+    config = getattr(transformers, f"{name}Config")(
+        **sizes, vocab_size=41, num_hidden_layers=2, eos_token_id=None, bos_token_id=None, **options, **others
+    )
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ATTENDING)
+def test_a_model_with_attention_gives_the_logits_and_the_tokens_of_transformers(kind, tmp_path):
+    theirs = attending(kind)
     theirs.save_pretrained(tmp_path)
-    ours, ids = from_transformers(tmp_path, dtype=torch.float64), torch.randint(41, (2, 11))
+    ours, ids = from_transformers(tmp_path, dtype=torch.float64), torch.randint(41, (2, 19))
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids).output, theirs.double()(ids).logits, atol=1e-6, rtol=1e-6)
-    expected = theirs.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert torch.equal(ours.generate(ids, 3), expected[:, 11:])
+        logits = ours(ids).output
+        torch.testing.assert_close(logits, theirs.double()(ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(read_in_pieces(ours, ids, [6, 1, 12])[0], logits)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids, 3), theirs.generate(ids, **settings)[:, 19:])
+    names = {name.rpartition(".")[2] for name, _ in ours.named_parameters() if ".output." in name}
+    assert names == ({"weight", "bias"} if kind == "llama with biases" else {"weight"})
 
 
-def test_a_llama_with_stretched_positions_is_refused(tmp_path):
-    config = transformers.LlamaConfig(
-        vocab_size=41, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1,
-        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(Unsupported, match="rotary positions of type 'linear'"):
+def test_rotary_positions_of_another_kind_are_refused(tmp_path):
+    attending("qwen2", rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(Unsupported, match=r"a qwen2 with rotary positions of type 'yarn'.*llama3"):
         from_transformers(tmp_path)

@@ -61,10 +61,11 @@ def test_every_scheme_acts_at_its_place_alone():
 
 
 DYNAMIC = {"fraction": 0.5, "trained_length": 3}
+BY_PARTS = {"interpolation": 4.0, "wavelengths": (8.0, 200.0)}
 OPTIONS = {name: {"encoder_layers": 1} if name.startswith("seqpe") else {} for name, place in PLACES.items() if place}
 
 
-@pytest.mark.parametrize(("name", "options"), [*OPTIONS.items(), ("rotary", DYNAMIC)])
+@pytest.mark.parametrize(("name", "options"), [*OPTIONS.items(), ("rotary", DYNAMIC), ("rotary", BY_PARTS)])
 def test_each_token_depends_on_its_position_alone_and_compiled_equals_eager(name, options):
     scheme = create_positions(name, **SIZES, **options).double().eval()
     x, positions, order = normal(2, 6, 9, 8), torch.randint(0, 50, (2, 9)), torch.randperm(9)
@@ -162,21 +163,30 @@ def test_ntk_slows_the_slowest_plane_by_the_factor_and_keeps_the_fastest():
     close(scaled.rotate(fastest, at), plain.rotate(fastest, at))
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs", "ours"),
+    [
+        ("linear", {}, {"interpolation": 4.0}),
+        ("dynamic", {}, {"ntk": 4.0, "trained_length": 16}),
+        ("llama3", LLAMA3, {"interpolation": 4.0, "wavelengths": (64.0, 256.0)}),
+    ],
+)
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_scaled_rotary_turns_as_that_of_transformers(kind, fraction):
+def test_scaled_rotary_turns_as_that_of_transformers(kind, theirs, ours, fraction):
     """Compare inverse frequencies at each length, as a decoder needs them token by token."""
     pytest.importorskip("transformers")
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    factor, trained, width = 4.0, 16, 12
-    options = {"rope_type": kind, "factor": factor, "rope_theta": 500.0, "partial_rotary_factor": fraction}
+    trained, width = 16, 12
+    options = {"rope_type": kind, "factor": 4.0, "rope_theta": 500.0, "partial_rotary_factor": fraction, **theirs}
     config = LlamaConfig(
         hidden_size=2 * width, num_attention_heads=2, max_position_embeddings=trained, rope_parameters=options
     )
-    scale = {"interpolation": factor} if kind == "linear" else {"ntk": factor, "trained_length": trained}
-    scheme = Rotary(head_dim=width, base=500.0, fraction=fraction, **scale)
+    scheme = Rotary(head_dim=width, base=500.0, fraction=fraction, **ours)
     half = int(width * fraction) // 2
     x = torch.zeros(1, 1, 1, width, dtype=torch.float64)
     x[..., :half] = 1
@@ -249,6 +259,8 @@ def test_toeplitz_has_one_number_an_offset_whose_gradient_sums_over_the_diagonal
         ("rotary", {"fraction": 0.25, "ntk": 2.0}, "at least 4"),
         ("rotary", {"fraction": 0.25, "trained_length": 9}, "at least 4"),
         ("rotary", {"trained_length": 0}, "trained_length >= 1"),
+        ("rotary", {"wavelengths": (9.0, 3.0)}, "0 < a < b"),
+        ("rotary", {"wavelengths": (3.0, 9.0), "ntk": 2.0}, "NTK-aware"),
         ("lrpe", {"head_dim": 0}, "even head_dim"),
         ("lrpe", {"head_dim": 5}, "even head_dim"),
         ("relative", {"num_buckets": 7}, "even"),
