@@ -231,6 +231,8 @@ class Mechanism:
         layer_defaults: shell options that are part of the mechanism.
         in_trained_models: the options with which the mechanism replaces softmax in an already trained model; None for
             the defaults. Raises Unsupported for given options that cannot work there.
+        most_positions: from the options, how many positions its causal-self form with a state uses for a sequence of
+            any length; None, or a function that gives None, if they are as many as the tokens.
         engine: the engine that computes its fast forms, as in :func:`regard.which_backend`; ``""`` for plain PyTorch.
         waivers: properties that do not hold, with reasons.
         tolerances: largest error for each dtype, relative to the largest output.
@@ -275,6 +277,7 @@ class Mechanism:
     prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
     layer_defaults: Mapping[str, Any] = field(default_factory=dict)
     in_trained_models: Callable[[TrainedModel], Mapping[str, Any]] | None = None
+    most_positions: Callable[[Any], int | None] | None = None
     engine: str = ""
     waivers: tuple[Waiver, ...] = ()
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)

@@ -28,6 +28,13 @@ def inserts_tokens(mechanism: str) -> bool:
     return len(layers) == 1 and get_mechanism(layers[0][0]).prepare is not None
 
 
+def reads_any_length(mechanism: str) -> bool:
+    """Return whether a mechanism reads texts of any length with a limited number of positions."""
+    ((name, options),) = read_variant(mechanism).layers
+    card = get_mechanism(name)
+    return card.most_positions is not None and card.most_positions(card.options(**options)) is not None
+
+
 def rebuilt(host: Host, numbers: Sequence[int], mechanism: str) -> tuple[Any, list[str]]:
     """Rebuild the host's model as one of regard with a mechanism in some layers, wrapped for transformers; also return
     the names of its new parameters.

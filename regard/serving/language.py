@@ -22,6 +22,9 @@ from regard.serving.engine import Row
 from regard.serving.pools import PAGE_SIZE, Pools, padded
 from regard.serving.states import Held
 
+ENDLESS = 1 << 15
+"""Default for the context of models that read sequences of any length; a limit of memory alone."""
+
 
 class LanguageReader:
     """A :class:`regard.models.LanguageModel` as :class:`regard.serving.engine.Reader`.
@@ -29,8 +32,7 @@ class LanguageReader:
     Args:
         model: the model, in evaluation mode.
         rows: maximum sequences in the batch.
-        context: maximum tokens of a sequence; when None, the config's `max_length`, or less if a layer's positions end
-            earlier.
+        context: maximum tokens of a sequence; see :func:`context_of` for None.
         cache_tokens, page_size: as for :class:`regard.serving.pools.Pools`.
 
     Raises:
@@ -136,7 +138,8 @@ def without(state: ModelState, layers: Iterable[int]) -> ModelState:
 
 
 def context_of(model: LanguageModel, asked: int | None) -> int:
-    """Return the maximum tokens of a sequence: the given number, or the config's as far as all layers have positions.
+    """Return the maximum tokens of a sequence: the given number, or the config's as far as all layers have positions; at
+    least :data:`ENDLESS` if the layers read sequences of any length.
 
     Raises:
         Unsupported: if more tokens are asked for than the layers have positions.
@@ -144,7 +147,21 @@ def context_of(model: LanguageModel, asked: int | None) -> int:
     reach = min(_reaches(model), default=None)
     if asked is not None and reach is not None and asked > reach:
         raise Unsupported(f"context={asked} of a model whose layers reach {reach} tokens", nearest=f"{reach}")
-    return asked or min(model.config.max_length, reach or model.config.max_length)
+    usual = model.config.max_length
+    if _has_no_end(model):
+        usual = max(usual, ENDLESS)
+    return asked or min(usual, reach or usual)
+
+
+def _has_no_end(model: LanguageModel) -> bool:
+    """Return whether every layer stays within the config's `max_length` positions, however long a sequence is."""
+
+    def stays(mixer: Any) -> bool:
+        card = getattr(mixer, "card", None)
+        used = None if card is None or card.most_positions is None else card.most_positions(mixer.config)
+        return used is not None and used <= model.config.max_length
+
+    return model.positions is None and all(stays(block.mixer) for block in model.blocks)
 
 
 def _reaches(model: LanguageModel) -> Iterable[int]:

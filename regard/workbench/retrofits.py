@@ -116,23 +116,36 @@ def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
     first = next(iter(records.values()))
     if kind_of(first) != "language":
         return _rows(records)
-    at = state_at(first["results"])
+    at = state_at(*(record["results"] for record in records.values()))
+    lengths = sorted({int(length) for record in records.values() for length in record["results"]["prefill"]})
+    probes = dict.fromkeys((what, n) for record in records.values() for what, n, _ in probed(record["results"]))
 
-    def row(name: str, record: Mapping[str, Any], model: str) -> dict[str, Any]:
-        results = record["results"]
+    def row(name: str, model: str, *of: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"attention": name}
+        results = of[0]["results"]
         found |= {f"perplexity on {source}": units.number(its[model]) for source, its in results["perplexity"].items()}
-        found["change"] = None if model == ORIGINAL else change(dict(judged(record)))
-        for what, length, its in probed(results):
-            found[f"{what} in {units.tokens(int(length))}"] = kept(*found_by(its, model))
+        found["change"] = None if model == ORIGINAL else change(dict(judged(of[0])))
+        for what, length in probes:
+            its = next((its for record in of for *one, its in probed(record["results"]) if one == [what, length]), None)
+            shown = None if its is None else kept(*found_by(its, model))
+            found[f"{what} in {units.tokens(int(length))}"] = shown
         found[f"state at {units.tokens(at)}"] = units.size(results["state"][str(at)][model])
         for what, words in (("prefill", "prompt of"), ("decoding", "token after")):
-            for length, its in results[what].items():
-                found[f"{words} {units.tokens(int(length))}"] = units.milliseconds(1000 * its[model]["median"])
-        found["new layers"] = "none" if model == ORIGINAL else card.numbers(record["swapped"])
+            for length in lengths:
+                its = _figure(of, what, length)
+                median = None if its is None else units.milliseconds(1000 * its[model]["median"])
+                found[f"{words} {units.tokens(length)}"] = median
+        found["new layers"] = "none" if model == ORIGINAL else card.numbers(of[0]["swapped"])
         return found
 
-    return [row("original", first, ORIGINAL), *(row(name, record, RETROFIT) for name, record in records.items())]
+    original = row("original", ORIGINAL, *records.values())
+    return [original, *(row(name, RETROFIT, record) for name, record in records.items())]
+
+
+def _figure(records: Sequence[Mapping[str, Any]], what: str, length: int) -> Any:
+    """The figure at a length of the first record that has it, since not all mechanisms read all lengths; None if none
+    has."""
+    return next((its for record in records if (its := record["results"][what].get(str(length)))), None)
 
 
 def _rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -158,10 +171,12 @@ def sections(records: Mapping[str, Any]) -> list[Section]:
     first = next(iter(records.values()))
     if kind_of(first) != "language":
         return [Section("Side by side", says(first), [], rows(records))]
-    at = state_at(first["results"])
-    source, before = list(first["results"]["perplexity"].items())[-1]
+    at = state_at(*(record["results"] for record in records.values()))
+    source = list(first["results"]["perplexity"])[-1]
+    before = judged(first)
+    farthest = max(map(judged, records.values()), key=lambda its: its["length"])  # some read longer blocks than others
     points = {"softmax": (first["results"]["state"][str(at)][ORIGINAL] / 2**20, float(before[ORIGINAL]))}
-    curves = {"softmax": [(b["last"], b[ORIGINAL]) for b in before["by_position"]]}
+    curves = {"softmax": [(b["last"], b[ORIGINAL]) for b in farthest["by_position"]]}
     for name, record in records.items():
         its = judged(record)
         points[name] = (record["results"]["state"][str(at)][RETROFIT] / 2**20, float(its[RETROFIT]))

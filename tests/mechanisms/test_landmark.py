@@ -21,7 +21,7 @@ from regard.contract import ALL_PATTERNS, Context, Mask, Role, Shape
 from regard.create import create_layer
 from regard.engines.retrieved_attention import torch_form
 from regard.mechanisms.landmark import MECHANISM, SELECTIONS, Config, cost, prepare
-from regard.positions import create_positions
+from regard.positions import Rotary, create_positions
 
 run, softmax = calls(MECHANISM), calls(get_mechanism("softmax"))
 sample = functools.partial(qkv, groups=2, dim=8, value_dim=6)
@@ -701,3 +701,21 @@ def test_what_a_retrieving_step_makes_grows_with_the_blocks_alone():
         made.append(copies.bytes)
         held.append(state.nbytes)
     assert made[1] - made[0] < 0.05 * (held[1] - held[0])
+
+
+def test_retrieval_uses_as_many_positions_as_its_card_says_however_long_the_sequence_is(monkeypatch):
+    options, rotate, seen = {"block": 3, "top_k": 2, "chunk": 8}, Rotary.rotate, set()
+
+    def recorded(self, x, positions):
+        seen.update(positions.unique().tolist())
+        return rotate(self, x, positions)
+
+    monkeypatch.setattr(Rotary, "rotate", recorded)
+    layer, state = create_layer("landmark", 16, 2, positions="rotary", **options), None
+    roles = regular(300, 3, batch=1)
+    pieces = (x.split([19, 8, 1, 272], 1) for x in (torch.randn(1, 300, 16), roles))
+    for part, its in zip(*pieces, strict=True):
+        state = layer(part, context=Context(want=frozenset({"state"}), roles=its), state=state).state
+    assert seen == set(range(MECHANISM.most_positions(Config(**options))))
+    for missing in ({"top_k": None}, {"chunk": None}):
+        assert MECHANISM.most_positions(Config(**options | missing)) is None

@@ -19,7 +19,7 @@ WORK = {"length": 32, "batch_size": 2, "lengths": (32,), "evaluation_blocks": 2,
 
 def llama(layers=4, loud=(1, 2), **options):
     """A model with random weights in which attention matters in the `loud` layers and hardly in the others."""
-    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=layers, initializer_range=0.2, **options)
+    config = transformers.LlamaConfig(**{**SIZES, **options}, num_hidden_layers=layers, initializer_range=0.2)
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for number, layer in enumerate(model.model.layers):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from small_llama import WORK, llama, tokens
+from small_llama import SIZES, WORK, llama, tokens, transformers
+from support import read_in_pieces
 
 import regard
 from regard import Unsupported
 from regard.contract import Context, Pattern
+from regard.functional import landmark_attention
 from regard.integrations.transformers import AutoModelForCausalLM, RegardForCausalLM
 from regard.mechanisms.stochastic_subsampling import ensemble_predict, forms, subsampled
 from regard.models.variants import read_variant
@@ -16,7 +20,7 @@ from regard.retrofit.best import Best
 from regard.retrofit.hosts import open_host
 from regard.retrofit.inserting import rebuilt
 from regard.retrofit.run import planned, read_settings
-from regard.retrofit.settings import as_papers_begin
+from regard.retrofit.settings import RetrofitSettings, as_papers_begin
 from regard.retrofit.stage import relative_groups
 from regard.workbench.reports.retrofit_report import write_retrofit_report
 
@@ -251,14 +255,18 @@ def test_a_llama_of_regard_gives_the_same_logits_and_begins_a_landmark_at_the_me
 
 def test_landmarks_are_inserted_trained_and_retrieved(tmp_path):
     settings = {**SHORT, "lengths": (64, 256)}
-    model, output = llama(2), tmp_path / "out"
+    model, output = llama(2, max_position_embeddings=32), tmp_path / "out"
     made = regard.retrofit(
         model, LANDMARK, keep_layers="none", data=tokens(), budget="12 steps", output=output, **settings
     )
     losses = made.record["losses"]
     assert losses["transfer"] == [] and len(losses["tune"]) == 12
-    for probe in ("needles", "pairs"):
-        assert set(made.results[probe]) == {"64", "256"}  # twice and eight times the trained length
+    results = made.results  # at twice and eight times the trained length, which is all the positions that there are
+    assert all(list(results[what]) == ["64", "256"] for what in ("needles", "pairs", "prefill", "decoding"))
+    assert not results["left_out"] and {"32", "2048", "32768"} <= results["state"].keys()
+    (judged,) = results["perplexity"].values()
+    assert judged["length"] == 64 and [part["last"] for part in judged["by_position"]] == [16, 32, 63]
+    assert any("the original has 32 positions" in note for note in made.record["recommendation"]["notes"])
     loaded = AutoModelForCausalLM.from_pretrained(made.folder)
     assert isinstance(loaded, RegardForCausalLM)
     assert {layer[0] for layer in loaded.model.config.plan} == {"landmark"}
@@ -269,6 +277,82 @@ def test_landmarks_are_inserted_trained_and_retrieved(tmp_path):
     assert torch.allclose(chosen[:, :12], whole[:, :12], atol=1e-4) and not torch.allclose(chosen, whole, atol=1e-4)
     assert loaded.generate(ids, max_new_tokens=9, do_sample=False).shape == (1, 69)
     assert "learns at once" in write_retrofit_report(output).read_text()
+
+
+@pytest.mark.parametrize("mechanism", ["local:window=8", "landmark:top_k=null", LANDMARK])
+def test_what_reads_tokens_where_they_are_is_measured_within_the_positions(mechanism):
+    host = open_host(llama(2, max_position_embeddings=32))
+    keep = (0,) if mechanism == LANDMARK else ()
+    asked = RetrofitSettings(mechanism, keep_layers=keep, length=32, lengths=(32, 64))
+    begun = host.begun(asked)
+    assert host.within(begun.spans, begun) == [32] and host.evaluation_length(tokens(), 32, host.reach(begun)) == 32
+    with pytest.raises(Unsupported, match=r"lengths=\(64, 256\) of a model of 32 positions.*try lengths=\(32,\)"):
+        host.begun(replace(asked, lengths=(64, 256)))
+    with pytest.raises(Unsupported, match="blocks of 64 tokens for a model of 32 positions"):
+        host.begun(replace(asked, length=64))
+
+
+STRETCHED = {"factor": 8.0, "rope_theta": 10.0, "original_max_position_embeddings": 16}
+OTHERS = {
+    "llama 3.1": {
+        "rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **STRETCHED}
+    },
+    "llama, interpolated": {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10.0}},
+    "mistral": {"sliding_window": None},
+    "mistral with a window": {"sliding_window": 12},
+    "qwen2": {},
+}
+
+
+def other(kind, **options):
+    name = {"l": "Llama", "m": "Mistral", "q": "Qwen2"}[kind[0]]
+    options = {**SIZES, "eos_token_id": None, **OTHERS[kind], **options}
+    config = getattr(transformers, f"{name}Config")(**options, num_hidden_layers=2)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_landmarks_attend_by_the_heads_and_the_rotation_of_the_model(kind):
+    """The mixer of the first layer is the definition on the heads that the model's own projections and rotation make."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    host = open_host(other(kind))
+    made, _ = rebuilt(host, (0, 1), "landmark:block=3")
+    x, roles, old = torch.randn(2, 21, 32).double(), (torch.arange(21) % 4 == 3).long().expand(2, -1), host.attention(0)
+    projected = [project(x).unflatten(-1, (-1, 8)).transpose(1, 2) for project in (old.q_proj, old.k_proj, old.v_proj)]
+    q, k = apply_rotary_pos_emb(*projected[:2], *host.model.model.rotary_emb(x, torch.arange(21)[None]))
+    heads = landmark_attention(q, k, projected[2], pattern="causal-self", roles=roles, block=3, form="reference")
+    expected = old.o_proj(heads.transpose(1, 2).flatten(2))
+    found = made.model.blocks[0].mixer(x, context=Context(roles=roles)).output
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # their angles are in float32
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_landmarks_in_other_models_read_in_pieces_what_they_read_whole(kind):
+    host, ids = open_host(other(kind, max_position_embeddings=32)), tokens(50).view(2, 25)
+    for mechanism in ("landmark:block=3", "landmark:block=3,top_k=9,chunk=8"):  # retrieves all of the blocks
+        model = rebuilt(host, (0, 1), mechanism)[0].model
+        torch.testing.assert_close(read_in_pieces(model, ids, [7, *[1] * 12, 6])[0], model(ids).output)
+    same = rebuilt(host, (), LANDMARK)[0]
+    torch.testing.assert_close(same(ids).logits, host.model(ids).logits, rtol=1e-4, atol=1e-4)
+    retrieving, text = rebuilt(host, (0, 1), LANDMARK)[0], tokens(60)[None]  # more than the model has positions
+    assert retrieving.generate(text, max_new_tokens=5, do_sample=False).shape == (1, 65)
+
+
+def test_blocks_of_landmarks_are_no_longer_than_the_window_of_the_old_layers():
+    host = open_host(other("mistral with a window", sliding_window=40))
+    settings = RetrofitSettings("landmark", keep_layers=(), lengths=(64, 512))
+    begun = host.begun(settings)
+    assert begun.length == 40 and host.within(begun.spans, begun) == [64, 512]
+    whole = host.begun(replace(settings, mechanism="landmark:top_k=null", lengths=(32, 64)))
+    assert host.within(whole.spans, whole) == [32]
+    with pytest.raises(Unsupported, match=r"blocks of 41 tokens with landmark.*window of 40.*try length=40"):
+        host.begun(replace(settings, length=41))
 
 
 @pytest.mark.parametrize(
@@ -285,8 +369,8 @@ def test_what_inserted_tokens_do_not_allow_is_refused_at_once(tmp_path, options,
 
 
 def test_a_model_that_regard_cannot_stand_for_is_refused(tmp_path):
-    model = llama(2, attention_bias=True)
-    with pytest.raises(Unsupported, match="attention_bias=True"):
+    model = llama(2, hidden_act="gelu")
+    with pytest.raises(Unsupported, match="hidden_act='gelu'"):
         regard.retrofit(
             model, LANDMARK, keep_layers="none", data=tokens(), budget="12 steps", output=tmp_path / "out", **SHORT
         )

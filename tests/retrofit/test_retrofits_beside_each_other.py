@@ -1,5 +1,6 @@
 """`regard compare --from`: several retrofits of one model, one after the other, on one page."""
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from regard.cli.retrofits import OF_RETROFITS
 from regard.measurement.budget import Budget
 from regard.models.variants import read_variants
 from regard.retrofit.measures import verdict
-from regard.workbench.retrofits import RECORD, compare_retrofits, recommend, rows
+from regard.workbench.retrofits import RECORD, compare_retrofits, recommend, render, rows
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,23 @@ def test_the_original_stands_in_the_first_row(two):
     assert len({tuple(row) for row in table}) == 1
     shown = [value for row in table for name, value in row.items() if name.startswith("perplexity")]
     assert shown and all(len(value.replace(".", "").replace(",", "").lstrip("0")) <= 4 for value in shown)
+
+
+def test_lengths_that_only_some_mechanisms_read_are_left_open_for_the_others(two):
+    told, _, _ = two
+    records = copy.deepcopy(told["retrofits"])
+    results = records["local:window=4"]["results"]
+    for what in ("recall", "prefill", "decoding"):
+        results[what]["256"] = results[what]["32"]
+    results["state"]["8192"] = results["state"]["256"]
+    (judged,) = results["perplexity"].values()
+    judged["length"] *= 2
+    judged["by_position"].append({"first": 64, "last": 127, "original": 40.0, "retrofit": 41.0})
+    original, recurrent, window = rows(records)
+    assert original.keys() == recurrent.keys() == window.keys() and "state at 256" in original
+    for column in ("needle in 256", "prompt of 256", "token after 256"):
+        assert recurrent[column] is None and original[column] and window[column]
+    assert "127" in render({**told, "retrofits": records})
 
 
 def made(change, take, error=0.001):

@@ -8,6 +8,7 @@ from small_llama import SIZES, transformers
 from regard.retrofit.hosts import open_host
 from regard.retrofit.measures.language import state_lengths
 from regard.retrofit.measures.verdict import recommend, state_at
+from regard.retrofit.settings import RetrofitSettings
 
 
 def probe(found):
@@ -52,8 +53,13 @@ def test_states_are_compared_at_a_length_that_the_model_can_read():
     for positions, lengths in ((512, {512}), (3000, {2048, 3000}), (9000, {2048, 8192, 9000})):
         config = transformers.LlamaConfig(**{**SIZES, "max_position_embeddings": positions}, num_hidden_layers=1)
         host = open_host(transformers.LlamaForCausalLM(config))
-        assert set(state_lengths(host)) == lengths
-        assert state_at({"state": state_lengths(host)}) == min(positions, 8192)
+        local = RetrofitSettings("local:window=4", length=64)
+        assert set(state_lengths(host, local)) == lengths
+        assert state_at({"state": state_lengths(host, local)}) == min(positions, 8192)
+        landmark = RetrofitSettings("landmark", keep_layers=(), length=64)
+        assert set(state_lengths(host, landmark)) == {positions, 2048, 8192, 32768}
+        shared = [{"state": state_lengths(host, settings)} for settings in (landmark, local)]
+        assert state_at(*shared) == max(length for length in lengths if length <= 8192)
 
 
 @pytest.mark.parametrize(

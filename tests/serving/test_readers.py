@@ -12,7 +12,7 @@ from regard.contract import Unsupported
 from regard.engines.paged_cache import PagedState
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.serving.engine import Engine, Limits, Request
-from regard.serving.language import LanguageReader
+from regard.serving.language import ENDLESS, LanguageReader
 
 VOCABULARY = 30
 PLANS = {
@@ -137,6 +137,32 @@ def test_a_context_beyond_the_models_positions_is_refused():
         LanguageReader(model, context=33)
     with pytest.raises(Unsupported, match="GiB"):
         LanguageReader(language_model(["softmax"]), cache_tokens=1 << 50)
+
+
+RETRIEVES = ("landmark", {"block": 3, "top_k": 2, "chunk": 8})
+
+
+@pytest.mark.parametrize(
+    ("plan", "positions", "context"),
+    [
+        ([RETRIEVES] * 2, 23, ENDLESS),  # (2 + 1)(3 + 1) + 3 + 8
+        ([RETRIEVES] * 2, 22, 22),
+        ([RETRIEVES, "softmax"], 23, 23),
+        ([("landmark", {"block": 3})], 23, 23),
+        ([("landmark", {"block": 3, "top_k": 2})], 23, 23),
+    ],
+)
+def test_the_context_has_no_end_where_all_layers_stay_within_the_positions(plan, positions, context):
+    model = language_model(plan, max_length=positions)
+    assert LanguageReader(model).context == context
+
+
+def test_a_text_beyond_the_positions_is_answered_as_alone():
+    model = language_model([RETRIEVES] * 2, max_length=23)
+    request = Request("0", random.Random(torch.initial_seed()).choices(range(VOCABULARY), k=150), 6)
+    engine = Engine(LanguageReader(model), Limits(rows=2, prefix_cache=False))  # reads it in one piece, as alone
+    tokens, _ = drain(engine, [request])
+    assert tokens["0"] == own_answer(model, request)
 
 
 transformers = pytest.importorskip("transformers")

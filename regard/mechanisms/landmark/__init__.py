@@ -233,6 +233,13 @@ def _written(options: Mapping[str, Any]) -> str:
     return "landmark:" + ",".join(f"{name}={value}" for name, value in options.items())
 
 
+def most_positions(config: Config) -> int | None:
+    """The number of positions in use, however long the sequence is; None if tokens are read where they are."""
+    if config.top_k is None or config.chunk is None:
+        return None
+    return _reached(config.block, config.top_k, config.chunk)
+
+
 WHOLE_PAST = {"top_k": None, "cache_blocks": None, "selection": SELECTIONS[0], "offload": None}
 """Options under which a continued sequence sees all of its past."""
 
@@ -309,6 +316,7 @@ MECHANISM = Mechanism(
     projection=MissKey,
     prepare=prepare,
     in_trained_models=in_trained_models,
+    most_positions=most_positions,
     waivers=(
         Waiver("layer_lengths", "its number of blocks is fixed when the program is compiled"),
         _waiver("chunk_size", "a chunk sees itself whole, but of the blocks before it only those it retrieves"),
@@ -340,6 +348,7 @@ __all__ = [
     "absorb",
     "chunked",
     "cost",
+    "most_positions",
     "parallel",
     "prepare",
     "read",

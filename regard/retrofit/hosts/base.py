@@ -205,9 +205,12 @@ class Host(ABC):
         check_mechanism(settings.mechanism, self.pattern)
         settings.kept(len(self.layers))
         settings = self.settled(settings)
-        longest = self.reads_at_most(settings)
-        written = as_papers_begin(settings.mechanism, self.reads(settings), self.heads(0)[0], self.pattern, longest)
-        return replace(settings, mechanism=written)
+        return replace(settings, mechanism=self.begin(settings, self.reads_at_most(settings)))
+
+    def begin(self, settings: RetrofitSettings, longest: int = 0) -> str:
+        """The mechanism with the options that its card has for the model; see
+        :func:`regard.retrofit.settings.as_papers_begin`."""
+        return as_papers_begin(settings.mechanism, self.reads(settings), self.heads(0)[0], self.pattern, longest)
 
     def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:
         """A copy with another mechanism in some layers, and the names of the parameters that `seed` initialises."""

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from regard.contract import Pattern, Unsupported, an_instance
 from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.hosts.base import SAME, Batch, apart
-from regard.retrofit.hosts.text import TextHost
-from regard.retrofit.inserting import check_settings, inserts_tokens, reads_by_state, rebuilt
+from regard.retrofit.hosts.text import BLOCK, TextHost
+from regard.retrofit.inserting import check_settings, inserts_tokens, reads_any_length, reads_by_state, rebuilt
 from regard.retrofit.settings import RetrofitSettings
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class LanguageHost(TextHost):
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
         if inserts_tokens(settings.mechanism):
             check_settings(settings.mechanism, settings.keep_layers, settings.chosen, settings.train)
+            settings = self._within_window(settings)
         return super().settled(settings)
 
     def batch(self, data: Corpus, step: int, seed: int, settings: RetrofitSettings, rows: int | None = None) -> Batch:
@@ -57,21 +58,50 @@ class LanguageHost(TextHost):
     def held_out(self, data: Corpus, most: int, settings: RetrofitSettings) -> Batch:
         return Batch(even_blocks(data.held_out, most, settings.block))
 
-    def evaluation_length(self, ids: Int[Tensor, " n"], length: int) -> int:
-        """Twice the training block, if the model's positions and the text allow it, to show what happens beyond it."""
-        within = self.longest is None or 2 * length <= self.longest
-        return 2 * length if within and len(ids) >= 4 * length else length
+    def _within_window(self, settings: RetrofitSettings) -> RetrofitSettings:
+        """Blocks as long as the old layers' sliding window at most, so that new layers see no farther than those did."""
+        if self.window is None:
+            return settings
+        length = min(BLOCK, self.longest or BLOCK, self.window) if settings.length is None else settings.length
+        if length > self.window:
+            raise Unsupported(
+                f"blocks of {length} tokens with {settings.mechanism} in {an_instance(self.model)}, whose layers have a "
+                f"window of {self.window}",
+                supported=f"blocks of at most {self.window}",
+                nearest=f"length={self.window}",
+            )
+        return replace(settings, length=length)
+
+    def reach(self, settings: RetrofitSettings) -> int | None:
+        """None for layers that read texts of any length within the positions of a block, as retrieval does; if some
+        layers are kept, or read everything where it is, as many as the original or its sliding window."""
+        if not settings.inserts:
+            return self.longest
+        if not settings.kept(len(self.layers)) and reads_any_length(self.begin(settings)):
+            return None
+        return min(filter(None, (self.longest, self.window)), default=None)
+
+    def evaluation_length(self, ids: Int[Tensor, " n"], length: int, reach: int | None) -> int:
+        """Twice the training block, if the model reads so much and the text is long enough, to show what happens beyond
+        it.
+
+        Args:
+            reach: the most tokens that a model reads; None if unlimited.
+        """
+        return 2 * length if (reach is None or 2 * length <= reach) and len(ids) >= 4 * length else length
 
     def reads_at_most(self, settings: RetrofitSettings) -> int:
-        within = self.longest is None or 2 * settings.block <= self.longest
+        reach = self.reach(settings)
+        within = reach is None or 2 * settings.block <= reach
         return max(super().reads_at_most(settings), 2 * settings.block if within else 0)
 
     def longest_read(self, data: Corpus, settings: RetrofitSettings) -> int:
-        blocks = [self.evaluation_length(ids, settings.block) for ids in data.sources.values()]
+        reach = self.reach(settings)
+        blocks = [self.evaluation_length(ids, settings.block, reach) for ids in data.sources.values()]
         return max(super().longest_read(data, settings), *blocks)
 
     def probed(self, settings: RetrofitSettings) -> float:
-        return PROBED * sum(self.within(settings.spans)) / settings.block
+        return PROBED * sum(self.within(settings.spans, settings)) / settings.block
 
     def read_once(self, model: Any, ids: Int[Tensor, "b n"]) -> None:
         model(ids, use_cache=reads_by_state(model), logits_to_keep=1)

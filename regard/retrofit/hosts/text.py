@@ -50,9 +50,19 @@ class TextHost(Host):
         """The most tokens that its positions allow; None if unlimited."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
-    def within(self, lengths: tuple[int, ...]) -> list[int]:
-        """The lengths that its positions allow."""
-        return [n for n in lengths if self.longest is None or n <= self.longest]
+    @property
+    def window(self) -> int | None:
+        """The sliding window of its layers, or of some of them; None without one."""
+        return getattr(self.model.config, "sliding_window", None)
+
+    def reach(self, settings: RetrofitSettings) -> int | None:
+        """The most tokens that a model with new layers reads, once the block's length is filled in; None if unlimited."""
+        return self.longest
+
+    def within(self, lengths: Sequence[int], settings: RetrofitSettings) -> list[int]:
+        """The lengths that a model with new layers reads."""
+        reach = self.reach(settings)
+        return [n for n in lengths if reach is None or n <= reach]
 
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
         length = settings.length
@@ -64,22 +74,25 @@ class TextHost(Host):
                 supported=f"blocks of at most {self.longest}",
                 nearest=f"length={self.longest}",
             )
+        settings = replace(settings, length=length)
         lengths = self.usual_lengths if settings.lengths is None else settings.lengths
         if not lengths:
             raise Unsupported("lengths=()", supported="one or more of 32 or more", nearest="lengths=(512,)")
-        if not self.within(lengths):
+        if not self.within(lengths, settings):
             if settings.lengths is not None:
+                reach = self.reach(settings)
                 raise Unsupported(
-                    f"lengths={lengths} of a model of {self.longest} positions",
-                    supported=f"one or more of at most {self.longest}",
-                    nearest=f"lengths=({self.longest},)",
+                    f"lengths={lengths} of a model of {reach} positions",
+                    supported=f"one or more of at most {reach}",
+                    nearest=f"lengths=({reach},)",
                 )
             lengths = (length,)
-        return replace(settings, length=length, lengths=lengths, batch_size=settings.batch_size or BLOCKS)
+        return replace(settings, lengths=lengths, batch_size=settings.batch_size or BLOCKS)
 
     def reads_at_most(self, settings: RetrofitSettings) -> int:
-        longest = max([settings.block, *(n + self.decoded for n in self.within(settings.spans))])
-        return longest if self.longest is None else min(longest, self.longest)
+        reach = self.reach(settings)
+        longest = max([settings.block, *(n + self.decoded for n in self.within(settings.spans, settings))])
+        return longest if reach is None else min(longest, reach)
 
     def longest_read(self, data: Corpus, settings: RetrofitSettings) -> int:
         """Tokens of the longest text that the evaluation reads."""
@@ -96,7 +109,7 @@ class TextHost(Host):
             with advising(settings.mechanism, self.reads_at_most(settings)):
                 self.read_once(made, text)
         except Unsupported as error:
-            window = getattr(self.model.config, "sliding_window", None)
+            window = self.window
             if window is None:
                 raise
             most = window - self.decoded
@@ -114,7 +127,7 @@ class TextHost(Host):
         model.base_model(ids)
 
     def timed(self, settings: RetrofitSettings) -> float:
-        return READS * sum(self.within(settings.spans)) / settings.block
+        return READS * sum(self.within(settings.spans, settings)) / settings.block
 
     def reads(self, settings: RetrofitSettings) -> int:
         return settings.block

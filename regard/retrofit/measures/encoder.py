@@ -54,7 +54,7 @@ def parts(
         f"quality on {source}": partial(quality, models, host.of_text(ids, plan.windows, settings))
         for source, ids in corpus.sources.items()
     }
-    for length in host.within(settings.spans):
+    for length in host.within(settings.spans, settings):
         found[f"time of {length}"] = partial(time_of, models, host, corpus.held_out, length)
     return found
 
@@ -63,7 +63,7 @@ def results(
     host: EncoderHost, student: Any, corpus: Corpus, settings: RetrofitSettings, found: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All figures of the record, from the results of the parts."""
-    lengths = host.within(settings.spans)
+    lengths = host.within(settings.spans, settings)
     return {
         "quality": {source: found[f"quality on {source}"] for source in corpus.sources},
         "time": {str(length): found[f"time of {length}"] for length in lengths},

@@ -50,11 +50,11 @@ def parts(
 ) -> dict[str, Callable[[], Any]]:
     """The measurements by name; see :class:`regard.retrofit.measures.Measures`."""
     models = {ORIGINAL: host.model, RETROFIT: student}
-    lengths = host.within(settings.spans)
+    lengths, reach = host.within(settings.spans, settings), host.reach(settings)
     found: dict[str, Callable[[], Any]] = {}
     for source, ids in corpus.sources.items():
-        length = host.evaluation_length(ids, settings.block)
-        found[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, plan.windows, length))
+        length, judged = (host.evaluation_length(ids, settings.block, most) for most in (reach, host.longest))
+        found[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, plan.windows, length), judged)
     for length in lengths:
         for probe in (needles, pairs):
             sizes = (length, plan.probes, settings.seed)
@@ -62,7 +62,7 @@ def parts(
     timed = {**models, SOFTMAX: host.by_regard}
     for length in lengths:
         found[f"prefill of {length}"] = partial(prefill, timed, corpus.held_out, length)
-        found[f"decoding after {length}"] = partial(decoding, timed, corpus.held_out, _with_room(host, length))
+        found[f"decoding after {length}"] = partial(decoding, timed, corpus.held_out, _with_room(length, reach))
     return found
 
 
@@ -70,7 +70,7 @@ def results(
     host: LanguageHost, student: Any, corpus: Corpus, settings: RetrofitSettings, found: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All figures of the record, from the results of the parts."""
-    lengths = host.within(settings.spans)
+    lengths = host.within(settings.spans, settings)
     return {
         "perplexity": {source: found[f"perplexity on {source}"] for source in corpus.sources},
         "needles": {str(length): found[f"needles in {length}"] for length in lengths},
@@ -79,33 +79,39 @@ def results(
         "decoding": {str(length): found[f"decoding after {length}"] for length in lengths},
         "state": {
             str(length): {ORIGINAL: state_bytes(host, host.model, length), RETROFIT: state_bytes(host, student, length)}
-            for length in sorted({*lengths, *state_lengths(host)})
+            for length in sorted({*lengths, *state_lengths(host, settings)})
         },
         "generates_with_cache": bool(getattr(student.config, "use_cache", False)),
         "left_out": [n for n in settings.spans if n not in lengths],
+        "positions": host.longest,
     }
 
 
-def state_lengths(host: LanguageHost) -> list[int]:
-    """The lengths for which the state is told: those that the model can read, and the longest of them."""
+def state_lengths(host: LanguageHost, settings: RetrofitSettings) -> list[int]:
+    """The lengths for which the state is told: those that the retrofit can read, and the longest that the original can."""
     longest = STATE_LENGTHS[-1] if host.longest is None else min(host.longest, STATE_LENGTHS[-1])
-    return [*host.within(STATE_LENGTHS), longest]
+    return [*host.within(STATE_LENGTHS, settings), longest]
 
 
 @torch.no_grad()
-def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
+def perplexity(models: Models, blocks: Int[Tensor, "w n"], judged: int | None = None) -> dict[str, Any]:
     """Perplexity of each model on the same blocks, also by position, and its relative rise in the retrofit.
 
     Standard errors are over the blocks: ``standard_errors`` those of each model, ``standard_error`` that of the rise, from the
     differences of blocks.
+
+    Args:
+        judged: number of first tokens of each block that count, except by position: the original was not made for
+            those beyond them. All when None.
     """
     losses = {name: token_losses(model, blocks) for name, model in models.items()}
-    gaps = (losses[RETROFIT] - losses[ORIGINAL]).mean(1)
+    counted = {name: loss[:, : (judged or blocks.shape[1]) - 1] for name, loss in losses.items()}
+    gaps = (counted[RETROFIT] - counted[ORIGINAL]).mean(1)
     borders = [0, *(b for b in (2**e for e in range(4, 24)) if b < blocks.shape[1] - 1), blocks.shape[1] - 1]
     return {
         "blocks": len(blocks),
         "length": blocks.shape[1],
-        **_perplexities(losses),
+        **_perplexities(counted),
         **rise(gaps),
         "by_position": [
             {"first": a + 1, "last": b, **_perplexities({name: loss[:, a:b] for name, loss in losses.items()})}
@@ -213,9 +219,9 @@ def _read(model: Any, prompt: Int[Tensor, "1 n"]) -> Float[Tensor, "1 1 v"]:
     return model(prompt, use_cache=reads_by_state(model), logits_to_keep=1).logits
 
 
-def _with_room(host: LanguageHost, length: int) -> int:
+def _with_room(length: int, reach: int | None) -> int:
     """`length`, or as many tokens as leave positions for those that are decoded after them."""
-    return length if host.longest is None else min(length, host.longest - host.decoded)
+    return length if reach is None else min(length, reach - LanguageHost.decoded)
 
 
 def _prompt(ids: Int[Tensor, " n"], length: int) -> Int[Tensor, "1 n"]:

@@ -55,9 +55,10 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
     return {"take": take, "text": text, "notes": _notes(results)}
 
 
-def state_at(results: Mapping[str, Any]) -> int:
-    """The length at which states are compared."""
-    return max(length for length in map(int, results["state"]) if length <= STATE_AT)
+def state_at(*results: Mapping[str, Any]) -> int:
+    """The length at which states are compared, one that all results have."""
+    shared = set.intersection(*(set(map(int, each["state"])) for each in results))
+    return max(length for length in shared if length <= STATE_AT)
 
 
 def _share_of_state(results: Mapping[str, Any]) -> float:
@@ -143,4 +144,10 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     if results["left_out"]:
         left_out = ", ".join(units.tokens(n) for n in results["left_out"])
         notes.append(f"lengths beyond the model's positions are left out: {left_out}.")
+    positions, lengths = results.get("positions"), [int(length) for length in results["prefill"]]  # newer records alone
+    if positions is not None and max(lengths, default=0) > positions:
+        notes.append(
+            f"the original has {units.tokens(positions)} positions and was not made for longer texts; its figures there show "
+            "what it does all the same, and its perplexity is compared within them."
+        )
     return notes
