@@ -71,6 +71,12 @@ def retrofit(
         ),
     ] = None,
     evaluation_blocks: EVALUATION_BLOCKS = None,
+    positions: Annotated[
+        int | None,
+        typer.Option(
+            help="Stretch a table of learned positions (GPT-2, OPT, BERT) to so many, for longer texts; with --distil 0."
+        ),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(min=0, max=LARGEST_SEED, help="Seed of the order of blocks and of randomly initialised weights."),
@@ -121,6 +127,7 @@ def retrofit(
             rate=rate,
             lengths=None if lengths is None else read_lengths(lengths),
             evaluation_blocks=evaluation_blocks,
+            positions=positions,
             seed=seed,
             watch=watch,
             say=say,

@@ -90,9 +90,7 @@ class Learned(Positions):
         if how == "tile":
             rows = old[torch.arange(length, device=old.device) % self.max_length]
         else:
-            precise = wide(old).T[None]
-            stretched = nn.functional.interpolate(precise, size=length, mode="linear", align_corners=True)
-            rows = stretched[0].T.contiguous().to(old.dtype)
+            rows = stretched(old, length)
         table = nn.Parameter(rows, requires_grad=self.table.requires_grad)
         if getattr(self.table, "_no_weight_decay", False):
             table._no_weight_decay = True  # type: ignore[attr-defined]
@@ -100,3 +98,9 @@ class Learned(Positions):
 
     def extra_repr(self) -> str:
         return f"max_length={self.max_length}, dim={self.table.shape[1]}"
+
+
+def stretched(table: Float[Tensor, "n c"], length: int) -> Float[Tensor, "length c"]:
+    """A table of positions with another number of rows, linearly interpolated from its first to its last."""
+    found = nn.functional.interpolate(wide(table).T[None], size=length, mode="linear", align_corners=True)
+    return found[0].T.contiguous().to(table.dtype)

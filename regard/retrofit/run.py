@@ -158,6 +158,7 @@ def planned(
         Unsupported: for a mechanism, setting, text, budget or folder that is not suitable, whichever it is of.
     """
     started = time.monotonic()
+    host = host.extended(asked[0].positions)
     begun = [host.begun(each) for each in asked]
     read = host.read(data, validation, begun[0])
     given = {"model": host.fingerprint(), "data": read.digest()}

@@ -49,6 +49,9 @@ class RetrofitSettings:
             None.
         evaluation_blocks: the most blocks (or batches of images) of each source in the evaluation, and the most texts of
             each probe; as the budget allows when None.
+        positions: number of positions to which a table of learned positions is stretched before anything else, in the
+            original too, as in :func:`regard.integrations.transformers.with_longer_positions`; with distil=0. None for
+            the model's own.
         seed: for drawing blocks and for random initial values.
     """
 
@@ -63,15 +66,23 @@ class RetrofitSettings:
     rate: float = 0.0002
     lengths: tuple[int, ...] | None = None
     evaluation_blocks: int | None = None
+    positions: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_mechanism(self.mechanism)
-        for name, low in (("length", 2), ("batch_size", 1), ("evaluation_blocks", 1), ("seed", 0)):
+        for name, low in (("length", 2), ("batch_size", 1), ("evaluation_blocks", 1), ("positions", 2), ("seed", 0)):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), low)
         if not 0 <= self.distil <= 1:
             raise Unsupported(f"distil={self.distil}", supported="a weight from 0 to 1", nearest="distil=1.0")
+        if self.positions is not None and self.distil:
+            raise Unsupported(
+                f"positions={self.positions} with distil={self.distil}: the original has not learned its longer table, so its "
+                "answers teach nothing",
+                supported="distil=0, with which the model learns from the text itself",
+                nearest="distil=0",
+            )
         for name in ("transfer_rate", "rate"):
             if not getattr(self, name) > 0:
                 raise Unsupported(
@@ -167,8 +178,11 @@ class RetrofitSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that must not change when a retrofit is resumed."""
+        own = asdict(self)
+        if self.positions is None:
+            del own["positions"]  # folders of earlier versions do not have it
         return {
-            **asdict(self),
+            **own,
             "budget": str(self.budget),
             "lengths": list(self.spans),
             "keep_layers": self.spelled_keep(),

@@ -13,6 +13,7 @@ Importing this module registers
   transformers' models to restore what the config records. Without this import transformers refuses to load them;
 - :class:`GrowingCache`, a cache for ``generate`` that does not copy all keys and values at each token;
 - :func:`fuse_layers`, for decoding in fewer and faster calls;
+- :func:`with_longer_positions`, for longer texts than the table of a GPT-2, OPT or BERT;
 - :class:`RegardQuantizer`, which lets transformers' own ``from_pretrained`` read the codes that `regard compress` writes::
 
       import regard.integrations.transformers
@@ -55,6 +56,7 @@ from regard.integrations.transformers.attending import (
 )
 from regard.integrations.transformers.caches import CACHE, GrowingCache, GrowingLayer, StateLayer
 from regard.integrations.transformers.fused import fuse_layers, unfuse_layers
+from regard.integrations.transformers.longer import with_longer_positions
 from regard.integrations.transformers.models import RegardCache, RegardConfig, RegardForCausalLM
 from regard.integrations.transformers.placing import (
     RECORD,
@@ -132,4 +134,5 @@ __all__ = [
     "swapped_forward",
     "take_out",
     "unfuse_layers",
+    "with_longer_positions",
 ]

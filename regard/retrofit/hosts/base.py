@@ -195,6 +195,14 @@ class Host(ABC):
         """The same host with another model."""
         return replace(self, model=model)
 
+    def extended(self, positions: int | None) -> Self:
+        """The host of the model with a table of so many learned positions; itself when None."""
+        if positions is None:
+            return self
+        raise Unsupported(
+            f"positions={positions} of {an_instance(self.model)}", supported="models of text with learned positions"
+        )
+
     def begun(self, settings: RetrofitSettings) -> RetrofitSettings:
         """The settings with the options that the mechanism's card has for trained models.
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -72,7 +72,7 @@ class TextHost(Host):
             raise Unsupported(
                 f"blocks of {length} tokens for a model of {self.longest} positions",
                 supported=f"blocks of at most {self.longest}",
-                nearest=f"length={self.longest}",
+                nearest=f"length={self.longest}{self._or_longer(length)}",
             )
         settings = replace(settings, length=length)
         lengths = self.usual_lengths if settings.lengths is None else settings.lengths
@@ -84,10 +84,16 @@ class TextHost(Host):
                 raise Unsupported(
                     f"lengths={lengths} of a model of {reach} positions",
                     supported=f"one or more of at most {reach}",
-                    nearest=f"lengths=({reach},)",
+                    nearest=f"lengths=({reach},){self._or_longer(max(lengths))}",
                 )
             lengths = (length,)
         return replace(settings, lengths=lengths, batch_size=settings.batch_size or BLOCKS)
+
+    def _or_longer(self, length: int) -> str:
+        """Advice for texts longer than the table of positions, if the model has one."""
+        from regard.integrations.transformers.longer import learns_positions
+
+        return f" or positions={length}, distil=0" if learns_positions(self.model) else ""
 
     def reads_at_most(self, settings: RetrofitSettings) -> int:
         reach = self.reach(settings)
@@ -145,6 +151,13 @@ class TextHost(Host):
         return read_corpus(
             data, validation, self.tokenizer, length=settings.block, vocabulary=vocabulary, seed=settings.seed
         )
+
+    def extended(self, positions: int | None) -> Self:
+        from regard.integrations.transformers.longer import with_longer_positions
+
+        if positions is None:
+            return self
+        return self.with_model(with_longer_positions(self.model, positions).requires_grad_(False))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model and its tokenizer in transformers' format: a GGUF file becomes a folder of safetensors."""

@@ -84,6 +84,7 @@ def results(
         "generates_with_cache": bool(getattr(student.config, "use_cache", False)),
         "left_out": [n for n in settings.spans if n not in lengths],
         "positions": host.longest,
+        "stretched": settings.positions is not None,
     }
 
 

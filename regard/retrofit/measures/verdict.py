@@ -150,4 +150,9 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
             f"the original has {units.tokens(positions)} positions and was not made for longer texts; its figures there show "
             "what it does all the same, and its perplexity is compared within them."
         )
+    if results.get("stretched"):
+        notes.append(
+            f"the original was measured with its table stretched to {units.tokens(results['positions'])} positions, with "
+            "which it was not trained."
+        )
     return notes
