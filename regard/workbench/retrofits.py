@@ -125,10 +125,10 @@ def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
         results = of[0]["results"]
         found |= {f"perplexity on {source}": units.number(its[model]) for source, its in results["perplexity"].items()}
         found["change"] = None if model == ORIGINAL else change(dict(judged(of[0])))
-        for what, length in probes:
-            its = next((its for record in of for *one, its in probed(record["results"]) if one == [what, length]), None)
+        for what, size in probes:
+            its = next((its for record in of for *one, its in probed(record["results"]) if one == [what, size]), None)
             shown = None if its is None else kept(*found_by(its, model))
-            found[f"{what} in {units.tokens(int(length))}"] = shown
+            found[f"{what} in {units.tokens(int(size))}"] = shown
         found[f"state at {units.tokens(at)}"] = units.size(results["state"][str(at)][model])
         for what, words in (("prefill", "prompt of"), ("decoding", "token after")):
             for length in lengths:

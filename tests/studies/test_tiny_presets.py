@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import answer, run
-from support import ALL
+from support import ALL, refused
 
 from regard import catalogue
 from regard.reproductions.framework import runs
@@ -89,11 +89,10 @@ def test_a_tiny_preset_runs_whole_and_shows_the_mechanism_of_the_user(capsys, tm
     assert told(answer, capsys, line) == found, "what is done is not run again"
 
 
-def test_a_study_that_is_not_about_mechanisms_says_so(capsys, tmp_path):
-    line = f"study wide-attention --plugin {PLUGIN} --mechanisms rectified --output {tmp_path / 'none'}"
-    code, _, said = told(run, capsys, line)
-    assert code == 2 and "it is not about them" in " ".join(said.split())
-    assert not (tmp_path / "none").exists()
+def test_a_study_that_is_not_about_mechanisms_says_so():
+    bare = replace(get_study("wide-attention"), mechanisms=())
+    for given in ({"mechanisms": "softmax"}, {"entered": ("rectified",)}):
+        refused("not about them", bare.choose, "tiny", **given)
 
 
 KILLED = """
