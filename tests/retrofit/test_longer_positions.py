@@ -76,7 +76,7 @@ def test_a_retrofit_learns_positions_beyond_those_of_the_original(tmp_path):
     assert torch.equal(model.transformer.wpe.weight, table) and found.record["settings"]["positions"] == 64
     assert any("stretched to 64 positions" in note for note in found.record["recommendation"]["notes"])
     loaded = AutoModelForCausalLM.from_pretrained(output)
-    assert loaded.config.max_position_embeddings == 64 and list(found.results["recall"]) == ["64"]
+    assert loaded.config.max_position_embeddings == 64 and list(found.results["needles"]) == ["64"]
     assert loaded.generate(tokens(50)[None], max_new_tokens=9, min_new_tokens=9, do_sample=False).shape == (1, 59)
 
 

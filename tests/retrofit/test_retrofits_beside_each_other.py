@@ -74,7 +74,7 @@ def test_lengths_that_only_some_mechanisms_read_are_left_open_for_the_others(two
     told, _, _ = two
     records = copy.deepcopy(told["retrofits"])
     results = records["local:window=4"]["results"]
-    for what in ("recall", "prefill", "decoding"):
+    for what in ("needles", "pairs", "prefill", "decoding"):
         results[what]["256"] = results[what]["32"]
     results["state"]["8192"] = results["state"]["256"]
     (judged,) = results["perplexity"].values()
@@ -82,7 +82,7 @@ def test_lengths_that_only_some_mechanisms_read_are_left_open_for_the_others(two
     judged["by_position"].append({"first": 64, "last": 127, "original": 40.0, "retrofit": 41.0})
     original, recurrent, window = rows(records)
     assert original.keys() == recurrent.keys() == window.keys() and "state at 256" in original
-    for column in ("needle in 256", "prompt of 256", "token after 256"):
+    for column in ("needles in 256", "pairs in 256", "prompt of 256", "token after 256"):
         assert recurrent[column] is None and original[column] and window[column]
     assert "127" in render({**told, "retrofits": records})
 
