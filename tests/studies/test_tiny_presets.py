@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command_line import answer, run
+from command_line import answer
 from support import ALL, refused
 
 from regard import catalogue
