@@ -105,8 +105,6 @@ def test_a_plugin_enters_by_its_flag_alone_beside_the_study_s_own(capsys, exampl
     finally:
         unregister("Sums")
     assert told["entered"] == ["softmax", "linear", "Sums"] and ("Sums", 0) in example
-    with pytest.raises(Unsupported, match="Sums in wide-attention; supported: no mechanisms: it is not about them"):
-        WIDE_ATTENTION.choose(entered=["Sums"])
 
 
 def test_a_plugin_that_is_no_mechanism_is_refused(capsys, example, tmp_path):
