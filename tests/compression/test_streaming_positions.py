@@ -196,6 +196,19 @@ def test_padded_batches_generate_what_each_row_does(positions, beams):
             assert torch.equal(together[row], alone[0, -15:])
 
 
+@torch.no_grad()
+def test_quantized_models_whose_attention_has_no_parameters_are_read_alike():
+    model, ids = of_transformers("Llama").float(), torch.randint(40, (1, 12))
+    regard.compress(model, "int8")
+    assert not any(True for layer in model.model.layers for _ in layer.self_attn.parameters())
+    expected = model(ids).logits
+    with sparsely(model, named("cache", capacity=20)):
+        found = stepped(model, ids, 8)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    regard.swap(model, "softmax")
+    assert torch.allclose(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_models_without_positions_read_the_same_in_both_ways():
     model, ids = own("none"), torch.randint(3, 40, (2, 40))
     found = []

@@ -20,7 +20,7 @@ from regard.integrations.swap import Choice, reader_of
 from regard.integrations.torch_modules import Swapped
 from regard.integrations.transformers.attending import PLACE, SWAPPED, UNPLACED, Placement, heads_of, tell
 from regard.integrations.transformers.caches import keeps_every_key
-from regard.integrations.transformers.rotary import find_rotary
+from regard.integrations.transformers.rotary import find_rotary, some_parameter
 
 RECORD = "regard"
 """Attribute of a config that records a swap: the previous attention implementation, and the mechanism of each module
@@ -52,7 +52,7 @@ def plan(
             find out.
     """
     assert choice.pattern is not None
-    attend = _head_attention(module, choice.chosen, choice.pattern)
+    attend = _head_attention(model, module, choice.chosen, choice.pattern)
     _check_scores(module, attend)
     biased = _adds_bias(model, path, module)
     if biased and "bias" not in attend.card.honours:
@@ -71,7 +71,7 @@ def plan(
     return change
 
 
-def _head_attention(module: Any, chosen: Chosen, pattern: Pattern) -> HeadAttention:
+def _head_attention(model: nn.Module, module: Any, chosen: Chosen, pattern: Pattern) -> HeadAttention:
     config = module.config
     heads = getattr(module, "num_heads", None) or config.num_attention_heads
     widths = (getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "attention_head_size"))
@@ -92,8 +92,7 @@ def _head_attention(module: Any, chosen: Chosen, pattern: Pattern) -> HeadAttent
             supported="models of text",
             nearest="the same model of timm",
         )
-    some = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-    return attend.to(some).train(module.training)
+    return attend.to(some_parameter(model, module)).train(module.training)
 
 
 def _check_scores(module: Any, attend: HeadAttention) -> None:

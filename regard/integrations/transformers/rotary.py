@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def find_rotary(model: nn.Module, path: str, module: Any, heads_of: Callable[...
         return None
     kind = (getattr(module.config, "rope_parameters", None) or {}).get("rope_type", "default")
     rotary = Rotary(apply, embedding, kind not in MOVING)
-    some = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    some = some_parameter(model, module)
     if some.is_meta:
         return rotary  # a model being loaded, whose config says that the rotation was found before
     generator = torch.Generator().manual_seed(0)
@@ -89,6 +90,12 @@ def find_rotary(model: nn.Module, path: str, module: Any, heads_of: Callable[...
     alike = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(found, turned, strict=True))
     moved = not torch.equal(plain[0], turned[0])
     return rotary if alike and moved else None
+
+
+def some_parameter(model: nn.Module, module: nn.Module) -> Tensor:
+    """A parameter in floating point of a module; of the model around it if the module has none, because it is quantized."""
+    parameters = itertools.chain(module.parameters(), model.parameters())
+    return next(parameter for parameter in parameters if parameter.is_floating_point())
 
 
 def without_turn(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
