@@ -135,7 +135,12 @@ class Probes:
             raise Unsupported(f"side effects in {length} tokens", supported=f"{2 * CONTINUED} tokens or more")
         self.length, self.text = length, Continuation(reader, data, CONTINUED)
         self.present, self.absent = Facts(), Facts(absent=True)
-        self.present.sample(0, length, lambda text: len(reader.encode(text)))  # refuse before anything is asked
+
+        def count(text: str) -> int:
+            return len(reader.encode(text))
+
+        sample = self.present.sample(0, length, count)  # refused before anything is asked
+        reader.check_positions(length + self.present.new_tokens(sample, count))
 
     def ask(self, reader: Reader, number: int) -> Answers:
         """The answers of a model, in its current state, for one sample number."""

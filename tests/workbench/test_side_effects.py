@@ -33,6 +33,9 @@ class Scripted:
     def prompt(self, text: str) -> str:
         return text
 
+    def check_positions(self, tokens: int) -> None:
+        pass
+
     def step(self, ids: Tensor, state):
         if state is None:
             prompt = self.decode(ids[0].tolist())

@@ -15,6 +15,7 @@ from regard.contract import Unsupported, an_instance
 from regard.integrations.encoders import architecture_of, kind_of, read_config
 from regard.integrations.timm_places import is_of_timm
 from regard.models import LanguageModel
+from regard.positions.learned import Learned
 from regard.tasks.tokenizer import Tokenizer
 from regard.workbench.trained.folder import RECORD, open_trained, trained_length
 
@@ -48,6 +49,10 @@ class Reader(Protocol):
 
     def prompt(self, text: str) -> str:
         """Format a prompt as the model expects it, for example with a chat template."""
+        ...
+
+    def check_positions(self, tokens: int) -> None:
+        """Raise Unsupported for more tokens, prompt and reply together, than the model has positions."""
         ...
 
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -125,6 +130,11 @@ class OfTransformers:
         turn = [{"role": "user", "content": text}]
         return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
+    def check_positions(self, tokens: int) -> None:
+        from regard.integrations.transformers.folders import check_positions
+
+        check_positions(self.model, tokens)
+
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         state = self.cache_class(config=self.config) if state is None else state
         found = self.model(ids, **{self.cache_name: state}, use_cache=True, logits_to_keep=1)
@@ -137,7 +147,8 @@ class OfRegard:
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, trained: int | None = None) -> None:
         self.model: nn.Module = model
         self.tokenizer, self.name, self.trained = tokenizer, name, trained
-        self.longest: int | None = None
+        positions = model.positions
+        self.longest: int | None = positions.max_length if isinstance(positions, Learned) else None
         self.stops: frozenset[int] = frozenset()
         self.read = model.reader()
 
@@ -149,6 +160,14 @@ class OfRegard:
 
     def prompt(self, text: str) -> str:
         return text
+
+    def check_positions(self, tokens: int) -> None:
+        if self.longest is not None and tokens > self.longest:
+            raise Unsupported(
+                f"{tokens} tokens, prompt and reply together, of {self.name}",
+                supported=f"as many as it has positions, {self.longest}",
+                nearest="a shorter text or fewer tokens",
+            )
 
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         logits, state = self.read(ids, torch.tensor([ids.shape[1] - 1]), None, state)

@@ -423,11 +423,17 @@ def _task(name: str, plan: Plan) -> LongTask:
 
 
 def _prepared(reader: Reader, task: Any, number: int, length: int) -> tuple[list[int], Any]:
-    """The token ids of a prompt, and what its reply is scored against."""
+    """The token ids of a prompt, and what its reply is scored against; raises Unsupported if the model lacks positions for
+    a prompt of this length and a reply, or the :data:`CONTINUED` tokens by which errors of attention are judged."""
     if isinstance(task, Continuation):
         return task.sample(number, length)
+
+    def count(text: str) -> int:
+        return len(reader.encode(text))
+
     framed = (lambda text: text) if task.brief else reader.prompt
-    sample: Sample = task.sample(number, length, lambda text: len(reader.encode(framed(text))))
+    sample: Sample = task.sample(number, length, lambda text: count(framed(text)))
+    reader.check_positions(length + max(task.new_tokens(sample, count), CONTINUED))
     return reader.encode(framed(sample.prompt)), sample
 
 

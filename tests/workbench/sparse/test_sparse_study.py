@@ -31,7 +31,7 @@ from regard.workbench.sparse.analysis import (
     scaling_law,
 )
 from regard.workbench.sparse.constructed import isoflops
-from regard.workbench.sparse.readers import OfRegard
+from regard.workbench.sparse.readers import OfRegard, OfTransformers
 
 
 def test_a_compression_is_safe_while_no_smaller_one_loses():
@@ -215,6 +215,27 @@ def test_a_method_that_the_model_cannot_run_is_left_out_and_the_others_are_asked
         assert {cell.method for cell in found.cells} == {"dense", "tova"}
         assert "positions=text" in found.refused["streaming"]
         refused("positions=text", study_module.study, reader, study_module.Plan((64,), ("streaming",), **sizes), store)
+
+
+@pytest.mark.parametrize("library", ["regard", "transformers"])
+def test_a_task_whose_replies_go_beyond_a_table_of_positions_is_left_out(library, tmp_path):
+    if library == "regard":
+        sizes = {"vocab_size": 256, "dim": 16, "num_layers": 1, "num_heads": 2}
+        config = LanguageModelConfig(**sizes, positions="learned", max_length=400)
+        reader = OfRegard(LanguageModel(config).eval(), ByteTokenizer(), "small")
+    else:
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, n_positions=400)
+        model = transformers.GPT2LMHeadModel(config).eval()
+        reader = OfTransformers(model, save_byte_tokenizer(tmp_path / "tokens"), "small")
+    (tmp_path / "text.txt").write_text("one and two and " * 60)
+    asked = {"tasks": ("ruler_vt", "text"), "wording": "brief", "samples": 1, "data": tmp_path / "text.txt"}
+    plan = study_module.Plan((320, 400), ("tova",), (2.0,), **asked, effects=1)
+    with Store(tmp_path / "store") as store:
+        found = study_module.study(reader, plan, store)
+    assert {(cell.task, cell.length) for cell in found.cells} == {("ruler_vt", 320), ("text", 320), ("text", 400)}
+    for what in ("ruler_vt at 400", "side effects"):
+        assert "prompt and reply together" in found.refused[what]
 
 
 @pytest.mark.parametrize(
