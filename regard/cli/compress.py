@@ -58,7 +58,9 @@ def compress(
     length: Annotated[
         int | None, typer.Option(help="Tokens in a window; 512, or as many as the model reads, when not given.")
     ] = None,
-    calibration: Annotated[int, typer.Option(help="Windows or items to calibrate a recipe with.")] = 16,
+    calibration: Annotated[
+        int, typer.Option(help="Windows or items to calibrate with, for one model; for several the budget decides.")
+    ] = 16,
     tolerance: Annotated[float, typer.Option(help="Share of the quality that the recommended recipe may lose.")] = 0.01,
     effects: Annotated[
         int,
@@ -124,6 +126,7 @@ def compress(
         asked = _probes(subject, effects, length, data)
         _one(subject, one, output, calibration, asked, as_json)
         return
+    only_beside(context, "--recipe", ["calibration"])
     several, time = read_recipes(recipes or "all"), Budget.parse(budget)
     check_folder(output or OUTPUT)
     subject = open_subject(model, data or None, length, several)

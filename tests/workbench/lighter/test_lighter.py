@@ -526,6 +526,7 @@ def test_bad_requests_are_one_sentence_and_write_nothing(capsys, trained, causal
     for line, more, words in (
         ("compress --recipe int8 --recipes all", (model,), "both --recipe"),
         ("compress --recipe int8", (model,), "--output small/"),
+        ("compress --recipes int8 --calibration 4", (model, "--output", out), "--calibration without --recipe"),
         ("compress --recipe int8", (model, "--output", model), "the model itself"),
         ("compress --recipe int8", (model, "--output", tmp_path / "full"), "other files in it"),
         ('compress --recipe "axformer:focus=small"', (model, "--output", out), "focus"),
