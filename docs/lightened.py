@@ -20,6 +20,8 @@ LEFT_OUT = (
     "what a step before them lost.",
     "Speculative decoding and drafts from the prompt change no answer and no size; what they gain depends on how well the draft "
     "guesses: `regard generate --draft`.",
+    "Architecture search and lighter networks (shared key heads, factorised embeddings, other mechanisms) are chosen before a model "
+    "is trained: [search](search.md), [techniques](techniques.md).",
     "Early exit needs a model that was trained with exits: `regard train --exits`.",
     "Methods that the surveys name and regard does not have: movement pruning, TernaryBERT, BinaryBERT, ZeroQuant and PTQ4ViT; "
     "Scissorhands and AutoCompressor for caches and prompts; PyramidDrop, SparseVLM, VisionZip, PiToMe and DART for tokens of "

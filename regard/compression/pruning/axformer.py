@@ -11,8 +11,7 @@ effect in later trials, which come in this order:
 
 1. for each layer, from the first to the last: hard attention (:mod:`regard.mechanisms.hard_softmax`);
 2. for each layer, from the last to the first: its feed-forward network; if its removal is not accepted, but the loss is
-    below
-   `factor` * best, each group of its neurons; then its attention, and likewise each head.
+   below `factor` * best, each group of its neurons; then its attention, and likewise each head.
 
 | focus | accepted if | the branch that comes first | hard attention |
 |---|---|---|---|

@@ -96,6 +96,7 @@ class VerticalSlash(Method):
         granularity: ``block`` computes whole blocks along the diagonals, which is faster; ``token`` only the exact
             pairs, by a mask, which saves nothing.
         size: tokens per block.
+        ratio: if above 0, as many keys as distances, up to `vertical` and `slash`, as make one pair in `ratio` be computed.
     """
 
     phases: ClassVar = ("prefill",)
