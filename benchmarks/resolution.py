@@ -8,9 +8,9 @@ An encoder of 3 layers of softmax attention of width 64 reads patches of 2 x 2 p
 28 x 28 in tests, of the same images resized. Positions: sequential encodings (SeqPE, arXiv 2506.13277) of two axes that
 multiply queries and keys, in larger images also interpolated (rows and columns are scaled into those of training, and the
 vectors between two places are mixed); the same without their losses; learned vectors of places, untrained beyond 14 x 14, and
-also stretched from 14 x 14 to the larger grid (bicubic, as vision transformers do); sinusoids; rotary positions. One-axis
-schemes number a patch by 28 row + column, so that neighbours are equally far apart at every size. `none` is the control.
-SeqPE's authors also compare with rotary positions of two axes, which we do not have.
+also stretched from 14 x 14 to the larger grid (bicubic, as vision transformers do); sinusoids; rotary positions, also of two
+axes, as SeqPE's authors compare with. One-axis schemes number a patch by 28 row + column, so that neighbours are equally far
+apart at every size. `none` is the control.
 
 A cell is a kind of positions and a seed. Its training continues from a checkpoint in `--work`, and its scores are written to
 docs/data/resolution.json, from which `python docs/generate.py` makes the page. A cell of an earlier version that lacks a score
@@ -57,6 +57,7 @@ POSITIONS: dict[str, dict[str, Any]] = {
     "learned": {"positions": "learned", "max_length": PLACES**2},
     "sinusoidal": {"positions": "sinusoidal"},
     "rotary": {"positions": "rotary"},
+    "rotary of two axes": {"positions": "rotary", "position_options": {"axes": 2}},
     "none": {"positions": "none"},
 }
 BATCH, RATE = 32, 3e-3

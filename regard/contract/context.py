@@ -151,7 +151,8 @@ class Context:
     Attributes:
         mask: mask of the queries (and of the keys, in self patterns).
         memory_mask: mask of the memory, in cross patterns.
-        positions: position of each token; None for its rank among the valid tokens.
+        positions: position of each token; None for its rank among the valid tokens. Schemes of several axes (`rotary` with
+            ``axes=2``) also take coordinates on a grid, (B, N, axes).
         memory_positions: likewise for the memory.
         position_vectors: position encodings that a model computed once for all its layers, if its position scheme
             allows that.
@@ -166,8 +167,8 @@ class Context:
 
     mask: Mask | None = None
     memory_mask: Mask | None = None
-    positions: Int[Tensor, "b n"] | None = None
-    memory_positions: Int[Tensor, "b m"] | None = None
+    positions: Int[Tensor, "b n"] | Int[Tensor, "b n axes"] | None = None
+    memory_positions: Int[Tensor, "b m"] | Int[Tensor, "b m axes"] | None = None
     position_vectors: Float[Tensor, "#b n c"] | None = None
     grid: tuple[int, ...] | None = None
     roles: Int[Tensor, "b n"] | None = None
@@ -185,7 +186,8 @@ class Context:
         _CONTEXT_TYPES.check("Context", self.__dict__)
         for name in ("positions", "memory_positions", "roles"):
             numbers = getattr(self, name)
-            if numbers is not None and (numbers.ndim != 2 or numbers.is_floating_point()):
+            shaped = numbers is None or numbers.ndim == 2 or (numbers.ndim == 3 and name != "roles")
+            if numbers is not None and (not shaped or numbers.is_floating_point()):
                 raise Unsupported(
                     f"{name} of dtype {numbers.dtype} and shape {tuple(numbers.shape)}", supported="integers (B, N)"
                 )

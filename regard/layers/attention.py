@@ -216,6 +216,13 @@ class AttentionLayer(Layer):
                 supported="self patterns, in which it rotates after its feature map",
                 nearest="positions=None",
             )
+        if made.axes > 1 and made.rotate is not None and self.places_keys:
+            raise Unsupported(
+                f"{scheme} positions of {made.axes} axes with {self.card.name} in {self.pattern.value}, which places its keys "
+                "by their ranks",
+                supported="axes=1",
+                nearest="softmax",
+            )
         return made
 
     def forward(
@@ -409,6 +416,9 @@ class AttentionLayer(Layer):
             layout = gathering_in_place(mask, batch, n, grid, tokens.device)
         else:
             layout = gathering(mask, batch, n, tokens.device)
+        padded = mask is not None and mask.cu_seqlens is None and layout.dense_index is not None
+        if padded and positions is None and before is None and self.positions.axes > 1:
+            positions = torch.arange(n, device=tokens.device).expand(batch, n)  # padding leaves tokens in their places
         tokens = tokens if layout.whole else layout.gather(tokens, axis=1)
         where = self._positions(positions, layout, tokens, before)
         return Side(tokens, layout, *self._prepare(where, context, movable=movable))

@@ -16,6 +16,9 @@ Positions are integers given by the caller: the rank of a token among the valid 
 start of the sequence, also during decoding. Nothing is inferred from N. The batch axis of positions may be 1 if all
 rows share them; a bias then also has batch size 1. Padding tokens need a position too; any position that the scheme has
 will do (0 always works).
+
+Schemes of several axes act by the row and column of a token on a grid (or by three such coordinates). They locate ranks
+on the grid of the call, row by row, or take coordinates (B, N, axes) given instead of ranks.
 """
 
 from __future__ import annotations
@@ -43,10 +46,11 @@ class Positions(nn.Module):
         turns: for schemes that rotate planes of features i and i + R / 2 of a head: ``turns(count)`` returns the
             cosines, then the sines, of the planes at the first positions, (count, R) in float32 on the CPU.
         prepare: for schemes that first compute position vectors, once for all layers:
-            ``prepare(positions (B, N), grid, generator, movable=, before=)`` returns the vectors (B or 1, N, width)
-            that ``embed`` and ``rotate`` receive instead of positions, and auxiliary losses. Vectors given as `before`
-            (T, width) stand in for those of T more tokens, at the front.
+            ``prepare(positions (B, N), grid, generator, movable=, before=)`` returns the vectors (B or 1, N, width),
+            or the coordinates (B or 1, N, axes), that ``embed`` and ``rotate`` receive instead of positions, and auxiliary
+            losses. Vectors given as `before` (T, width) stand in for those of T more tokens, at the front.
         shared: whether the model computes these vectors for its layers.
+        axes: number of axes of a position; with more than one, positions are places on the grid of the call.
     """
 
     name: ClassVar[str]
@@ -57,6 +61,7 @@ class Positions(nn.Module):
     rotate_keys: ClassVar[Callable[..., Tensor] | None] = None
     turns: ClassVar[Callable[..., Tensor] | None] = None
     shared: bool = False
+    axes: int = 1
     prepare: ClassVar[Callable[..., tuple[Tensor, dict[str, Any]]] | None] = None
 
 
@@ -76,3 +81,25 @@ def check_pair(query_positions: Int[Tensor, "#b n"], key_positions: Int[Tensor, 
     batch = max(query_positions.shape[0], key_positions.shape[0])
     check_positions(query_positions, batch, query_positions.shape[-1])
     check_positions(key_positions, batch, key_positions.shape[-1])
+
+
+def locate(name: str, positions: Int[Tensor, "#b n"], grid: tuple[int, ...] | None, axes: int) -> Tensor:
+    """Return the coordinates (B or 1, N, axes) of positions on a grid numbered row by row.
+
+    Args:
+        name: the scheme that asks, for the refusal.
+
+    Raises:
+        Unsupported: without a grid of so many axes.
+    """
+    if grid is None or len(grid) != axes:
+        raise Unsupported(
+            f"{name} positions of {axes} axes on " + ("a sequence" if grid is None else f"a grid {grid}"),
+            supported=f"a grid of {axes} axes",
+            nearest=f"axes={1 if grid is None else len(grid)}",
+        )
+    found = []
+    for side in reversed(grid[1:]):
+        found.append(positions % side)
+        positions = positions // side
+    return torch.stack([positions, *reversed(found)], -1)

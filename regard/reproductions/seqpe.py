@@ -15,8 +15,8 @@ pixels at random places of the images for 600 steps; it then classifies the midd
 same position encoder has two axes here, multiplies queries and keys (the paper's choice for images) and has a
 projection for each layer. The other schemes have one axis and number the pixels of a window by 8 row + column, so that
 neighbours are as far apart in the window as in the whole image; the learned table is one of places, whose last two rows
-and columns are never trained. The authors also compare with two-axis rotary positions, which we do not have. Softmax
-without positions is also run.
+and columns are never trained. The authors also compare with two-axis rotary positions, which are not run here.
+Softmax without positions is also run.
 """
 
 import math

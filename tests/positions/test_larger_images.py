@@ -78,3 +78,15 @@ def test_a_model_is_scored_at_each_size_as_it_is_and_changed(resolution, monkeyp
     monkeypatch.setattr(resolution, "score", score)
     resolution.run_cell(resolution.tasks_of("digits", ITEMS), "seqpe", 0, 1, tmp_path)
     assert scored == [(14, 1.0), (21, 1.0), (28, 1.0), (21, 20 / 13), (28, 27 / 13)] and not list(tmp_path.iterdir())
+
+
+def test_rotary_positions_of_two_axes_are_told_the_grid_of_each_size(resolution, monkeypatch, tmp_path):
+    scored = []
+
+    def score(model, task):
+        scored.append((model.positions, model.blocks[0].mixer.positions.axes, task.grid))
+        return {"score": 0.5}
+
+    monkeypatch.setattr(resolution, "score", score)
+    found = resolution.run_cell(resolution.tasks_of("digits", ITEMS), "rotary of two axes", 0, 1, tmp_path)
+    assert scored == [(None, 2, (side, side)) for side in (14, 21, 28)] and set(found) == {"28", "42", "56"}

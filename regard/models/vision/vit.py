@@ -50,11 +50,12 @@ from regard.models.stack import StackConfig
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of
 from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import agent_table, context_of, fit_tables, options_on
-from regard.positions import Positions, create_positions
+from regard.positions import Positions, Rotary, create_positions
+from regard.positions.protocol import locate
 from regard.positions.seqpe.schemes import SeqpeInside
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 POOLS = ("class", "mean")
 
@@ -72,7 +73,8 @@ class VisionTransformerConfig(BackboneConfig):
         positions: ``learned``, a table for one image size with a row for every token; ``sinusoidal``, fixed, with half
             of the features for the row and half for the column, for patches only; ``none``; ``seqpe``, added to the
             patches; ``seqpe_mul``, ``seqpe_add`` or ``seqpe_scalar``, one encoder for all layers; or another scheme
-            inside the layers, such as ``rotary``, over the sequence of tokens; ``auto`` as in
+            inside the layers, such as ``rotary``, over the sequence of tokens, or with ``axes=2`` in `position_options` over
+            rows and columns, where class tokens are not turned; ``auto`` as in
             :class:`regard.models.LanguageModelConfig`. Layers may also have a scheme of their own (`positions` in the
             plan's options). Images of other sizes than `image_size` are taken unless positions are ``learned``.
         position_options: options of the scheme. SeqPE reads rows and columns unless its `axes` is 1.
@@ -371,6 +373,8 @@ class VisionBlock(Block):
     def __init__(self, entry: tuple[str, Mapping[str, Any]], config: Any, before: int, drop_path: float) -> None:
         super().__init__(entry, config, Pattern.NONCAUSAL_SELF)
         self.sees_grid = (self.takes_roles or not before) and getattr(self.mixer, "grid_axes", None) != 1
+        self.before = before
+        self.turned_axes = max((part.axes for part in self.mixer.modules() if isinstance(part, Rotary)), default=1)
         self.drop_path = DropPath(drop_path)
 
     def forward(
@@ -383,11 +387,19 @@ class VisionBlock(Block):
     ) -> Result:
         """Return the new tokens, with the layer's losses; a layer that cannot use the grid sees a sequence."""
         seen = context if self.sees_grid else context.replace(grid=None, roles=None)
+        if self.turned_axes > 1:
+            seen = seen.replace(positions=self._coordinates(x, context))
         mixed = self.add_mixed(x, memory, self.drop_path, context=seen, state=state)
         x = mixed.output
         if self.feed_forward is not None:
             x = self.add_fed(x, self.drop_path, context=context, losses=mixed.losses)
         return Result(x, mixed.state, mixed.losses, mixed.extras)
+
+    def _coordinates(self, x: Float[Tensor, "b n c"], context: Context) -> Int[Tensor, "b n axes"]:
+        """Return the row and column of each token, whose place among all tokens is its rank or given; 0 for class tokens."""
+        places = torch.arange(x.shape[1], device=x.device)[None] if context.positions is None else context.positions
+        patches = (places - self.before).clamp(min=0).expand(x.shape[0], -1)
+        return locate(Rotary.name, patches, context.grid, self.turned_axes)
 
 
 def fused_blocks(blocks: Blocks, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Loss, Unsupported, at_least, one_of
-from regard.positions.protocol import Positions, check_positions
+from regard.positions.protocol import Positions, check_positions, locate
 from regard.positions.seqpe.definition import DIRECTIONS, DigitEncoder, closest_loss, transfer_loss
 
 if TYPE_CHECKING:
@@ -125,19 +125,7 @@ class SequentialEncoding(Positions):
         Raises:
             Unsupported: for a grid with another number of axes.
         """
-        if self.axes == 1:
-            return positions
-        if grid is None or len(grid) != self.axes:
-            raise Unsupported(
-                f"{self.name} positions of {self.axes} axes on " + ("a sequence" if grid is None else f"a grid {grid}"),
-                supported=f"a grid of {self.axes} axes",
-                nearest=f"axes={1 if grid is None else len(grid)}",
-            )
-        found = []
-        for side in reversed(grid[1:]):
-            found.append(positions % side)
-            positions = positions // side
-        return torch.stack([positions, *reversed(found)], -1)
+        return positions if self.axes == 1 else locate(self.name, positions, grid, self.axes)
 
     def vectors(
         self, positions: Int[Tensor, "*b"] | Int[Tensor, "*b axes"], generator: torch.Generator | None = None
@@ -202,6 +190,7 @@ class SequentialEncoding(Positions):
             before: vectors that stand in for E(p) of tokens without a position, which come before the others.
         """
         self._check_encoder()
+        check_positions(positions, positions.shape[0], positions.shape[1])
         located = self.locate(positions, grid)
 
         def encoded() -> Tensor:
