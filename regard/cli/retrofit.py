@@ -77,6 +77,12 @@ def retrofit(
             help="Stretch a table of learned positions (GPT-2, OPT, BERT) to so many, for longer texts; with --distil 0."
         ),
     ] = None,
+    shared_heads: Annotated[
+        str,
+        typer.Option(
+            help="Heads that mixture_of_heads always has: the first of a layer, or the important ones on your data."
+        ),
+    ] = "first",
     seed: Annotated[
         int,
         typer.Option(min=0, max=LARGEST_SEED, help="Seed of the order of blocks and of randomly initialised weights."),
@@ -100,6 +106,7 @@ def retrofit(
         regard retrofit bert/ --mechanism linear --data my_corpus.txt --lengths 128,512 --output encoder/
         regard retrofit my_vit/ --mechanism agent --data photos/ --budget 30m --output vit/
         regard retrofit smollm2/ --mechanism selective_temperature --distil 0 --data my_corpus.txt --output sharper/
+        regard retrofit smollm2/ --mechanism mixture_of_heads --shared-heads important --data my_corpus.txt --output fewer_heads/
         regard retrofit model.gguf --mechanism local:window=256 --data my_corpus.txt --output short/ --json
     """
     from regard.retrofit import retrofit as run
@@ -128,6 +135,7 @@ def retrofit(
             lengths=None if lengths is None else read_lengths(lengths),
             evaluation_blocks=evaluation_blocks,
             positions=positions,
+            shared_heads=shared_heads,
             seed=seed,
             watch=watch,
             say=say,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from regard.catalogue import plugin_file, resolve
@@ -32,7 +33,7 @@ instead of softmax attention and were trained back.
 
 - Trained on {data}: {tokens} {counts} of attention transfer and {tuned} of {loss}.
 - Kept layers: {kept}. New parameters: {parameters:,}.
-- Everything that was measured is in `retrofit.json`, with the machine and the settings.
+{shared}- Everything that was measured is in `retrofit.json`, with the machine and the settings.
 {notes}"""
 OF_TRANSFORMERS = """\
 import regard.integrations.transformers
@@ -76,8 +77,18 @@ def readme(record: dict[str, Any]) -> str:
         tuned=units.count(record["trained_tokens"]["tune"]),
         loss="distillation" if distil == 1 else own if distil == 0 else f"distillation and {own}",
         parameters=record["new_parameters"],
+        shared="".join(f"- {told}\n" for told in shared_heads(record)),
         notes="".join(f"- {note[0].upper()}{note[1:]}\n" for note in record["recommendation"]["notes"]),
     )
+
+
+def shared_heads(record: Mapping[str, Any]) -> list[str]:
+    """A sentence about the heads that each layer always has, if these are the most important ones."""
+    found = record.get("shared_heads")  # newer records alone
+    if found is None:
+        return []
+    told = "; ".join(f"layer {number}: {numbers(heads)}" for number, heads in found.items())
+    return [f"Heads that are always active, the most important ones on the training data: {told}."]
 
 
 def loading(record: dict[str, Any]) -> str:
@@ -92,7 +103,7 @@ def loading(record: dict[str, Any]) -> str:
 
 
 def numbers(layers: list[int]) -> str:
-    """Format layer numbers as ranges: 0-3, 5."""
+    """Format sorted numbers of layers or heads as ranges: 0-3, 5."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:

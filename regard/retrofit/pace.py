@@ -13,6 +13,7 @@ import torch
 from regard.contract import Unsupported
 from regard.measurement import units
 from regard.retrofit.hosts import Host
+from regard.retrofit.important import passes
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.transfer import transfer_losses
 from regard.retrofit.tune import prepare, tune_losses
@@ -92,7 +93,7 @@ def plan(
     shares = {k: v for k, v in SHARES.items() if k not in left_out}
     whole = sum(shares.values())
     probed = host.probed(settings) * pace["block"]
-    spent += pace["probe"] + host.timed(settings) * pace["block"] + PROBES[0] * probed
+    spent += pace["probe"] + (host.timed(settings) + passes(host, settings)) * pace["block"] + PROBES[0] * probed
     left = budget.amount - spent
     seconds = {name: max(left, 0.0) * share / whole for name, share in shares.items()}
     steps = {name: math.floor((1 - LOOKING[name]) * seconds[name] / pace[name]) for name in settings.stages}

@@ -22,6 +22,7 @@ from regard.retrofit.best import Best
 from regard.retrofit.folder import RECORD, Folder
 from regard.retrofit.hosts import Host, open_host
 from regard.retrofit.hosts.base import EQUAL
+from regard.retrofit.important import check_importance, head_importance, most_important, sharing
 from regard.retrofit.inserting import inserts_tokens
 from regard.retrofit.measures import KINDS, evaluate
 from regard.retrofit.pace import PROBES, TRIED, Plan, plan
@@ -211,6 +212,7 @@ def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, 
         Unsupported: if a model with new layers cannot read what it has to read.
     """
     check_train(host, settings)
+    check_importance(host, data, settings)
     first, numbers = host.batch(data, 0, settings.seed, settings, rows=1), settings.changeable(len(host.layers))
 
     def tried(numbers: list[int]) -> float:
@@ -271,7 +273,7 @@ class Run:
         record = self.folder.read("record")
         self.folder.write("plan", self.plan.record())
         swapped = self._swapped()
-        student, learned = self.host.copy_with(swapped, self.settings.mechanism, self.settings.seed)
+        student, learned = self.host.copy_with(swapped, self._mechanism(), self.settings.seed)
         losses = self._trained(student, learned, swapped)
         if record is None:
             record = self._record(student, learned, swapped, losses)
@@ -287,6 +289,23 @@ class Run:
     def _after(self, stage: str) -> float:
         """Seconds planned for the stages after the given one."""
         return self.plan.after(stage) if self.plan.seconds else 0.0
+
+    def _shared_heads(self) -> dict[int, list[int]] | None:
+        """The most important heads of each layer, measured once; None where the first ones are shared."""
+        if not self.settings.shares_important:
+            return None
+        known = self.folder.read("head_importance")
+        if known is None:
+            after = math.fsum(self.plan.seconds.values())
+            known = head_importance(self.host, self.data, self.settings, self.watch, after)
+            self.folder.write("head_importance", known)
+        importance = {int(number): scores for number, scores in known.items()}
+        return most_important(self.settings.mechanism, importance)
+
+    def _mechanism(self) -> str | dict[int, str]:
+        """The mechanism of the new layers; that of each by number where they share different heads."""
+        heads = self._shared_heads()
+        return self.settings.mechanism if heads is None else sharing(self.settings.mechanism, heads)
 
     def _swapped(self) -> list[int]:
         """The layers that get new attention, chosen once."""
@@ -306,7 +325,7 @@ class Run:
 
     def _warm(self, numbers: Sequence[int], name: str = "warm") -> dict[int, nn.Module]:
         """New modules of some layers after the first steps, in which each learns as if it were alone."""
-        student, learned = self.host.copy_with(self.plan.changeable, self.settings.mechanism, self.settings.seed)
+        student, learned = self.host.copy_with(self.plan.changeable, self._mechanism(), self.settings.seed)
         modules = self._modules(student, numbers)
         doing = "first steps of all layers" if name == "warm" else "first steps of the new layers"
         stage = replace(self._stage("warm", doing, self.plan.warm, self.settings.transfer_rate, 0), name=name)
@@ -392,6 +411,7 @@ class Run:
 
     def _record(self, student: Any, learned: list[str], swapped: list[int], losses: dict[str, Any]) -> dict[str, Any]:
         results = evaluate(self.host, student, self.data, self.settings, self.plan, self.folder, self.watch)
+        heads = self._shared_heads()
         work = self.host.work(self.settings)
         return {
             "regard": VERSION,
@@ -410,6 +430,8 @@ class Run:
             "kept": [n for n in range(len(self.host.layers)) if n not in swapped],
             "new_parameters": sum(student.get_parameter(name).numel() for name in learned),
             "sensitivity": self.folder.read("sensitivity"),
+            "head_importance": self.folder.read("head_importance"),
+            "shared_heads": None if heads is None else {str(number): heads[number] for number in swapped},
             "data": {
                 "training": self.data.name,
                 "validation": self.data.other_name,

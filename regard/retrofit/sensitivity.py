@@ -28,8 +28,8 @@ from regard.retrofit.hosts import Batch, Host
 from regard.retrofit.stage import Progress, Watch
 from regard.version import VERSION
 
-DECIDES = ("model", "data", "mechanism", "length", "batch_size", "transfer_rate", "seed")
-"""The parts of a folder's identity on which the sensitivity of its layers depends; the budget decides how long it is measured."""
+DECIDES = ("model", "data", "mechanism", "length", "batch_size", "transfer_rate", "shared_heads", "seed")
+"""The parts of a folder's identity, where it has them, on which the sensitivity of its layers depends; the budget decides how long it is measured."""
 ENOUGH = 0.5
 """The least share of the planned steps, and of the blocks, with which a sensitivity from another folder was measured."""
 
@@ -82,7 +82,7 @@ class Known:
     def __init__(self, identity: Mapping[str, Any], layers: Sequence[int]) -> None:
         files = [plugin_file(resolve(name)[0].name) for name, _ in read_variant(identity["mechanism"]).layers]
         self.identity = {
-            **{name: identity[name] for name in DECIDES},
+            **{name: identity[name] for name in DECIDES if name in identity},
             "layers": list(layers),
             "regard": VERSION,
             "revision": provenance.git_revision(),

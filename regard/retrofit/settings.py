@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from regard.catalogue import get_mechanism, resolve
-from regard.contract import Kind, Pattern, TrainedModel, Unsupported, at_least
+from regard.contract import Kind, Pattern, TrainedModel, Unsupported, at_least, one_of
 from regard.integrations.swap import Choice
 from regard.measurement.budget import Budget
 from regard.models.plans import PLACES, layers_at
@@ -20,6 +20,9 @@ KEEP = (
     "auto, auto:SHARE (0 to 1), auto:NUMBER, bottom:NUMBER, top:NUMBER, middle:NUMBER, spread:NUMBER, none, or layers by "
     "number from 0 (0,5,29)"
 )
+FIRST, IMPORTANT = "first", "important"
+"""The heads that a mixture of heads shares."""
+MIXTURE = "mixture_of_heads"
 TRAIN = "all, new (the swapped layers alone), or lora:RANK"
 ON_HEADS = {"mamba2": "gated_linear:gate=step"}
 """Mechanisms with layers of their own, and the equivalent recurrence that takes existing queries, keys and values."""
@@ -52,6 +55,8 @@ class RetrofitSettings:
         positions: number of positions to which a table of learned positions is stretched before anything else, in the
             original too, as in :func:`regard.integrations.transformers.with_longer_positions`; with distil=0. None for
             the model's own.
+        shared_heads: which heads of a layer ``mixture_of_heads`` always has: the ``first``, or the ``important``, on which
+            the original's loss depends most; see :func:`regard.retrofit.important.head_importance`.
         seed: for drawing blocks and for random initial values.
     """
 
@@ -67,6 +72,7 @@ class RetrofitSettings:
     lengths: tuple[int, ...] | None = None
     evaluation_blocks: int | None = None
     positions: int | None = None
+    shared_heads: str = FIRST
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +103,7 @@ class RetrofitSettings:
                 f"lengths={self.lengths}", supported="one or more of 32 or more", nearest="lengths=(512,)"
             )
         self.lora  # noqa: B018 read for its check
+        self._check_shared_heads()
         read_keep(self.keep_layers)
 
     @property
@@ -126,6 +133,24 @@ class RetrofitSettings:
         if found is None:
             raise Unsupported(f"train={self.train!r}", supported=TRAIN, nearest="lora:16")
         return int(found[1])
+
+    @property
+    def shares_important(self) -> bool:
+        """Whether the heads that a mixture of heads always has are chosen by their importance."""
+        return self.shared_heads == IMPORTANT
+
+    def _check_shared_heads(self) -> None:
+        one_of("shared_heads", self.shared_heads, (FIRST, IMPORTANT))
+        if not self.shares_important:
+            return
+        asked = f"shared_heads={self.shared_heads!r} with {self.mechanism}"
+        ((name, options), *_) = read_variant(self.mechanism).layers
+        if name != MIXTURE:
+            raise Unsupported(f"{asked}, which shares no heads", supported=MIXTURE, nearest="shared_heads='first'")
+        if isinstance(options.get("shared_heads"), (tuple, list)):
+            raise Unsupported(
+                f"{asked}, which names its shared heads", supported="their number", nearest=f"{MIXTURE}:shared_heads=2"
+            )
 
     @property
     def inserts(self) -> bool:
@@ -181,6 +206,8 @@ class RetrofitSettings:
         own = asdict(self)
         if self.positions is None:
             del own["positions"]  # folders of earlier versions do not have it
+        if not self.shares_important:
+            del own["shared_heads"]  # likewise
         return {
             **own,
             "budget": str(self.budget),

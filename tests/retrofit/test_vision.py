@@ -18,9 +18,11 @@ from regard.measurement.budget import Budget
 from regard.models import from_pretrained, from_transformers
 from regard.retrofit import open_host
 from regard.retrofit.hosts import VisionHost
+from regard.retrofit.important import check_importance, head_importance, most_important
 from regard.retrofit.measures.vision import quality, recommend
 from regard.retrofit.pace import plan
 from regard.retrofit.pictures import read_pictures
+from regard.retrofit.run import read_settings
 from regard.retrofit.settings import RetrofitSettings
 
 timm = pytest.importorskip("timm")
@@ -271,3 +273,19 @@ def test_what_will_not_do_is_refused_before_anything_is_trained(tmp_path, what):
 
 def unexpected(progress):
     assert progress.doing == "looking at the model"
+
+
+def test_the_heads_that_matter_to_the_classes_of_images_are_shared(place):
+    model = vit()
+    with torch.no_grad():
+        for block, loud in zip(model.blocks, (2, 1), strict=True):
+            block.attn.proj.weight[:, [at for at in range(32) if at // 8 != loud]] *= 1e-3
+    host = open_host(model)
+    asked = read_settings("mixture_of_heads:shared_heads=1", "none", "60 steps", {**WORK, "shared_heads": "important"})
+    settings = host.begun(asked)
+    importance = head_importance(
+        host, host.read(place / "photos", None, settings), settings, lambda progress: None, 0.0
+    )
+    assert most_important(settings.mechanism, importance) == {0: [2], 1: [1]}
+    with pytest.raises(Unsupported, match="without right answers"):
+        check_importance(host, host.read(images(), None, settings), settings)

@@ -164,6 +164,10 @@ class Host(ABC):
         """Tokens (or other units, see :attr:`counts`) of a training step."""
         return settings.rows * self.reads(settings)
 
+    def knows_answers(self, data: Any) -> bool:
+        """Whether :meth:`own_loss` can judge answers for the data."""
+        return self.distributes
+
     def distance(self, found: Float[Tensor, "m v"], expected: Float[Tensor, "m v"]) -> Tensor:
         """Distance of answers from the original's: KL(original, found) in nats, or the relative squared difference."""
         if self.distributes:
@@ -186,9 +190,13 @@ class Host(ABC):
     def by_regard(self) -> Any:
         """The original with regard's own softmax attention: the same answers, on the same weights, with regard's timing,
         and attention weights for those who collect them."""
+        return self.on_same_weights(dict.fromkeys(range(len(self.layers)), "softmax"))
+
+    def on_same_weights(self, mechanisms: Mapping[int, str]) -> Any:
+        """A copy with other mechanisms in layers, by number, that has the weights of the original and not copies of them."""
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         made = copy.deepcopy(self.model, shared)
-        swap(made, "softmax")
+        swap(made, {self.layers[number].path: mechanism for number, mechanism in mechanisms.items()})
         return made.eval()
 
     def with_model(self, model: Any) -> Self:
@@ -220,12 +228,14 @@ class Host(ABC):
         :func:`regard.retrofit.settings.as_papers_begin`."""
         return as_papers_begin(settings.mechanism, self.reads(settings), self.heads(0)[0], self.pattern, longest)
 
-    def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:
-        """A copy with another mechanism in some layers, and the names of the parameters that `seed` initialises."""
+    def copy_with(self, numbers: Sequence[int], mechanism: str | Mapping[int, str], seed: int) -> tuple[Any, list[str]]:
+        """A copy with another mechanism in some layers, the same or by their numbers, and the names of the parameters that
+        `seed` initialises."""
+        each = dict.fromkeys(numbers, mechanism) if isinstance(mechanism, str) else mechanism
         made = copy.deepcopy(self.model).requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            report = swap(made, {self.layers[number].path: mechanism for number in numbers})
+            report = swap(made, {self.layers[number].path: each[number] for number in numbers})
         return made.eval(), report.learned
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -121,8 +121,8 @@ class LanguageHost(TextHost):
 
         return load_model(folder)
 
-    def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:
-        if not inserts_tokens(mechanism):
+    def copy_with(self, numbers: Sequence[int], mechanism: str | Mapping[int, str], seed: int) -> tuple[Any, list[str]]:
+        if not isinstance(mechanism, str) or not inserts_tokens(mechanism):
             return super().copy_with(numbers, mechanism, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

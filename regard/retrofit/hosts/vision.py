@@ -142,6 +142,9 @@ class VisionHost(Host):
         assert batch.targets is not None
         return F.nll_loss(found, batch.targets, ignore_index=UNASKED)
 
+    def knows_answers(self, data: Pictures) -> bool:
+        return super().knows_answers(data) and data.labelled
+
     def body(self, inputs: Float[Tensor, "b c h w"]) -> None:
         self.model.forward_features(inputs)
 

@@ -77,6 +77,7 @@ def render_retrofit(record: Mapping[str, Any]) -> str:
             title=f"{record['from']['name']} with {record['settings']['mechanism']}",
             swapped=card.numbers(record["swapped"]),
             kept=card.numbers(record["kept"]),
+            shared=card.shared_heads(record),
             trained=sum(record["trained_tokens"].values()),
             quality=quality(),
             heading=HEADINGS[kind],
