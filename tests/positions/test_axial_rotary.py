@@ -52,6 +52,17 @@ def test_each_part_of_a_head_is_turned_by_its_coordinate_as_a_complex_number(axe
     close(found, torch.cat([*expected, x[..., rotated:]], -1))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_far_places_are_as_exact_as_near_ones_and_gradients_turn_back(dtype, tolerance):
+    scheme, x, at = Rotary(head_dim=24, axes=2, fraction=0.7), normal(2, 3, 5, 24), torch.randint(10**6, (2, 5, 2))
+    x = x.to(dtype).requires_grad_()
+    found = scheme.rotate(x, at)
+    assert found.dtype == dtype
+    close(found.double(), scheme.rotate(x.double(), at), tolerance)
+    (back,) = torch.autograd.grad(found, x, found)
+    close(back, x, tolerance)
+
+
 @pytest.mark.parametrize("options", [{}, {"interpolation": 2.0}, {"ntk": 3.0}, {"base": 10_000.0, "fraction": 0.5}])
 def test_scores_depend_on_differences_of_rows_and_of_columns_alone(options):
     scheme, (q, k) = Rotary(head_dim=16, axes=2, **options), normal(2, 1, 2, 7, 16)
