@@ -275,7 +275,7 @@ def unexpected(progress):
     assert progress.doing == "looking at the model"
 
 
-def test_the_heads_that_matter_to_the_classes_of_images_are_shared(place):
+def test_the_heads_that_matter_to_the_classes_of_images_are_shared(place, monkeypatch):
     model = vit()
     with torch.no_grad():
         for block, loud in zip(model.blocks, (2, 1), strict=True):
@@ -283,9 +283,11 @@ def test_the_heads_that_matter_to_the_classes_of_images_are_shared(place):
     host = open_host(model)
     asked = read_settings("mixture_of_heads:shared_heads=1", "none", "60 steps", {**WORK, "shared_heads": "important"})
     settings = host.begun(asked)
-    importance = head_importance(
-        host, host.read(place / "photos", None, settings), settings, lambda progress: None, 0.0
-    )
+    data = host.read(place / "photos", None, settings)
+    importance = head_importance(host, data, settings, lambda progress: None, 0.0)
     assert most_important(settings.mechanism, importance) == {0: [2], 1: [1]}
+    monkeypatch.setattr(VisionHost, "rows", 1)  # each image by itself
+    for number, scores in head_importance(host, data, settings, lambda progress: None, 0.0).items():
+        assert scores == pytest.approx(importance[number], rel=1e-3, abs=1e-4 * max(scores))
     with pytest.raises(Unsupported, match="without right answers"):
         check_importance(host, host.read(images(), None, settings), settings)
