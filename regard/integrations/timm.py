@@ -8,9 +8,11 @@ Importing this module registers them::
     model = timm.create_model("regard_van_b0", num_classes=10, in_chans=1, img_size=64)
     maps = timm.create_model("regard_van_b0", features_only=True, out_indices=(1, 3))
 
-They take timm's options ``num_classes``, ``in_chans``, ``img_size``, ``drop_rate``, ``drop_path_rate`` and
-``features_only``, and the options of :func:`regard.models.vision.create_backbone` under their own names. There are no
-weights to download; those of the official repositories, and of these models, come from a file::
+They take timm's options ``num_classes``, ``in_chans``, ``img_size``, ``drop_rate``, ``drop_path_rate``, ``global_pool``,
+``features_only`` and ``out_indices``, and the options of :func:`regard.models.vision.create_backbone` under their own
+names. ``global_pool`` is one of the backbone's :attr:`~regard.models.vision.Backbone.pools`, or ``""``, with
+``num_classes=0``, for features that are not pooled. There are no weights to download; those of the official
+repositories, and of these models, come from a file::
 
     timm.create_model("regard_van_b0", pretrained=True, pretrained_cfg_overlay={"file": "van_tiny_754.pth.tar"}, num_classes=10)
 
@@ -106,8 +108,13 @@ def _translated(checkpoint: Any, model: Backbone) -> dict[str, Tensor]:
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
-    def build(**options: Any) -> nn.Module:
-        model = create_backbone(name, **{WORDS.get(option, option): value for option, value in options.items()})
+    kind = read_backbone(name)[0]
+
+    def build(global_pool: str | None = None, **options: Any) -> nn.Module:
+        given = {WORDS.get(option, option): value for option, value in options.items()}
+        model = create_backbone(name, **{**kind.pools.get(global_pool or "", {}), **given})
+        if global_pool is not None and global_pool != model.global_pool:
+            model.reset_classifier(model.num_classes, global_pool)
         model.in_chans = model.config.channels  # which timm reads
         return model
 
@@ -118,6 +125,9 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
                 supported="weights of the official repository in a file",
                 nearest='pretrained_cfg_overlay={"file": PATH}',
             )
+        wrapper = options.get("feature_cls", "getter")
+        if wrapper != "getter":
+            raise Unsupported(f"feature_cls={wrapper!r} of {PREFIX}{name}", supported="'getter'")
         features: dict[str, Any] = {"feature_cls": "getter"}
         if options.get("features_only") and "out_indices" not in options:
             features["out_indices"] = min(FEATURES, _levels(build, options))

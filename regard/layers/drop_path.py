@@ -28,8 +28,7 @@ class DropPath(nn.Module):
 
     def __init__(self, probability: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= probability < 1:
-            raise Unsupported(f"drop_path={probability}", supported="0 <= drop_path < 1", nearest="drop_path=0.0")
+        _check(probability)
         self.probability = probability
 
     def forward(
@@ -47,7 +46,13 @@ class DropPath(nn.Module):
 
 def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
     """Drop probabilities of all blocks, stage by stage, rising evenly from 0 (first block) to `last` (last block)."""
+    _check(last)
     total = sum(depths)
     rates = [last * i / max(total - 1, 1) for i in range(total)]
     starts = [sum(depths[:stage]) for stage in range(len(depths))]
     return [rates[start : start + depth] for start, depth in zip(starts, depths, strict=True)]
+
+
+def _check(probability: float) -> None:
+    if not 0 <= probability < 1:
+        raise Unsupported(f"drop_path={probability}", supported="0 <= drop_path < 1", nearest="drop_path=0.0")

@@ -14,7 +14,22 @@ pytest.importorskip("timm.data")
 pytest.importorskip("timm.optim")
 
 import regard.integrations.timm as registered  # noqa: E402
-from regard.models.vision import list_backbones  # noqa: E402
+from regard.models.vision import list_backbones, read_backbone  # noqa: E402
+from regard.models.vision.blocks import Blocks  # noqa: E402
+
+FAMILIES = dict.fromkeys(read_backbone(name)[0] for name in list_backbones())
+each_family = pytest.mark.parametrize("name", [registered.PREFIX + next(iter(family.sizes)) for family in FAMILIES])
+SIDES = (32, 64)
+
+
+def made(name: str, **options: Any) -> Any:
+    """A family's smallest size for grey images that are not square, in evaluation, always with the same weights."""
+    torch.manual_seed(0)
+    return timm.create_model(name, in_chans=1, img_size=SIDES, **options).eval()
+
+
+def grey() -> torch.Tensor:
+    return torch.randn(2, 1, *SIDES)
 
 
 def test_every_backbone_is_listed_by_timm() -> None:
@@ -152,9 +167,101 @@ def test_all_maps_come_where_a_backbone_has_fewer_levels_than_timm_asks_for() ->
     assert len(timm.create_model("regard_vit_nano", features_only=True).feature_info.channels()) == 4
 
 
+@each_family
+def test_every_family_takes_timms_words_for_classes_pools_and_images(name: str) -> None:
+    model, images = made(name, num_classes=7, drop_rate=0.5, drop_path_rate=0.1), grey()
+    own = model.global_pool
+    assert (model.config.dropout, model.config.drop_path) == (0.5, 0.1)
+    sides = SIDES if model.pretrained_cfg["fixed_input_size"] else model.pretrained_cfg["input_size"][1:]
+    assert timm.data.resolve_input_data_config(model, {})["input_size"] == (1, *sides)
+    with torch.no_grad():
+        features = model.forward_features(images)
+        pooled = model.forward_head(features, pre_logits=True)
+        assert pooled.shape == (2, model.head_hidden_size)
+        close(model(images), model.get_classifier()(pooled), 1e-6)
+        model.reset_classifier(0)
+        close(model(images), pooled, 1e-6)
+        close(made(name, num_classes=0, global_pool=own)(images), pooled, 1e-6)
+        close(made(name, num_classes=0, global_pool="")(images), features, 1e-6)
+        model.reset_classifier(0, "")
+        close(model(images), features, 1e-6)
+        refused("num_classes=5 with global_pool=''", model.reset_classifier, 5)
+        model.reset_classifier(5, own)
+        assert model(images).shape == (2, 5)
+    with torch.device("meta"):
+        refused("global_pool='max' of this", made, name, global_pool="max")
+        refused("num_classes=1000 with global_pool=''", made, name, num_classes=1000, global_pool="")
+
+
+@each_family
+def test_maps_of_some_levels_are_those_of_the_whole_model_and_keep_no_layer_that_they_do_not_need(name: str) -> None:
+    whole, images = made(name), grey()
+    count = len(whole.levels)
+    for indices in ((-1,), (0, -2)):
+        maps = made(name, features_only=True, out_indices=indices)
+        found = maps(images)
+        expected = whole.forward_intermediates(images, indices, intermediates_only=True)
+        for one, other in zip(found, expected, strict=True):
+            close(one, other, 1e-6)
+        assert [one.shape[1] for one in found] == maps.feature_info.channels()
+        assert all(whole.get_submodule(module) for module in maps.feature_info.module_name())
+        sum(one.square().sum() for one in found).backward()
+        assert [key for key, parameter in maps.named_parameters() if parameter.grad is None] == []
+    with torch.device("meta"):
+        for wrong in (count + 1, 0, (count,), (-count - 1,), ()):
+            refused(f"indices from 0 to {count - 1} or", made, name, features_only=True, out_indices=wrong)
+        refused("feature_cls='hook'", made, name, features_only=True, feature_cls="hook")
+    refused("norm=True", whole.forward_intermediates, images, norm=True)
+
+
+@each_family
+def test_layer_decay_scales_learning_rates_by_depth(name: str) -> None:
+    model = made(name, num_classes=7)
+    model.head.weight._no_weight_decay = True
+    spared = model.no_weight_decay()
+    assert "head.weight" in spared
+    groups = timm.optim.param_groups_layer_decay(model, no_weight_decay_list=spared, layer_decay=0.5)
+    rates = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert rates.keys() == set(model.parameters())
+    assert [rates.pop(parameter) for parameter in model.head.parameters()] == [1, 1]
+    every = [list(module) for module in model.modules() if isinstance(module, Blocks)]
+    blocks = [block for each in every for block in each]
+    for depth, block in enumerate(reversed(blocks), 1):
+        assert {rates.pop(parameter) for parameter in block.parameters()} == {0.5**depth}
+    starts = [len(blocks) - sum(map(len, every[:number])) for number in range(len(every))]
+    ends = [start - len(each) + 1 for start, each in zip(starts, every, strict=True)]
+    assert set(rates.values()) <= {0.5**depth for depth in (len(blocks) + 1, *starts, *ends)}
+    coarse = {model.group_matcher(coarse=True)(key) for key, _ in model.named_parameters()}
+    assert max(coarse) == len(model.levels) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("vit_nano", ("pool", "class", "mean")),
+        ("tnt_nano", ("pool", "class", "mean")),
+        ("vim_nano", ("class_token", "middle", "none")),
+        ("pvt_nano", ("class_token", True, False)),
+    ],
+)
+def test_a_class_token_or_a_mean_is_chosen_by_timms_word(name: str, chosen: tuple[str, Any, Any]) -> None:
+    option, *values = chosen
+    for word, value in zip(("token", "avg"), values, strict=True):
+        model = timm.create_model(registered.PREFIX + name, global_pool=word)
+        assert getattr(model.config, option) == value and model.global_pool == word
+    refused("'avg', its own pool", model.reset_classifier, 5, "token")
+
+
+def test_without_a_pool_a_model_comes_back_from_its_folder(tmp_path: Path) -> None:
+    model, images = made("regard_vit_nano", num_classes=0, global_pool=""), grey()
+    timm.models.save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert again.global_pool == "" and torch.equal(again(images), model(images))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_what_a_backbone_cannot_do_for_timm_is_said() -> None:
     model = timm.create_model("regard_van_nano")
     refused("TorchScript of a VAN", torch.jit.script, model)
     refused("TorchScript of a VAN", torch.jit.trace, model, torch.randn(1, 3, 32, 32))
-    refused("global_pool='avg'", model.reset_classifier, 5, "avg")
+    refused("global_pool='max'", model.reset_classifier, 5, "max")

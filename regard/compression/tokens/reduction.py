@@ -160,7 +160,7 @@ def reduce_tokens(
         raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
     schedule = removals(len(layers), remove, keep, blocks)
     counted = method.startswith("tome") if proportional is None else proportional
-    pooled = model.global_pool not in ("token", "") if hasattr(model, "global_pool") else not protected
+    pooled = model.global_pool not in ("token", "")
     reduction = Reduction(method, schedule, counted, metric, generator, pooled)
     for number, block in enumerate(layers):
         reduction.enter(block, number, protected)

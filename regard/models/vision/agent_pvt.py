@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -127,6 +127,7 @@ class PVT(PyramidWithLosses):
 
     Config = PVTConfig
     scales: ClassVar = {"widths": "heads"}
+    pools: ClassVar = {"token": {"class_token": True}, "avg": {"class_token": False}}
     config: PVTConfig
     sizes: ClassVar = {
         "pvt_nano": NANO,
@@ -163,7 +164,7 @@ class PVT(PyramidWithLosses):
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
     ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]], dict[str, Loss]]:
         """Return the last stage's tokens, the maps of the levels in `keep`, and the layers' losses."""
-        x, last = images, len(self.stages) - 1
+        x, last = images, len(self.config.widths) - 1
         maps: dict[int, Tensor] = {}
         losses: dict[str, Loss] = {}
         for number, stage in enumerate(self.stages):
@@ -177,8 +178,16 @@ class PVT(PyramidWithLosses):
     def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
         return features.mean(1) if self.class_token is None else features[:, 0]
 
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        chosen = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if len(self.stages) < len(self.config.widths):
+            self.class_token = None  # of the last stage
+        return chosen
+
     def no_weight_decay(self) -> set[str]:
-        return set() if self.class_token is None else {"class_token"}
+        return super().no_weight_decay() | (set() if self.class_token is None else {"class_token"})
 
     def check_size(self, height: int, width: int) -> None:
         config = self.config

@@ -155,7 +155,9 @@ class Swin(PyramidWithLosses):
         return self.norm(tokens_of(features)).mean(1)
 
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(".windows.table")}
+        return super().no_weight_decay() | {
+            name for name, _ in self.named_parameters() if name.endswith(".windows.table")
+        }
 
     def check_size(self, height: int, width: int) -> None:
         config = self.config

@@ -8,8 +8,10 @@ channels-last memory format, so that the mechanisms can view the same memory as 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,10 +23,13 @@ from regard.core.grids import image_of
 from regard.layers.checks import check_repeatable
 from regard.layers.linear import make_linear
 from regard.models.vision.blocks import Blocks
-from regard.models.vision.released import load_released
+from regard.models.vision.released import HEADS, load_released
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+PLACE = re.compile(r"(?:stages\.(\d+)\.)?(?:blocks\.(\d+)\.|(norm)\.)?")
+"""The beginning of a parameter's name: its stage, and its block in it or the norm after the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,27 +103,31 @@ class Backbone(nn.Module):
         sizes: options of each published size, by name.
         scales: the options that are widths, and what each is a multiple of: a number, or the name of an option with the
             number of heads.
+        pools: timm's word for each pool that the config can choose, with the options that choose it.
         channels_last: whether images are converted to the channels-last format before the first layer, for its
             convolutions.
         config: the config.
-        levels: the feature maps that the backbone can return, from the finest to the last.
-        num_features: width of a pooled vector.
+        levels: the feature maps that the backbone can return, from the finest to the last: the output of each of its
+            `stages`, or else of each of its `blocks`.
+        num_features, head_hidden_size: width of a pooled vector, under both of timm's names.
         head: maps pooled vectors to classes; the identity if there are none.
     """
 
     Config: ClassVar[type[BackboneConfig]]
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]]
     scales: ClassVar[Mapping[str, str | int]] = {}
+    pools: ClassVar[Mapping[str, Mapping[str, Any]]] = {"avg": {}}
     channels_last: ClassVar[bool] = True
     levels: Sequence[Level]
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config: Any = config
+        self._pooled = True
 
     def make_head(self, features: int) -> None:
         """Create the head; called last, so that a seed gives the same trunk for any number of classes."""
-        self.num_features = features
+        self.num_features = self.head_hidden_size = features
         self.reset_classifier(self.config.num_classes)
 
     def encode(
@@ -158,12 +167,15 @@ class Backbone(nn.Module):
         return self.encode(self.check_images(images))[0]
 
     def forward_head(self, features: Float[Tensor, "b ..."], pre_logits: bool = False) -> Float[Tensor, "b k"]:
-        """Return the logits of features, or the pooled vectors with `pre_logits`."""
-        pooled = F.dropout(self.pool(features), self.config.dropout, self.training)
+        """Return the logits of features, or the pooled vectors with `pre_logits` (the features if `global_pool` is "")."""
+        pooled = F.dropout(self.pool(features) if self._pooled else features, self.config.dropout, self.training)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        """Return logits (B, num_classes), or pooled features (B, num_features) if there are no classes."""
+        """Return logits (B, num_classes), or pooled features (B, num_features) if there are no classes.
+
+        Without a pool (`global_pool` is ""), features are returned as :meth:`forward_features` does.
+        """
         return self.forward_head(self.forward_features(images))
 
     def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
@@ -184,14 +196,18 @@ class Backbone(nn.Module):
         Args:
             images: (B, C, H, W).
             indices: indices into `levels`, negative ones from the end; an int n means the last n; None means all.
-            norm, stop_early: accepted for compatibility with timm; maps are returned as the next level reads them, and
-                all levels are run.
+            norm: False only: maps are returned as the next level reads them.
+            stop_early: accepted for compatibility with timm; all levels are run, see :meth:`prune_intermediate_layers`.
             output_fmt: ``NCHW`` only.
             intermediates_only: return only the maps, without the features that the pool reads.
 
         Raises:
-            Unsupported: for levels that the backbone does not have, or another format.
+            Unsupported: for levels that the backbone does not have, another format, or normed maps.
         """
+        if norm:
+            raise Unsupported(
+                "maps with norm=True", supported="maps as the next level reads them", nearest="norm=False"
+            )
         if output_fmt != "NCHW":
             raise Unsupported(f"output_fmt={output_fmt!r}", supported="NCHW")
         chosen = self.choose_levels(indices)
@@ -204,19 +220,61 @@ class Backbone(nn.Module):
         count = len(self.levels)
         if indices is None:
             return list(range(count))
-        wanted = range(count - indices, count) if isinstance(indices, int) else indices
-        chosen = [index + count if index < 0 else index for index in wanted]
-        if not all(0 <= index < count for index in chosen):
-            raise Unsupported(f"maps {indices} of {an_instance(self)}", supported=f"0 to {count - 1}")
-        return sorted(chosen)
+        wanted = range(-indices, 0) if isinstance(indices, int) else indices
+        if not wanted or not all(-count <= index < count for index in wanted):
+            raise Unsupported(
+                f"maps {indices} of {an_instance(self)}",
+                supported=f"indices from 0 to {count - 1} or from the end, or the number of the last maps, 1 to {count}",
+            )
+        return sorted({index % count for index in wanted})
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         """Like timm's: channels (`num_chs`), stride (`reduction`) and name (`module`) of each level."""
         return [
-            {"num_chs": level.channels, "reduction": level.stride, "module": f"levels.{index}"}
+            {"num_chs": level.channels, "reduction": level.stride, "module": f"{self._trunk}.{index}"}
             for index, level in enumerate(self.levels)
         ]
+
+    @property
+    def _trunk(self) -> str:
+        """The name of the list whose modules end in the levels."""
+        return "stages" if hasattr(self, "stages") else "blocks"
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps of some levels do not need, as timm does for ``features_only``.
+
+        Stages or blocks after the last of these levels go, and with them their levels.
+
+        Args:
+            indices: as in :meth:`forward_intermediates`.
+            prune_norm: whether the norm after the last of all layers goes too.
+            prune_head: whether the head goes too.
+
+        Returns:
+            The indices of the levels, sorted, from 0.
+        """
+        chosen = self.choose_levels(indices)
+        trunk: Any = self.get_submodule(self._trunk)
+        del trunk[chosen[-1] + 1 :]
+        self.levels = self.levels[: chosen[-1] + 1]
+        if prune_norm and isinstance(getattr(self, "norm", None), nn.Module):
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return chosen
+
+    @property
+    def global_pool(self) -> str:
+        """timm's word for the pool, one of `pools`: ``avg``, ``token`` for class tokens; ``""`` if it is left out."""
+        return self._own_pool if self._pooled else ""
+
+    @property
+    def _own_pool(self) -> str:
+        chosen = vars(self.config).items()
+        return next(word for word, options in self.pools.items() if options.items() <= chosen)
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""
@@ -225,12 +283,28 @@ class Backbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by an untrained one for other classes; no head for ``num_classes=0``.
 
+        Args:
+            num_classes: the number of classes.
+            global_pool: timm's word for the backbone's own pool; ``""``, without classes, for none; None for as it is.
+
         Raises:
-            Unsupported: for another pool than the backbone's own.
+            Unsupported: for another pool, or classes without a pool.
         """
-        if global_pool is not None:
-            raise Unsupported(f"global_pool={global_pool!r}", supported="the backbone's own pool (None)")
         at_least("num_classes", num_classes, 0)
+        word, own = self.global_pool if global_pool is None else global_pool, self._own_pool
+        if word not in ("", own):
+            made = " and ".join(f"{name}={value!r}" for name, value in self.pools.get(word, {}).items())
+            raise Unsupported(
+                f"global_pool={word!r} of this {type(self).__name__}",
+                supported=f"{own!r}, its own pool, or '' for none",
+                nearest=made and f"a new model with {made}",
+            )
+        if num_classes and not word:
+            raise Unsupported(
+                f"num_classes={num_classes} with global_pool=''",
+                supported=f"num_classes=0, or classes of pooled features (global_pool={own!r})",
+            )
+        self._pooled = bool(word)
         self.num_classes = num_classes
         some = next(self.parameters(), torch.empty(0))
         head = make_linear(self.num_features, num_classes, bias=True) if num_classes else nn.Identity()
@@ -263,8 +337,35 @@ class Backbone(nn.Module):
         )
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters, other than norms and biases, that should have no weight decay."""
-        return set()
+        """Return the names of parameters, other than norms and biases, that should have no weight decay.
+
+        By default those marked ``_no_weight_decay``, such as time constants of state-space mechanisms.
+        """
+        return {name for name, parameter in self.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Return a function from a parameter's name to its depth, by which timm's layer decay scales learning rates.
+
+        What comes before the first stage or block has depth 0. Each block (each stage, with `coarse`) is one deeper;
+        what a stage has beside its blocks belongs to the first of them, a norm at the end to the last. Heads are one
+        deeper than the last block.
+        """
+        trunk: Any = self.get_submodule(self._trunk)
+        counts = [1 if coarse else len(stage.blocks) for stage in trunk] if self._trunk == "stages" else [len(trunk)]
+        starts = list(accumulate(counts, initial=1))
+
+        def depth(name: str) -> int:
+            if name.startswith(HEADS):
+                return starts[-1]
+            place = PLACE.match(name)
+            stage, block, norm = place.groups() if place else (None, None, None)
+            if not (stage or block or norm):
+                return 0
+            number = int(stage) if stage else len(counts) - 1
+            last = counts[number] - 1
+            return starts[number] + (last if norm else min(int(block or 0), last))
+
+        return depth
 
     def check_images(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return the images in the memory format that is fastest for the first layer.

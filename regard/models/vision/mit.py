@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from regard.contract import Loss, Result
+from regard.contract import Loss, Result, Unsupported
 from regard.core.grids import tokens_of
 from regard.layers.norms import LayerNorm
 from regard.models.losses import add_losses
@@ -44,6 +44,11 @@ class MiTConfig(agent_pvt.PVTConfig):
     expansions: tuple[int, ...] = (4, 4, 4, 4)
     class_token: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.class_token:
+            raise Unsupported("class_token=True in a mix transformer", supported="class_token=False")
+
 
 _LARGE = (64, 128, 320, 512)
 SIZES: dict[str, dict[str, Any]] = {
@@ -59,14 +64,15 @@ class MiT(agent_pvt.PVT):
     """The mix transformer, see the module; sizes ``mit_b0`` to ``mit_b2`` and ``mit_nano``."""
 
     Config = MiTConfig
+    pools: ClassVar = {"avg": {}}
     sizes: ClassVar = {
         "mit_nano": NANO,
         **{f"mit_{size}": {"drop_path": 0.1, **options} for size, options in SIZES.items()},
     }
 
-    def __init__(self, config: MiTConfig) -> None:
-        super().__init__(config)
+    def make_head(self, features: int) -> None:
         self.apply(initialise_convolution)
+        super().make_head(features)
 
     def make_stage(self, config: agent_pvt.PVTConfig, number: int, channels: int, rates: list[float]) -> nn.Module:
         return Stage(config, number, channels, rates)

@@ -165,17 +165,17 @@ class PyramidTNT(Backbone):
         words, sentences = self.stem(images)
         words = words + self.inner_positions
         sentences, maps = sentences + self.dropout(self.outer_positions), {}
-        for number, (stage, grid) in enumerate(zip(self.stages, self.config.grids, strict=True)):
+        for number, stage in enumerate(self.stages):
             words, sentences = stage(words, sentences)
             if number in keep:
-                maps[number] = map_of(sentences, grid)
+                maps[number] = map_of(sentences, self.config.grids[number])
         return self.norm(sentences), maps
 
     def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
         return features.mean(1)
 
     def no_weight_decay(self) -> set[str]:
-        return {"inner_positions", "outer_positions"}
+        return super().no_weight_decay() | {"inner_positions", "outer_positions"}
 
     def check_size(self, height: int, width: int) -> None:
         check_table_size(self.config, height, width)

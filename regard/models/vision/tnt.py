@@ -124,6 +124,7 @@ class TNT(Backbone):
 
     Config = TNTConfig
     scales: ClassVar = {"width": "heads", "inner_width": "inner_heads"}
+    pools: ClassVar = {"token": {"pool": "class"}, "avg": {"pool": "mean"}}
     sizes: ClassVar = {
         "tnt_nano": {
             "image_size": 32,
@@ -211,7 +212,7 @@ class TNT(Backbone):
         return features[:, 0] if self.prefix else features.mean(1)
 
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters(recurse=False)}
+        return super().no_weight_decay() | {name for name, _ in self.named_parameters(recurse=False)}
 
     def check_size(self, height: int, width: int) -> None:
         check_table_size(self.config, height, width)

@@ -182,7 +182,8 @@ class TransNeXt(PyramidWithLosses):
 
     def no_weight_decay(self) -> set[str]:
         kept = (".query_embedding", ".temperature", ".window_bias")
-        return {name for name, _ in self.named_parameters() if name.endswith(kept) or ".places." in name}
+        own = {name for name, _ in self.named_parameters() if name.endswith(kept) or ".places." in name}
+        return super().no_weight_decay() | own
 
     def check_size(self, height: int, width: int) -> None:
         config = self.config

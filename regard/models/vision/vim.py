@@ -74,6 +74,7 @@ class Vim(Backbone):
 
     Config = VimConfig
     scales: ClassVar = {"width": 4}
+    pools: ClassVar = {"avg": {"class_token": "none"}, "token": {}}
     channels_last = False  # patches are cut out of any layout
     sizes: ClassVar = {
         "vim_nano": {"image_size": 32, "patch": 4, "stride": 4, "width": 96, "depth": 6},
@@ -143,8 +144,7 @@ class Vim(Backbone):
             )
 
     def no_weight_decay(self) -> set[str]:
-        marked = {name for name, parameter in self.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
-        return marked | {"class_token", "positions"}
+        return super().no_weight_decay() | {"class_token", "positions"}
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: VimConfig) -> dict[str, Tensor]:

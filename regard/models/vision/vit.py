@@ -148,6 +148,7 @@ class VisionTransformer(Backbone):
 
     Config = VisionTransformerConfig
     scales: ClassVar = {"dim": "num_heads"}
+    pools: ClassVar = {"token": {"pool": "class"}, "avg": {"pool": "mean"}}
     channels_last = False  # patches are cut out of any layout
     config: VisionTransformerConfig
     sizes: ClassVar = {
@@ -264,7 +265,7 @@ class VisionTransformer(Backbone):
 
     def forward_head(self, features: Float[Tensor, "b n c"], pre_logits: bool = False) -> Float[Tensor, "b k"]:
         """Return logits of features (the mean of both heads, if there are two), or pooled vectors with `pre_logits`."""
-        if self.distillation_head is None or pre_logits:
+        if self.distillation_head is None or pre_logits or not self.num_classes:
             return super().forward_head(features, pre_logits)
         return sum(self._two_heads(features)) / 2  # type: ignore[return-value]
 
@@ -303,9 +304,8 @@ class VisionTransformer(Backbone):
             self.distillation_head, self.head = self.head, head
 
     def no_weight_decay(self) -> set[str]:
-        marked = {name for name, parameter in self.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
         own = ("class_tokens", "positions", "class_positions")
-        return marked | {name for name in own if getattr(self, name) is not None}
+        return super().no_weight_decay() | {name for name in own if getattr(self, name) is not None}
 
     def check_size(self, height: int, width: int) -> None:
         self.embedding.grid(height, width)

@@ -109,9 +109,6 @@ class VMamba(Pyramid):
                 f"images of {height} x {width} pixels in patches of 4 x 4", supported="multiples of 4 pixels"
             )
 
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
-
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: VMambaConfig) -> dict[str, Tensor]:
         """Translate weights of MzeroMiko/VMamba (`classification/models/vmamba.py`), under old or new names."""

@@ -118,3 +118,4 @@ def test_other_mechanisms_and_sizes() -> None:
     refused("multiples of 16|multiples of 8", model, torch.randn(1, 1, 36, 64))
     refused("decoder_width", create_segmenter, "segformer_nano", decoder_width=0)
     refused("a number for each stage", create_segmenter, "segformer_nano", depths=(1, 1))
+    refused("class_token=True in a mix transformer", create_backbone, "mit_nano", class_token=True)
