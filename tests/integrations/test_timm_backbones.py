@@ -191,6 +191,8 @@ def test_every_family_takes_timms_words_for_classes_pools_and_images(name: str) 
     with torch.device("meta"):
         refused("global_pool='max' of this", made, name, global_pool="max")
         refused("num_classes=1000 with global_pool=''", made, name, num_classes=1000, global_pool="")
+        refused("drop_path=2.0", made, name, drop_path_rate=2.0)
+        refused("dropout=2.0", made, name, drop_rate=2.0)
 
 
 @each_family
@@ -230,7 +232,15 @@ def test_layer_decay_scales_learning_rates_by_depth(name: str) -> None:
         assert {rates.pop(parameter) for parameter in block.parameters()} == {0.5**depth}
     starts = [len(blocks) - sum(map(len, every[:number])) for number in range(len(every))]
     ends = [start - len(each) + 1 for start, each in zip(starts, every, strict=True)]
-    assert set(rates.values()) <= {0.5**depth for depth in (len(blocks) + 1, *starts, *ends)}
+    for key, parameter in model.named_parameters():
+        part, *inside = key.split(".")
+        if parameter in rates and part == "norm":
+            assert rates[parameter] == 0.5, key
+        elif parameter in rates and part == "stages":
+            number = int(inside[0])
+            assert rates[parameter] == 0.5 ** (ends[number] if inside[1] == "norm" else starts[number]), key
+        elif parameter in rates:
+            assert rates[parameter] == 0.5 ** (len(blocks) + 1), key
     coarse = {model.group_matcher(coarse=True)(key) for key, _ in model.named_parameters()}
     assert max(coarse) == len(model.levels) + 1
 

@@ -164,7 +164,7 @@ class PVT(PyramidWithLosses):
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
     ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]], dict[str, Loss]]:
         """Return the last stage's tokens, the maps of the levels in `keep`, and the layers' losses."""
-        x, last = images, len(self.config.widths) - 1
+        x, last = images, len(self.stages) - 1
         maps: dict[int, Tensor] = {}
         losses: dict[str, Loss] = {}
         for number, stage in enumerate(self.stages):

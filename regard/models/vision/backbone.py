@@ -261,7 +261,7 @@ class Backbone(nn.Module):
         del trunk[chosen[-1] + 1 :]
         self.levels = self.levels[: chosen[-1] + 1]
         if prune_norm and isinstance(getattr(self, "norm", None), nn.Module):
-            self.norm = nn.Identity()
+            self.add_module("norm", nn.Identity())
         if prune_head:
             self.reset_classifier(0)
         return chosen
