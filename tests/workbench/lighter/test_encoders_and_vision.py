@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from byte_tokenizer import save_byte_tokenizer
 from command_line import answer, run
 from PIL import Image
 from torch.nn import functional as F
@@ -234,6 +235,8 @@ def test_bad_requests_of_encoders_are_one_sentence_and_write_nothing(capsys, pla
     )
     bert("BertForMaskedLM", vocab_size=50).save_pretrained(tmp_path / "words")
     bert("BertForTokenClassification").save_pretrained(tmp_path / "tags")
+    bert("BertForSequenceClassification").save_pretrained(tmp_path / "unpadded")
+    save_byte_tokenizer(tmp_path / "unpadded")
     (tmp_path / "odd.csv").write_text("text,label\n" + "".join(f"ba be {i},{'xy'[i % 2]}\n" for i in range(10)))
     out = tmp_path / "out"
     for line, words in (
@@ -246,6 +249,7 @@ def test_bad_requests_of_encoders_are_one_sentence_and_write_nothing(capsys, pla
         (f"{place}/bare --recipe lsq --data {place}/text.txt", "without right answers"),
         (f"{place}/classes --recipe gptq --data {tmp_path}/odd.csv", "the class x, which the model does not know"),
         (f"{tmp_path}/tags --recipe int8", "head is of another kind"),
+        (f"{tmp_path}/unpadded --recipe gptq --data {place}/labelled.csv", "no padding token"),
         ("timm:nothing --recipe int8", "Unknown model"),
         (f"{place}/bare --recipes int8 --effects 1 --data {place}/text.txt", "side effects"),
         (

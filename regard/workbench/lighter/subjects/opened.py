@@ -56,6 +56,12 @@ def open_encoder(
         before, scored = _windows(data, tokenizer, length, held_out, hide=kind == "masked")
         described = f"{path.name} on {names_of(data)}, windows of {scored.ids.shape[1]} tokens"
         return Answering(described, opened, score, before, scored, tokenizer)
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        raise Unsupported(
+            f"texts with classes for {path}, whose tokenizer has no padding token",
+            supported="a tokenizer with pad_token",
+            nearest="tokenizer.pad_token = tokenizer.eos_token, then save_pretrained",
+        )
     known = score is AGREEMENT
     score = ACCURACY if known else score
     numbers = classes_of(labelled, model.config) if known else None
