@@ -84,7 +84,8 @@ class PatchEmbedding(nn.Module):
         """
         sides = []
         for name, side in (("height", height), ("width", width)):
-            steps, left_over = divmod(side + 2 * self.padding - self.patch, self.stride)
+            room = side + 2 * self.padding - self.patch
+            steps, left_over = room // self.stride, room % self.stride  # divmod breaks graphs of any size
             if steps < 0 or left_over > self.padding:
                 fitting = self.patch - 2 * self.padding + max(0, round(steps + left_over / self.stride)) * self.stride
                 patches = f"patches of {self.patch} with stride {self.stride} and padding {self.padding}"
