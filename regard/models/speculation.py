@@ -44,8 +44,13 @@ class Reads(Protocol):
 
     vocabulary: int
 
-    def __call__(self, ids: Int[Tensor, "1 n"], state: Any) -> tuple[Float[Tensor, "n vocab"], Any]:
-        """Return the logits after each token, and the new state; `state` (None at the beginning) remains valid."""
+    def __call__(
+        self, ids: Int[Tensor, "1 n"], state: Any, last: int | None = None
+    ) -> tuple[Float[Tensor, "m vocab"], Any]:
+        """Return the logits after each token, or after the `last` ones alone, and the new state.
+
+        The old `state` (None at the beginning) remains valid.
+        """
         ...
 
     def cut(self, state: Any, read: int, kept: int) -> Any:
@@ -59,10 +64,12 @@ class ReadLanguageModel:
     def __init__(self, model: LanguageModel) -> None:
         self.model, self.modules, self.vocabulary = model, list(model.modules()), model.config.vocab_size
 
-    def __call__(self, ids: Int[Tensor, "1 n"], state: Any) -> tuple[Float[Tensor, "n vocab"], Any]:
+    def __call__(
+        self, ids: Int[Tensor, "1 n"], state: Any, last: int | None = None
+    ) -> tuple[Float[Tensor, "m vocab"], Any]:
         with evaluation_mode(self.model, self.modules):
             result = self.model(ids, context=Context(want=frozenset({"state"})), state=state)
-        return result.output[0], result.state
+        return result.output[0, -(last or 0) :], result.state
 
     def cut(self, state: Any, read: int, kept: int) -> Any:
         return state if kept == read else None
@@ -125,7 +132,7 @@ class ModelDraft:
     def propose(
         self, text: Int[Tensor, " n"], count: int, pick: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> tuple[Int[Tensor, " g"], Float[Tensor, "g vocab"] | None]:
-        logits, self.state = self.reads(text[None, self.done :], self.state)
+        logits, self.state = self.reads(text[None, self.done :], self.state, last=1)
         self.done, state = len(text), self.state
         tokens, shares = [], []
         for i in range(count):
@@ -221,8 +228,8 @@ class Speculation:
                 self.draft.propose(text, min(self.count, left - 1), pick) if left > 1 else (text[:0], None)
             )
             block = torch.cat([text[seen:], proposed])
-            logits, after = self.reads(block[None], state)
-            p = distribution(logits[len(block) - len(proposed) - 1 :], **shares)
+            logits, after = self.reads(block[None], state, last=len(proposed) + 1)
+            p = distribution(logits, **shares)
             kept, token = _judge(p, proposed, drawn, generator)
             self.counts.passes += 1
             self.counts.proposed += len(proposed)
@@ -230,7 +237,7 @@ class Speculation:
             known = len(block) - len(proposed) + kept
             whole = self.reads.cut(after, len(block), known)
             if whole is None and known > 2 * self.count:  # bounds the number of tokens that are read again
-                _, whole = self.reads(block[None, :known], state)
+                _, whole = self.reads(block[None, :known], state, last=1)
                 self.counts.passes += 1
             if whole is not None:
                 state, seen = whole, seen + known

@@ -32,6 +32,14 @@ def test_the_likeliest_text_is_that_of_generate(draft):
     assert speculation.counts.kept < speculation.counts.proposed, "nothing was ever cut back"
 
 
+def test_logits_of_a_prompt_are_computed_only_where_they_are_used():
+    target, counts = llama(0), []
+    target.lm_head.register_forward_hook(lambda module, args, output: counts.append(output.shape[1]))
+    speculation = Speculation(ReadCausalModel(target), ModelDraft(ReadCausalModel(target)), count=3)
+    list(speculation.stream(torch.randint(24, (1, 50)), 12))
+    assert max(counts) == 4
+
+
 def test_a_cache_that_cannot_be_cut_is_refused():
     target = llama(0)
     regard.swap(target, "gated_linear")

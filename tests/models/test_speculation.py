@@ -84,11 +84,11 @@ class _Remembered:
     def __init__(self, model):
         self.model, self.known, self.vocabulary = model, {}, model.config.vocab_size
 
-    def __call__(self, ids, state):
+    def __call__(self, ids, state, last=None):
         text = (*(state or ()), *ids[0].tolist())
         if text not in self.known:
             self.known[text] = self.model(torch.tensor([text])).output[0]
-        return self.known[text][-ids.shape[1] :], text
+        return self.known[text][-(last or ids.shape[1]) :], text
 
     def cut(self, state, read, kept):
         return state[: len(state) - read + kept]

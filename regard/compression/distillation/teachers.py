@@ -83,7 +83,10 @@ def _of_transformers(path: Path, model: Any) -> nn.Module:
         if tokens[0] != tokens[1]:
             raise Unsupported(f"the teacher {path} with other tokens than {own}", supported=SAME)
     kind = kind_of(path) if (path / "config.json").is_file() else "language"
-    found: nn.Module = load_model(path, of=auto_class(kind))
+    found: Any = load_model(path, of=auto_class(kind))
+    padding = getattr(model.config, "pad_token_id", None)
+    if getattr(found.config, "pad_token_id", padding) is None:
+        found.config.pad_token_id = padding
     return found
 
 

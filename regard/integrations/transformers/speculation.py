@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,17 +26,21 @@ class ReadCausalModel:
     def __init__(self, model: Any, purpose: str = "speculation") -> None:
         self.model, self.purpose, self.cache = model, purpose, None
         self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def __call__(self, ids: Int[Tensor, "1 n"], state: int | None) -> tuple[Float[Tensor, "n vocab"], int]:
+    def __call__(
+        self, ids: Int[Tensor, "1 n"], state: int | None, last: int | None = None
+    ) -> tuple[Float[Tensor, "m vocab"], int]:
+        options: dict[str, Any] = {"logits_to_keep": last} if last is not None and self.keeps else {}
         cache: Any = None if state is None else self.cache
         if cache is not None and cache.get_seq_length() > state:
             cache.crop(state - cache.get_seq_length())
         with torch.inference_mode():
-            found = self.model(ids, **{CACHE: cache}, use_cache=True)
+            found = self.model(ids, **options, **{CACHE: cache}, use_cache=True)
         self.cache = getattr(found, CACHE)
         if state is None:
             self._check()
-        return found.logits[0], self.cache.get_seq_length()  # type: ignore[attr-defined]
+        return found.logits[0, -(last or 0) :], self.cache.get_seq_length()  # type: ignore[attr-defined]
 
     def cut(self, state: int, read: int, kept: int) -> int:
         """Number of tokens to keep; the cache itself is cut at the next call."""

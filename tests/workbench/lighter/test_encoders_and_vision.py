@@ -116,6 +116,27 @@ def test_a_study_knows_its_data_by_their_contents(place, model, data):
     assert digest(other.looked_at()) != first
 
 
+def test_causal_classifiers_learn_their_padding_from_the_tokenizer(place, tmp_path, capsys):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": len(tokenizer())}
+    config = transformers.GPT2Config(**sizes, id2label=dict(enumerate(CLASSES)), initializer_range=0.5)
+    transformers.GPT2ForSequenceClassification(config).eval().save_pretrained(tmp_path / "causal")
+    words = tokenizer()
+    words.save_pretrained(tmp_path / "causal")
+    subject = open_subject(tmp_path / "causal", str(place / "labelled.csv"), 16)
+    model, texts = subject.load(), [item.texts[0] for item in subject.held_out.items]
+    alone = [int(model(**words(x, return_tensors="pt")).logits.argmax()) for x in texts]
+    right = [one == number for one, number in zip(alone, subject.held_out.classes, strict=True)]
+    assert subject.quality(model, subject.items) == pytest.approx(sum(right) / len(right))
+    distil = f"distil:steps=2,teacher={tmp_path}/causal"
+    for recipe in ("int8", distil):
+        line = (
+            f"compress {tmp_path}/causal --recipe {recipe} --data {place}/labelled.csv --output {tmp_path}/{recipe[:4]}"
+        )
+        code, told, said = run(capsys, line)
+        assert code == 0, (told, said)
+        assert answer(capsys, f"evaluate {tmp_path}/{recipe[:4]} {place}/labelled.csv")["metric"] == "accuracy"
+
+
 class Changed:
     """Items of which the first is another one."""
 

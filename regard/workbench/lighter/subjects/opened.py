@@ -46,6 +46,8 @@ def open_encoder(
     if data is None:
         raise Unsupported(f"{path} without data", supported=_wanted(kind))
     tokenizer = load_tokenizer(path, supported=MODELS) if data != () or has_tokenizer(path) else None
+    if kind == "classes" and tokenizer is not None:
+        opened = partial(_knowing_padding, opened, tokenizer)
     model = opened()
     score = _score(model, kind)
     length = _length(model, tokenizer, length)
@@ -104,6 +106,14 @@ def open_vision(path: Path, data: Paths | None, length: int | None, *, held_out:
 def _opened(path: Path, plain: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """A function that loads the model: `plain` if it is not compressed."""
     return partial(load_compressed, path) if is_compressed(path) else plain
+
+
+def _knowing_padding(opened: Callable[[], nn.Module], tokenizer: Any) -> nn.Module:
+    """The model, told its tokenizer's padding: causal classifiers answer at the last token before it."""
+    model: Any = opened()
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    return model
 
 
 def _wanted(kind: str) -> str:
