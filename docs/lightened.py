@@ -16,10 +16,8 @@ from regard.workbench.reports.scales import Axis
 LEFT_OUT = (
     "Linear attention in place of softmax, and everything else that has to be trained back, is [retrofit](retrofit.md): it costs "
     "training, and is judged there.",
-    "Distillation into another, smaller model: `regard train --teacher`, in [compress](compress.md). The rows here only win back "
-    "what a step before them lost.",
-    "Speculative decoding and drafts from the prompt change no answer and no size; what they gain depends on how well the draft "
-    "guesses: `regard generate --draft`.",
+    "Distillation into another, smaller model: `regard train --teacher`, in [compress](compress.md). The rows here shorten the "
+    "model itself and win back what that lost.",
     "Architecture search and lighter networks (shared key heads, factorised embeddings, other mechanisms) are chosen before a model "
     "is trained: [search](search.md), [techniques](techniques.md).",
     "Early exit needs a model that was trained with exits: `regard train --exits`.",
@@ -71,6 +69,9 @@ def lighter_page(data: Mapping[str, Any] | None) -> list[str]:
         "Weights and cache are bytes in memory, the cache that of the prompt. Zeros in weights save "
         "nothing here, sparse methods keep the cache unless they say so, and a method that costs more time to choose than it saves "
         "is slower: the table says which. After prompts this short there is little to save by reading less.",
+        "Drafts change no answer, so their perplexity is the original's. They are timed on whole greedy replies to the prompts of all "
+        "windows, from which the time of the prompts is taken; a lookup gains as much as replies repeat what was said, which small "
+        "models do often. Where the draft is a model, weights, cache and prefill are those of both.",
         "## What is not in it",
         "\n".join(f"- {sentence}" for sentence in LEFT_OUT),
         "## Commands",
