@@ -53,6 +53,8 @@ REPLY = 64
 """Most tokens of a reply, which ends earlier with the text."""
 DRIFT = 0.1
 """Largest share by which the original may be slower or faster during a row than during most rows."""
+DRAFTS = "drafts"
+"""Family of the rows that time whole replies."""
 AGAIN = 3
 """Times that rows of a disturbed machine are measured again."""
 OUT = Path(__file__).parents[1] / "docs" / "data" / "lighter.json"
@@ -181,12 +183,12 @@ def rows() -> list[Row]:
             found.append(Row(family, called, command, _method(name)))
     command = "regard generate MODEL TEXT --shorten 0.5"
     found.append(Row("shorter prompts", "shorten to 0.5", command, partial(shortened, 0.5)))
-    found.append(Row("drafts", "draft lookup", "regard generate MODEL TEXT --draft lookup", looked_up))
+    found.append(Row(DRAFTS, "draft lookup", "regard generate MODEL TEXT --draft lookup", looked_up))
     for recipe in ("w8a8", "structured:layers=8 + distil:steps=100 + w8a8"):
         command = (
             f'regard compress MODEL --recipe "{recipe}" --output small/; regard generate MODEL TEXT --draft small/'
         )
-        found.append(Row("drafts", f"draft {recipe}", command, partial(drafted, recipe)))
+        found.append(Row(DRAFTS, f"draft {recipe}", command, partial(drafted, recipe)))
     return found
 
 
@@ -323,10 +325,17 @@ def time_of_replies(
 
 
 def disturbed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows in whose turns the original decoded in a time more than DRIFT from what it took in the median row."""
-    times = [row["original_milliseconds"]["decode"] for row in rows]
-    usual = statistics.median(times)
-    return [row for row, time in zip(rows, times, strict=True) if abs(time / usual - 1) > DRIFT]
+    """The rows in whose turns the original decoded in a time more than DRIFT from what it took in the median row.
+
+    Rows of drafts, which time whole replies, are compared among themselves.
+    """
+    found = []
+    for replies in (False, True):
+        alike = [row for row in rows if (row["family"] == DRAFTS) == replies]
+        times = [row["original_milliseconds"]["decode"] for row in alike]
+        usual = statistics.median(times or [1.0])
+        found += [row for row, time in zip(alike, times, strict=True) if abs(time / usual - 1) > DRIFT]
+    return found
 
 
 def main() -> None:
@@ -372,7 +381,7 @@ def main() -> None:
             write_text_atomically(options.output, json.dumps(kept, indent=1) + "\n")
             faster = ", ".join(f"{what} {ratio:.2f}x" for what, ratio in found["faster"].items())
             print(f"{name}: perplexity {found['perplexity']:.3f}; {faster}", flush=True)
-        out = disturbed(kept["rows"]) if again and kept["rows"] else []
+        out = [row for row in disturbed(kept["rows"]) if again and (not options.only or options.only in row["name"])]
         if not out:
             break
         print(f"again, because the machine was disturbed: {', '.join(row['name'] for row in out)}", flush=True)
