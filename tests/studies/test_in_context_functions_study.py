@@ -60,6 +60,16 @@ def test_a_head_that_copies_from_earlier_copies_scores_one_and_a_uniform_one_a_s
     refused("of whole examples", induction_scores, uniform(24), 5)
 
 
+def test_scores_of_heads_are_shares_of_any_weights():
+    weights, x = torch.randn(2, 3, 24, 24, dtype=torch.float64).tril(), torch.randn(2, 12, 5, dtype=torch.float64)
+    scales = 10 * torch.rand(2, 3, 24, 1, dtype=torch.float64)
+    for score in (lambda given: induction_scores(given, 3), lambda given: nearest_scores(given, x, 6)):
+        found = score(weights)
+        assert ((found > 0) & (found <= 1)).all()
+        close(score(weights.relu() * scales), found)
+        close(score(-weights.abs()), torch.zeros(3, dtype=torch.float64))
+
+
 def test_scores_of_heads_equal_those_of_the_public_code():
     recorded = load("in_context_functions_official")
     weights = recorded["heads_weights"].double()

@@ -1,4 +1,8 @@
-"""What attention heads attend to in a context of examples x_1, y_1, x_2, y_2, ..."""
+"""What attention heads attend to in a context of examples x_1, y_1, x_2, y_2, ...
+
+A score is a share of an input's attention: negative weights count as 0, and the weights of a query are divided by their sum
+(:func:`regard.workbench.trained.attention_monitor.attention_shares`), which is not 1 for every mechanism.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from regard.models.evaluating import evaluation_mode
 from regard.models.variants import read_variant
 from regard.tasks.in_context_functions import InContextFunctionsTask, as_batch
 from regard.tasks.protocol import EVALUATION, counter_generator
+from regard.workbench.trained.attention_monitor import attention_shares
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,7 +43,8 @@ def induction_scores(weights: Float[torch.Tensor, "b h n n"], repeats: int = REP
     n = weights.shape[-1]
     if repeats < 2 or n % (2 * repeats):
         raise Unsupported(f"{repeats} copies in {n} tokens", supported="two or more, of whole examples")
-    copies = weights.unflatten(3, (repeats, -1)).unflatten(2, (repeats, -1))  # (b, h, copy, token, copy, token)
+    shares = attention_shares(weights)
+    copies = shares.unflatten(3, (repeats, -1)).unflatten(2, (repeats, -1))  # (b, h, copy, token, copy, token)
     to_label = copies[..., ::2, :, 1::2].diagonal(dim1=3, dim2=5)  # (b, h, copy, copy, example)
     earlier = torch.ones(repeats, repeats, dtype=torch.bool, device=weights.device).tril(-1)
     return (to_label * earlier[..., None]).sum(3)[:, :, 1:].mean((0, 2, 3))
@@ -61,7 +67,7 @@ def nearest_scores(
     similar = torch.where(before, (unit @ unit.mT * 1e6).round(), -torch.inf)
     ranks = similar.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     near = before & (ranks < neighbours)
-    to_label = weights[:, :, ::2, 1::2]  # (b, h, input, label)
+    to_label = attention_shares(weights)[:, :, ::2, 1::2]  # (b, h, input, label)
     return (to_label * near[:, None]).sum(-1)[:, :, max(first, 1) :].mean((0, 2))
 
 

@@ -149,8 +149,8 @@ def _heads(cells: Cells) -> Section:
         rows.append({"model": setting} | {name: mean(cells, setting, name) for name in names})
     return Section(
         "Heads",
-        "Induction: what an input attends to its own label in earlier copies of a repeated context; nearest: to the label of the "
-        "most similar input before. A head counts from one half. Only where a mechanism has a table of weights to look at.",
+        "Induction: the share of an input's attention that goes to its own label in earlier copies of a repeated context; nearest: "
+        "to the label of the most similar input before. A head counts from one half. Only where a mechanism has a table of weights to look at.",
         rows=rows,
     )
 

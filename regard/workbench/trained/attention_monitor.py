@@ -1,8 +1,8 @@
 """Which tokens a model's attention heads look at during training, and when that settles; for any run of any model here.
 
 At certain steps of the run the same held-out items are read, and the weights of every attention layer that returns them
-are taken; negative weights count as 0, and the weights are divided by their sum. For each head, with w the weights of a
-query over the n keys it sees:
+are taken as shares of each query's attention (:func:`attention_shares`). For each head, with w the shares that a query
+gives to the n keys it sees:
 
 - entropy: the mean of H(w) / log n over queries: 1 for equal weights on all keys, 0 for all weight on one.
 - lift of a token: the share of all weights that goes to it, divided by its share under equal weights. A token with lift
@@ -42,6 +42,15 @@ STILL = 0.1
 """Share of the fastest change below which attention counts as settled."""
 MOST_HEADS, MOST_TOKENS = 12, 24
 """Most heads and tokens in a picture."""
+
+
+def attention_shares(weights: Tensor) -> Tensor:
+    """Attention weights (..., n, m) as shares of each query's attention.
+
+    Negative weights count as 0, and the weights of a query are divided by their sum; a query without weight has shares 0.
+    """
+    weights = weights.clamp(min=0)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def snapped(changes: Sequence[float], share: float = STILL) -> int | None:
@@ -116,7 +125,7 @@ class AttentionMonitor(RunMonitor):
 
     @torch.no_grad()
     def _weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Attention weights (B, H, N, M) by layer."""
+        """Attention weights (B, H, N, N) by layer, as shares."""
         found: dict[str, Tensor] = {}
         device = next(model.parameters()).device
         with evaluation_mode(model), ExitStack() as hooks:
@@ -125,8 +134,7 @@ class AttentionMonitor(RunMonitor):
                 hooks.callback(layer.register_forward_hook(partial(_take, found, str(number))).remove)
             run_model(model, self.batch.to(device), batch_context(self.batch.to(device)))
         n = self.ids.shape[1]
-        kept = {name: w.float().cpu().clamp(min=0) for name, w in found.items() if w.shape[-2:] == (n, n)}
-        return {name: w / w.sum(-1, keepdim=True).clamp(min=1e-30) for name, w in kept.items()}
+        return {name: attention_shares(w.float().cpu()) for name, w in found.items() if w.shape[-2:] == (n, n)}
 
     def _of_head(self, w: Tensor, before: Tensor | None) -> dict[str, Any]:
         """Entropy, lift and change for a head's weights (B, N, N)."""

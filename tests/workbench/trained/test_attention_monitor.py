@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_line import answer, run
-from support import refused
+from support import close, refused
 
 from regard.measurement.budget import Budget
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
 from regard.tasks import Batch, create_task
 from regard.workbench.comparison.settings import CompareSettings
-from regard.workbench.trained.attention_monitor import AttentionMonitor, snapped
+from regard.workbench.trained.attention_monitor import AttentionMonitor, attention_shares, snapped
 from regard.workbench.trained.run import train_model
 
 RECALL = {"pairs": 3, "queries": 4, "length": 14, "vocab_size": 8, "evaluation_items": 16}
@@ -25,6 +25,12 @@ def recall():
 
 def model_of(task, plan):
     return LanguageModel(LanguageModelConfig(task.vocab_size, dim=16, plan=plan, num_heads=2, positions="none"))
+
+
+def test_shares_are_of_positive_weights_and_0_for_a_query_without_any():
+    weights = torch.tensor([[3.0, -1.0, 1.0], [0.0, 0.0, 0.0], [-2.0, -1.0, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[0.75, 0.0, 0.25], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    close(attention_shares(weights), expected)
 
 
 def test_equal_weights_have_entropy_and_lift_1(recall):
