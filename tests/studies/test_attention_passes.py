@@ -298,6 +298,13 @@ def test_every_mechanism_has_a_cascade_or_a_reason():
         (HEAD + "sizes: e = 0\nS[m] = K[e, m]", 2, "size 'e = 0'"),
         (HEAD + "output: T\nS[m] = K[e, m]", 2, "output 'T'"),
         ("keys: m = m1 * m0\n" + HEAD + "S[m0, p] = Q[e, p] * K[e, m1, m0]", 3, "rank 'm0' without 'm1'"),
+        (HEAD + "sizes: q = zz\nS[m] = K[e, m]", 2, "unknown rank 'zz'"),
+        (HEAD + "sizes: q = 4\nS[m] = K[e, m]", 2, "rank 'q', which no tensor has"),
+        (HEAD + "sizes: c = a, a = c\nS[m, c] = K[e, m] * c * a", 2, r"a cycle of sizes \((c = a = c|a = c = a)\)"),
+        (HEAD + "sizes: c = c\nS[m, c] = K[e, m] * c", 2, r"a cycle of sizes \(c = c\)"),
+        (HEAD + "sizes: e = 4, e = 5\nS[m] = K[e, m]", 2, "a second size of rank 'e'"),
+        ("keys: m = m1 * m0\n" + HEAD + "sizes: m0 = 16\nS[m] = K[e, m]", 3, "a size of rank 'm0'"),
+        ("inputs:\nS[m] = m", 1, "no input"),
     ],
 )
 def test_errors_name_the_line_and_the_word(text, line, words):
@@ -321,6 +328,8 @@ def test_statements_may_stand_in_any_order():
         ({"K": torch.zeros(4, 8, 37)}, r"\(4,\) before its ranks"),
         ({"K": torch.zeros(8, 37, dtype=torch.int64)}, "floating-point"),
         ({"K": None}, "without K"),
+        ({"K": torch.zeros(8, 0), "V": torch.zeros(5, 0)}, "size 0 of rank 'm'"),
+        ({"Q": torch.zeros(2, 8, 7, dtype=torch.float64)}, "several dtypes .*Q of torch.float64, K of torch.float32"),
     ],
 )
 def test_wrong_inputs_are_refused(changed, words):
@@ -335,8 +344,15 @@ def test_a_rank_that_no_input_has_needs_a_size():
         parse(text.format(""))
     x = torch.randn(6, 3, dtype=torch.float64)
     n = torch.arange(6, dtype=torch.float64)
-    found = run_cascade(parse(text.format("sizes: p = m\n")), {"X": x}, tile=4).output
-    assert torch.allclose(found, torch.outer(n, n).cos() @ x, atol=1e-12)
+    for sizes in ("p = m", "p = 6", "p = q, q = r, r = m", "p = q, q = 6"):
+        found = run_cascade(parse(text.format(f"sizes: {sizes}\n")), {"X": x}, tile=4).output
+        assert torch.allclose(found, torch.outer(n, n).cos() @ x, atol=1e-12)
+
+
+def test_a_size_alone_is_a_number_in_expressions():
+    x = torch.randn(6, 3, dtype=torch.float64)
+    found = run_cascade(parse("inputs: X[m, d]\nsizes: c = 4\nY[m, d] = X[m, d] / C"), {"X": x}).output
+    assert torch.equal(found, x / 4)
 
 
 def test_machines_are_read_and_what_is_wrong_is_said(tmp_path):
@@ -404,6 +420,26 @@ def test_the_command_gives_class_and_costs_of_a_users_cascade_on_a_users_machine
     for given, words in (("edgy", "try edge"), ("edge edge", "'edge' twice"), (f"{mine} {mine}", "'mine.txt' twice")):
         code, _, said = run(capsys, f"study attention-passes {given} --output", tmp_path / "none")
         assert code == 2 and words in " ".join(said.split())
+
+
+def test_errors_in_a_users_cascade_name_the_file_as_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("good.txt").write_text(shipped("naive").text)
+    Path("mine/cycle.txt").write_text(HEAD + "A[m, p] = B[m, p] * Q[e, p]\nB[m, p] = A[m, p] * 2")
+    for given, words in (
+        ("mine/cycle.txt", r"mine/cycle\.txt: a cycle .* in line [23] \("),
+        ("mine/nothing.txt", "'mine/nothing.txt', which cannot be read"),
+    ):
+        with pytest.raises(Unsupported, match=words):
+            get_study("attention-passes").make(Chosen("tiny", ("softmax",), ("good.txt", given)))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_users_cascade(tmp_path):
+    text = HEAD + "S[m, p] = Q[e, p] * K[e, m]\n"
+    (tmp_path / "mine.txt").write_text(text, encoding="utf-8-sig")
+    made = get_study("attention-passes").make(Chosen("tiny", ("softmax",), (str(tmp_path / "mine.txt"),)))
+    assert made.settings["file mine.txt"]["text"] == text
 
 
 def test_every_cascade_costs_what_its_heads_cost_together_on_the_designs_machines():

@@ -80,7 +80,8 @@ def run_cascade(
         sizes: sizes of ranks that no input has.
 
     Raises:
-        Unsupported: for missing inputs, wrong shapes, and ranks of unknown size.
+        Unsupported: for missing inputs, inputs of several dtypes, wrong shapes, and ranks of unknown size or without
+            coordinates (no keys).
     """
     return _Machine(cascade, tensors, tile, keep, sizes or {}).run()
 
@@ -93,8 +94,8 @@ class _Machine:
     ) -> None:
         self.cascade, self.fiber, self.keep = cascade, cascade.fiber, keep
         self.ranks, self.iterates = cascade.tensors(), cascade.iterates()
-        self.inputs = {name: _given(cascade, tensors, name) for name in cascade.inputs}
-        self.sizes = rank_sizes(cascade, tensors, sizes)
+        self.inputs = _given(cascade, tensors)
+        self.sizes = rank_sizes(cascade, self.inputs, sizes)
         self.tile = self.sizes[self.fiber.rank] if tile is None else tile
         at_least("tile", self.tile, 1)
         self.like = next(iter(self.inputs.values()))
@@ -352,13 +353,13 @@ def rank_sizes(cascade: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[s
     """The size of each rank, from the inputs, from `sizes` and from the cascade.
 
     Raises:
-        Unsupported: if two of them differ, an input has too few axes, or a size is unknown.
+        Unsupported: if two of them differ, an input has too few axes, or a size is unknown or 0.
     """
     known = {**{rank: size for rank, size in cascade.sizes.items() if isinstance(size, int)}, **sizes}
     said = dict.fromkeys(known, "sizes")
     lead: tuple[str, tuple[int, ...]] | None = None
     for name, ranks in cascade.inputs.items():
-        shape = tuple(_given(cascade, tensors, name).shape)
+        shape = tuple(tensors[name].shape)
         told = f"{name}[{', '.join(ranks)}]"
         if len(shape) < len(ranks):
             raise Unsupported(
@@ -385,7 +386,7 @@ def complete_sizes(cascade: Cascade, sizes: Mapping[str, int]) -> dict[str, int]
     """The given sizes, completed by those in the cascade.
 
     Raises:
-        Unsupported: if a size is unknown.
+        Unsupported: if a size is unknown or below 1.
     """
     known = dict(sizes)
     for rank, said in cascade.sizes.items():
@@ -398,15 +399,26 @@ def complete_sizes(cascade: Cascade, sizes: Mapping[str, int]) -> dict[str, int]
             f"{cascade.name} without a size of rank {', '.join(unknown)}",
             supported=f"a line like sizes: {unknown[0]} = 64",
         )
+    for rank, size in known.items():
+        if size < 1:
+            raise Unsupported(f"{cascade.name} with size {size} of rank {rank!r}", supported="sizes from 1 on")
     return known
 
 
-def _given(cascade: Cascade, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise Unsupported(f"{cascade.name} without {name}", supported=f"tensors {', '.join(cascade.inputs)}")
-    if not tensors[name].is_floating_point():
-        raise Unsupported(f"{name} of dtype {tensors[name].dtype}", supported="floating-point numbers")
-    return tensors[name]
+def _given(cascade: Cascade, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of a cascade, all there and of one floating dtype."""
+    found: dict[str, Tensor] = {}
+    for name in cascade.inputs:
+        if name not in tensors:
+            raise Unsupported(f"{cascade.name} without {name}", supported=f"tensors {', '.join(cascade.inputs)}")
+        found[name] = tensors[name]
+        if not found[name].is_floating_point():
+            raise Unsupported(f"{name} of dtype {found[name].dtype}", supported="floating-point numbers")
+    dtypes = {name: x.dtype for name, x in found.items()}
+    if len(set(dtypes.values())) > 1:
+        told = ", ".join(f"{name} of {dtype}" for name, dtype in dtypes.items())
+        raise Unsupported(f"inputs of {cascade.name} in several dtypes ({told})", supported="one dtype for all")
+    return found
 
 
 def _product(x: Tensor, dim: Sequence[int]) -> Tensor:

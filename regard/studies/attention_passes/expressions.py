@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -35,6 +35,11 @@ class Place:
     def refuse(self, what: str, *, supported: str, nearest: str = "") -> NoReturn:
         """Raise Unsupported for something in this line."""
         raise Unsupported(f"{what} in line {self.line} ({self.text.strip()})", supported=supported, nearest=nearest)
+
+    def unknown_rank(self, name: str, known: Iterable[str]) -> NoReturn:
+        """Refuse the line for an undeclared rank."""
+        ranks = sorted(known)
+        self.refuse(f"unknown rank {name!r}", supported=", ".join(ranks), nearest=closest(name, ranks))
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,17 @@ class Apply:
 Expression = Number | Coordinate | Size | Read | Apply
 
 
+def parts(expression: Expression) -> Iterator[Expression]:
+    """An expression and everything inside it, from left to right."""
+    yield expression
+    if isinstance(expression, Apply):
+        for argument in expression.arguments:
+            yield from parts(argument)
+
+
 def reads(expression: Expression) -> Iterator[Read]:
     """All reads in an expression, from left to right."""
-    if isinstance(expression, Read):
-        yield expression
-    elif isinstance(expression, Apply):
-        for argument in expression.arguments:
-            yield from reads(argument)
+    return (part for part in parts(expression) if isinstance(part, Read))
 
 
 def operators(expression: Expression) -> Iterator[str]:
@@ -104,11 +113,7 @@ def operators(expression: Expression) -> Iterator[str]:
 
 def coordinates(expression: Expression) -> Iterator[str]:
     """Ranks whose coordinates are used as numbers."""
-    if isinstance(expression, Coordinate):
-        yield expression.rank
-    elif isinstance(expression, Apply):
-        for argument in expression.arguments:
-            yield from coordinates(argument)
+    return (part.rank for part in parts(expression) if isinstance(part, Coordinate))
 
 
 def factors(expression: Expression) -> list[Read] | None:
@@ -173,13 +178,8 @@ class Words:
         """Consume the name of a known rank."""
         name = self.name("a rank")
         if name not in self.ranks:
-            self.unknown_rank(name)
+            self.place.unknown_rank(name, self.ranks)
         return name
-
-    def unknown_rank(self, name: str) -> NoReturn:
-        """Refuse the line for an undeclared rank."""
-        known = sorted(self.ranks)
-        self.place.refuse(f"unknown rank {name!r}", supported=", ".join(known), nearest=closest(name, known))
 
     def tensor(self) -> Read:
         """Parse a tensor with its indices."""
@@ -213,7 +213,7 @@ class Words:
             if name not in self.ranks and name.lower() in self.ranks:
                 found.append(Index(name.lower(), "last"))
             elif name not in self.ranks:
-                self.unknown_rank(name)
+                self.place.unknown_rank(name, self.ranks)
             elif self.take("+"):
                 self.expect("1", f"{name}+")
                 found.append(Index(name, "next"))

@@ -29,8 +29,10 @@ from regard.studies.attention_passes.expressions import (
     Expression,
     Place,
     Read,
+    Size,
     Words,
     coordinates,
+    parts,
     reads,
 )
 
@@ -103,7 +105,7 @@ class Cascade:
         inputs: ranks of each input.
         statements: in topological order: each after those that define what it reads.
         output: name of the output tensor.
-        sizes: sizes of ranks given in the text: numbers, or other ranks of the same size.
+        sizes: sizes of ranks given in the text: numbers, or other ranks of the same size; each after the rank it names.
         text: the source text.
     """
 
@@ -140,16 +142,19 @@ def parse(text: str, name: str = "cascade") -> Cascade:
 
     Raises:
         Unsupported: for invalid text, with the line and the word: an unknown rank, a tensor that is never defined or
-            defined twice, wrong ranks of a tensor, a cycle, a reduction over a rank that is not on the right-hand side.
+            defined twice, wrong ranks of a tensor, a cycle of tensors or of sizes, a reduction over a rank that is not
+            on the right-hand side.
     """
     headers, lines = _split(text)
     fiber = _fiber(headers.get("keys"))
-    sizes = dict(_sizes(headers.get("sizes")))
     inputs = dict(_inputs(headers.get("inputs"), fiber))
+    sizes = _sizes(headers.get("sizes"), inputs, fiber)
     ranks = frozenset(rank for own in inputs.values() for rank in own) | set(sizes) | set(fiber.parts)
     statements = [_statement(line, ranks, fiber) for line in lines]
     if not statements:
         raise Unsupported(f"cascade {name!r} without a statement", supported=f"lines like {EXAMPLE}")
+    if sizes:
+        _check_sizes(headers["sizes"], sizes, inputs, statements)
     ordered = _ordered(statements, inputs, fiber)
     if not any(
         fiber.rank in one.space or fiber.rank in inputs.get(read.tensor, ()) for one in ordered for read in one.reads
@@ -192,15 +197,50 @@ def _fiber(place: Place | None) -> Fiber:
     return Fiber(names[1], names[2], names[3])
 
 
-def _sizes(place: Place | None) -> Iterator[tuple[str, int | str]]:
-    for part in [] if place is None else place.text.split(":", 1)[1].split(","):
+def _sizes(place: Place | None, inputs: Mapping[str, tuple[str, ...]], fiber: Fiber) -> dict[str, int | str]:
+    """The sizes by rank, each after the rank it names."""
+    sizes: dict[str, int | str] = {}
+    if place is None:
+        return sizes
+    for part in place.text.split(":", 1)[1].split(","):
         found = re.fullmatch(r"\s*([A-Za-z]\w*)\s*=\s*([1-9]\d*|[A-Za-z]\w*)\s*", part)
         if found is None:
-            assert place is not None
             place.refuse(
                 f"size {part.strip()!r}", supported="a rank and a number from 1 on (e = 64), or another rank (c = e)"
             )
-        yield found[1], int(found[2]) if found[2].isdigit() else found[2]
+        rank, said = found.groups()
+        if rank in sizes:
+            place.refuse(f"a second size of rank {rank!r}", supported="one")
+        if rank in (fiber.outer, fiber.inner):
+            place.refuse(
+                f"a size of rank {rank!r}", supported=f"whole ranks: a run chooses the tiles of {fiber.rank!r}"
+            )
+        sizes[rank] = int(said) if said.isdigit() else said
+    known = {fiber.rank, *sizes, *(rank for own in inputs.values() for rank in own if rank != fiber.outer)}
+    for said in sizes.values():
+        if isinstance(said, str) and said not in known:
+            place.unknown_rank(said, known)
+    graph = {rank: {str(said)} & sizes.keys() for rank, said in sizes.items()}
+    try:
+        return {rank: sizes[rank] for rank in TopologicalSorter(graph).static_order()}
+    except CycleError as error:
+        told = " = ".join(error.args[1])
+        place.refuse(f"a cycle of sizes ({told})", supported="sizes that end in a number or a rank of an input")
+
+
+def _check_sizes(
+    place: Place, sizes: Mapping[str, int | str], inputs: Mapping[str, tuple[str, ...]], statements: list[Statement]
+) -> None:
+    """Refuse the size of a rank that neither a tensor nor an expression has."""
+    used = {rank for own in inputs.values() for rank in own} | {rank for one in statements for rank in one.space}
+    used |= {part.rank for one in statements for part in parts(one.expression) if isinstance(part, Size)}
+    for rank in sizes:
+        if rank not in used and rank not in sizes.values():
+            place.refuse(
+                f"a size of rank {rank!r}, which no tensor has,",
+                supported=", ".join(sorted(used)),
+                nearest=closest(rank, used),
+            )
 
 
 def _inputs(place: Place | None, fiber: Fiber) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -219,6 +259,8 @@ def _inputs(place: Place | None, fiber: Fiber) -> Iterator[tuple[str, tuple[str,
             place.refuse(f"input {found.tensor!r} with an index that is no rank", supported="names of ranks: K[e, m]")
         seen.add(found.tensor)
         yield found.tensor, _folded([index.rank for index in found.indices], fiber, place)
+    if not seen:
+        place.refuse("no input", supported="a line like inputs: Q[e, p], K[e, m], V[f, m]")
 
 
 def _folded(ranks: list[str], fiber: Fiber, place: Place) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def make(chosen: Chosen) -> Reproduction:
         if machine is None:
             settings[f"file {name}"] = {
                 "part": "cascade",
-                "text": _given_cascade(Path(given)),
+                "text": _given_cascade(given),
                 "name": Path(given).stem,
             }
         else:
@@ -109,18 +109,21 @@ def _fields(machine: str) -> dict[str, Any]:
     return dataclasses.asdict(read_machine(machine))
 
 
-def _given_cascade(path: Path) -> str:
-    """The text of a user's cascade."""
+def _given_cascade(given: str) -> str:
+    """The text of a user's cascade, after parsing it. Errors name the file as it was given."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(given).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         names = (*MACHINES, THIS_PROCESSOR)
         raise Unsupported(
-            f"file {path.name!r}, which cannot be read as text",
+            f"file {given!r}, which cannot be read as text",
             supported=f"a cascade (.txt), a machine (.yaml), {', '.join(names)}",
-            nearest=closest(path.name, names),
+            nearest=closest(Path(given).name, names),
         ) from None
-    parse(text, path.stem)
+    try:
+        parse(text, Path(given).stem)
+    except Unsupported as error:
+        raise Unsupported(f"{given}: {error.asked}", supported=error.supported, nearest=error.nearest) from None
     return text
 
 
