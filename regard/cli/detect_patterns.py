@@ -27,7 +27,12 @@ def detect_patterns(
     dim: Annotated[int, typer.Option(min=1, help="Width of the tokens.")] = 32,
     heads: Annotated[int, typer.Option(min=1, help="Heads, for a module that has them.")] = 4,
     length: Annotated[
-        int, typer.Option(min=4, help="Tokens in the sequence; a length above the module's window or chunk shows more.")
+        int,
+        typer.Option(
+            min=4,
+            help="Tokens in the sequence; a length above the module's window or chunk shows more, and one that needs whole "
+            "blocks takes only multiples of them.",
+        ),
     ] = 24,
     memory_length: Annotated[int, typer.Option(min=4, help="Tokens in the memory.")] = 20,
     option: Annotated[
@@ -47,12 +52,13 @@ def detect_patterns(
     """Find which of noncausal-self, causal-self, noncausal-cross and causal-cross a module has, and where it leaks.
 
     The probe changes later tokens, later queries, memory and padding: no output that must not see them may change. It
-    also runs prefixes alone, which must give the same outputs as within the whole sequence. A class is constructed with
-    its width and heads under their usual names and, if its constructor takes causal, cross or pattern, once for each
-    pattern. Its forward gets key_padding_mask and query_padding_mask, True at padding, if it names them. If it names
-    state or incremental_state, or if the class has step(x_t, state), tokens one by one must give the outputs of the
-    whole causal call. A mechanism of the catalogue is checked against its card. Ends with exit code 1 if a module does
-    not match its card or --expect, or does not do what its masks and state are for, and 2 if it cannot be probed.
+    also runs prefixes alone, which must give the same outputs as within the whole sequence, and changes other rows of a
+    batch, which no output may see. A class is constructed with its width and heads under their usual names and, if its
+    constructor takes causal, cross or pattern, once for each pattern. Its forward gets key_padding_mask and
+    query_padding_mask, True at padding, if it names them. If it names state or incremental_state, or if the class has
+    step(x_t, state), tokens one by one must give the outputs of the whole causal call. A mechanism of the catalogue is
+    checked against its card. Ends with exit code 1 if a module does not match its card or --expect, mixes the rows of a
+    batch, or does not do what its masks and state are for, and 2 if it cannot be probed.
 
     Examples:
 
@@ -115,11 +121,19 @@ BROKEN = {
 def _disagreement(row: dict[str, Any]) -> str:
     if not row["has"]:
         return row["why"]
-    broken = [said for name, said in BROKEN.items() if row[name] is False]
+    broken = [row["raised"].get(name, said) for name, said in BROKEN.items() if row[name] is False]
     return ", and ".join(broken) or "it has the pattern, and says that it has not"
 
 
+def _has(row: dict[str, Any]) -> str:
+    if not row["has"]:
+        return "no"
+    return "at one length" if row["prefixes"] == 0 else "yes"
+
+
 def _padding(row: dict[str, Any]) -> str:
+    if row["raised"].keys() & {"padding", "query_padding"}:
+        return "raises"
     keys, queries = row["padding"], row["query_padding"]
     if queries is False:
         return "leaks" if keys is False else "queries leak"
@@ -129,7 +143,7 @@ def _padding(row: dict[str, Any]) -> str:
 
 
 def _steps(row: dict[str, Any]) -> str:
-    return {None: "", True: "equal", False: "not equal"}[row["steps"]]
+    return "raises" if "steps" in row["raised"] else {None: "", True: "equal", False: "not equal"}[row["steps"]]
 
 
 def _details(rows: list[dict[str, Any]]) -> Table:
@@ -137,8 +151,7 @@ def _details(rows: list[dict[str, Any]]) -> Table:
     for heading in ("module", "pattern", "has it", "padding", "steps", "found"):
         table.add_column(heading)
     for row in rows:
-        has = "yes" if row["has"] else "no"
-        table.add_row(row["module"], row["pattern"], has, _padding(row), _steps(row), Text(row["why"]))
+        table.add_row(row["module"], row["pattern"], _has(row), _padding(row), _steps(row), Text(row["why"]))
     return table
 
 

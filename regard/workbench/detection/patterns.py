@@ -6,8 +6,9 @@ neither the values nor the number of later tokens matter; *noncausal-self* if ou
 *noncausal-cross* if they see the memory, and not through a triangular mask; *causal-cross* if, in addition, no query
 sees a later one. Both values and gradients are checked, in float64 if the module accepts it.
 
-What a module keeps out by a padding mask, of keys or of queries, must not change its other outputs. A module that
-decodes token by token with a state must give the outputs of the whole causal call.
+A module whose outputs for a row of a batch change with the other rows has no pattern. What a module keeps out by a
+padding mask, of keys or of queries, must not change its other outputs. A module that decodes token by token with a state
+must give the outputs of the whole causal call.
 
 This tests samples: a leak below the tolerance, or one that only certain inputs trigger, is not found.
 """
@@ -17,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -36,7 +37,11 @@ STEP_TOLERANCE = 1e-5
 CUTS = 6
 """Number of places at which a sequence is cut."""
 LENGTH, MEMORY_LENGTH = 24, 20
+OTHER_LENGTHS = (32, 64, 128, 256, 16)
+"""Lengths to try for a module that does not take these, as one that needs whole blocks."""
 PADDED = 3
+MIXED = "its output for a row changes with the other rows of a batch"
+LAYOUT = ", and not with other tokens: tokens first? It is called with tokens (B, N, C), as with batch_first=True"
 
 
 class Probe(Protocol):
@@ -100,12 +105,17 @@ class Finding:
         claimed: whether the module claims to have it; None if it makes no claims.
         leak: the largest change in an output caused by what it must not see, as a share of the largest output; None if
             not tested.
+        prefixes: number of prefixes that were tried alone, in causal patterns; 0 if the module takes none, so that a
+            dependence on the number of tokens would not be found. None if not tested.
+        rows: whether the outputs for a row of a batch are the same whatever the other rows hold, without which a module
+            has no pattern; None if not tested.
         padding: whether the content of padded keys (tokens, in self patterns) leaves the other outputs unchanged; None
             if the module accepts no mask for them.
         query_padding: the same for padded queries in cross patterns. A module that keeps queries apart needs no mask
             for it. None in self patterns, and if the module mixes queries and accepts no padding mask at all.
         steps: whether decoding token by token gives the outputs of the whole call; None if it cannot, and in patterns
             other than causal-self.
+        raised: for each of `padding`, `query_padding` and `steps` that is False because the module raised, what it did.
     """
 
     pattern: Pattern
@@ -113,15 +123,18 @@ class Finding:
     why: str
     claimed: bool | None = None
     leak: float | None = None
+    prefixes: int | None = None
+    rows: bool | None = None
     padding: bool | None = None
     query_padding: bool | None = None
     steps: bool | None = None
+    raised: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
-        """Whether the module does what it claims."""
+        """Whether the module does what it claims, and keeps the rows of a batch apart."""
         broken = False in (self.padding, self.query_padding, self.steps)
-        return self.claimed in (None, self.has) and not (self.has and broken)
+        return self.claimed in (None, self.has) and self.rows is not False and not (self.has and broken)
 
 
 def detect(
@@ -162,11 +175,25 @@ def detect(
         ran = True
         found.append(dataclasses.replace(trial.finding(), claimed=claimed))
     if not ran:
+        n = _length_taken(suspect, patterns, seed)
         raise Unfit(
             f"{suspect.name}, which runs in no pattern ({raised or found[0].why})",
             supported="a module called with tokens (B, N, C), alone or with a memory (B, M, C)",
+            nearest="" if n is None else f"regard detect-patterns --length {n} --memory-length {n}",
         )
     return found
+
+
+def _length_taken(suspect: Suspect, patterns: Sequence[Pattern], seed: int) -> int | None:
+    """One of :data:`OTHER_LENGTHS` at which the module runs in one of the patterns; None if there is none."""
+    for pattern in patterns:
+        with contextlib.suppress(Unsupported):
+            probe = suspect.make(pattern)
+            for n in OTHER_LENGTHS:
+                with contextlib.suppress(_Raised):
+                    _Trial(suspect.name, probe, pattern, suspect.dim, n, n, seed)
+                    return n
+    return None
 
 
 class Unfit(Unsupported):
@@ -202,18 +229,12 @@ class _Trial:
 
     def fit(self) -> Tensor:
         """The output, checked to be as long and wide as the input, finite, and reproducible."""
-        y = self.call(self.x, self.memory)
-        if not isinstance(y, Tensor) or y.shape != self.x.shape:
-            shape = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"type {type(y).__name__}"
-            raise Unfit(
-                f"{self.name}, whose output for tokens of shape {tuple(self.x.shape)} has {shape}",
-                supported="an output of the same shape, alone, first in a tuple, or as .output",
-            )
+        y = self._shaped(self.call(self.x, self.memory), self.x)
         if not bool(y.isfinite().all()):
             raise Unfit(f"{self.name}, whose output is not finite", supported="finite outputs for normal inputs")
         other = self.random(2, *self.x.shape[1:])
         others = None if self.memory is None else self.random(2, *self.memory.shape[1:])
-        pair = self.call(other, others)
+        self._shaped(self.call(other, others), other)
         self.call(other[:1], None if others is None else others[:1])  # a state may be kept for its own shape alone
         again = self.call(self.x, self.memory)
         if again.shape != y.shape or not torch.equal(again, y):
@@ -227,8 +248,15 @@ class _Trial:
                 supported="a module that gives the same answer to the same question",
                 nearest="regard detect-patterns --seeded" if draws else "",
             )
-        alone = torch.cat([self.call(other[i : i + 1], None if others is None else others[i : i + 1]) for i in (0, 1)])
-        self.mixed = float((pair - alone).abs().max()) > 1e-4 * float(alone.abs().max())
+        return y
+
+    def _shaped(self, y: Tensor, x: Tensor) -> Tensor:
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            shape = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"type {type(y).__name__}"
+            raise Unfit(
+                f"{self.name}, whose output for tokens of shape {tuple(x.shape)} has {shape}",
+                supported="an output of the same shape, alone, first in a tuple, or as .output",
+            )
         return y
 
     def _seeded(self, x: Tensor, memory: Tensor | None) -> Tensor:
@@ -239,22 +267,49 @@ class _Trial:
     def finding(self) -> Finding:
         """The result of the probes."""
         found = self._own() if self.memory is None else self._cross()
+        if self.mixes_rows():
+            more = f"; {found.why}" if self.mixes_tokens() else LAYOUT
+            found = dataclasses.replace(found, has=False, rows=False, why=f"{MIXED}{more}")
+        else:
+            found = dataclasses.replace(found, rows=True)
         probes: dict[str, tuple[Callable[[], tuple[bool | None, str]], str]] = {
             "padding": (self.padding, "with a padding mask"),
             "query_padding": (self.query_padding, "with padded queries"),
         }
         if found.has and self.pattern is Pattern.CAUSAL_SELF:
             probes["steps"] = (self.steps, "with a state")
-        more, notes = dict[str, Any](), [found.why]
+        results, raised, notes = dict[str, Any](), dict[str, str](), [found.why]
         for name, (probe, what) in probes.items():
             try:
-                more[name], note = probe()
+                results[name], note = probe()
             except _Raised as error:
-                more[name], note = False, f"{what} it {error.why}"
+                results[name] = False
+                note = raised[name] = f"{what} it {error.why}"
             notes += [note] if note else []
-        if self.mixed:
-            notes.append("its output for a row changes with the other rows of a batch")
-        return dataclasses.replace(found, why="; ".join(notes), **more)
+        return dataclasses.replace(found, why="; ".join(notes), raised=raised, **results)
+
+    def mixes_rows(self) -> bool:
+        """Whether the outputs for a row of a batch of two change when the other row does."""
+        x = self.random(3, *self.x.shape[1:])
+        memory = None if self.memory is None else self.random(3, *self.memory.shape[1:])
+
+        def pair(*rows: int) -> Tensor:
+            return self.call(x[list(rows)], None if memory is None else memory[list(rows)])
+
+        first, second = pair(0, 1)
+        change = max(self.changed(pair(0, 2)[0], first), self.changed(pair(2, 1)[1], second))
+        return change > self.tolerance
+
+    def mixes_tokens(self) -> bool:
+        """Whether an output changes with another token, or with another place of the memory."""
+        for begin, end, others in ((0, 1, slice(1, None)), (-1, None, slice(-1))):
+            if self.memory is None:
+                y = self.call(self._replaced(self.x, begin, end), None)
+            else:
+                y = self.call(self.x, self._replaced(self.memory, begin, end))
+            if self.changed(y[:, others], self.y[:, others]) > self.tolerance:
+                return True
+        return False
 
     def _own(self) -> Finding:
         ahead = self.ahead()
@@ -264,7 +319,7 @@ class _Trial:
                 return Finding(self.pattern, False, "no output sees a later token", None, ahead.leak)
             sees = "outputs see what follows" if ahead.leak > self.tolerance else "no output sees another token"
             return Finding(self.pattern, True, sees)
-        return Finding(self.pattern, ahead.holds, ahead.why, None, ahead.leak)
+        return Finding(self.pattern, ahead.holds, ahead.why, None, ahead.leak, ahead.prefixes)
 
     def _cross(self) -> Finding:
         assert self.memory is not None
@@ -276,8 +331,8 @@ class _Trial:
             return Finding(self.pattern, False, why)
         if self.pattern.causal:
             ahead = self.ahead()
-            why = "sees all queries up to its own and the memory" if ahead.holds else ahead.why
-            return Finding(self.pattern, ahead.holds, why, None, ahead.leak)
+            why = f"outputs see the memory, and {ahead.why}" if ahead.holds else ahead.why
+            return Finding(self.pattern, ahead.holds, why, None, ahead.leak, ahead.prefixes)
         return Finding(self.pattern, True, "outputs see the memory")
 
     def changed(self, found: Tensor, expected: Tensor) -> float:
@@ -295,17 +350,14 @@ class _Trial:
 
     def ahead(self) -> _Ahead:
         """Whether outputs depend on later tokens (queries, in cross patterns): on value, number, or by gradient."""
-        worst, why, prefixes = 0.0, "", []
+        worst, why = 0.0, ""
         for cut in self.cuts(self.n):
             change = self.changed(self.call(self._replaced(self.x, cut), self.memory)[:, :cut], self.y[:, :cut])
             if change > worst:
                 worst = change
                 why = f"outputs up to token {cut - 1} change when later {self._tokens} do (by {change:.1e})"
-            try:
-                prefix = self.call(self.x[:, :cut], self.memory)
-            except _Raised as error:
-                prefixes.append(error.why)
-                continue
+        prefixes, untried = self.prefixes()
+        for cut, prefix in prefixes.items():
             change = self.changed(prefix, self.y[:, :cut]) if prefix.shape[1] == cut else math.inf
             if change > worst:
                 worst, why = change, f"outputs change with the number of later {self._tokens} (by {change:.1e})"
@@ -314,9 +366,31 @@ class _Trial:
             worst, why = slope, f"the gradient of an output reaches later {self._tokens} ({slope:.1e})"
         if worst <= self.tolerance:
             why = f"no output depends on later {self._tokens}"
-            if prefixes:
-                why += f"; {len(prefixes)} of {CUTS} prefixes alone could not be tried ({prefixes[0]})"
-        return _Ahead(worst <= self.tolerance, worst, why)
+            if untried and prefixes:
+                why += (
+                    f"; of prefixes alone, it takes those of {', '.join(map(str, sorted(prefixes)))} tokens ({untried})"
+                )
+            elif untried:
+                why += f", if not on their number: it takes no prefix of {self.n} tokens alone ({untried})"
+        return _Ahead(worst <= self.tolerance, worst, why, len(prefixes))
+
+    def prefixes(self) -> tuple[dict[int, Tensor], str]:
+        """The outputs for prefixes alone, by length, and why others could not be tried.
+
+        A module that takes none of :meth:`cuts` may need whole blocks: then the lengths that have most in common with
+        the whole one are tried.
+        """
+        blocks = sorted(range(1, self.n), key=lambda cut: -math.gcd(cut, self.n))[: 4 * CUTS]
+        outputs, untried = dict[int, Tensor](), ""
+        for lengths in (self.cuts(self.n), blocks):
+            for cut in lengths:
+                try:
+                    outputs[cut] = self.call(self.x[:, :cut], self.memory)
+                except _Raised as error:
+                    untried = untried or error.why
+            if outputs:
+                break
+        return outputs, untried
 
     @property
     def _tokens(self) -> str:
@@ -411,6 +485,7 @@ class _Ahead:
     holds: bool
     leak: float
     why: str
+    prefixes: int
 
 
 def first_line(error: BaseException) -> str:

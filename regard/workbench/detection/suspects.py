@@ -27,7 +27,7 @@ from regard.contract import Context, Mask, Pattern, Unsupported, an_instance, cl
 from regard.layers.base import STEP
 from regard.models.variants import known_name
 from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
-from regard.workbench.detection.patterns import LENGTH, MEMORY_LENGTH, Probe, Suspect, first_line
+from regard.workbench.detection.patterns import LENGTH, MEMORY_LENGTH, OTHER_LENGTHS, Probe, Suspect, first_line
 
 DIM, HEADS = 32, 4
 WIDTHS = (
@@ -352,14 +352,15 @@ class _ModuleProbe(Called):
     def __init__(self, module: nn.Module, pattern: Pattern, dim: int, seeded: bool) -> None:
         super().__init__(module.eval(), pattern, seeded)
         self.dtype = torch.float64
-        if not self._runs(dim):
+        lengths = ((LENGTH, MEMORY_LENGTH), *((n, n) for n in OTHER_LENGTHS))
+        if not any(self._gives_doubles(dim, n, m) for n, m in lengths):
             self.dtype = torch.float32
         self.module.to(self.dtype)
 
-    def _runs(self, dim: int) -> bool:
-        """Whether the module accepts float64."""
-        x = torch.zeros(1, LENGTH, dim, dtype=torch.float64)
-        memory = torch.zeros(1, MEMORY_LENGTH, dim, dtype=torch.float64) if self.pattern.cross else None
+    def _gives_doubles(self, dim: int, n: int, m: int) -> bool:
+        """Whether the module accepts float64, for tokens of these lengths."""
+        x = torch.zeros(1, n, dim, dtype=torch.float64)
+        memory = torch.zeros(1, m, dim, dtype=torch.float64) if self.pattern.cross else None
         with contextlib.suppress(Exception), torch.no_grad():
             self.module.double()
             return self(x, memory).dtype == torch.float64

@@ -226,6 +226,51 @@ class HandsOn(Right):
         super().__init__(**others)
 
 
+class MeanOfTheBatch(Right):
+    """Adds the mean over the rows of the batch."""
+
+    def forward(self, query, key=None, value=None, key_padding_mask=None):
+        return super().forward(query, key, value, key_padding_mask)[0] + query.mean(0)
+
+
+def tokens_first(dim: int, heads: int) -> nn.Module:
+    """PyTorch's attention in its default layout (N, B, C)."""
+    return nn.MultiheadAttention(dim, heads)
+
+
+class RaisesWithAMask(Right):
+    def forward(self, query, key=None, value=None, key_padding_mask=None):
+        assert key_padding_mask is None, "no masks yet"
+        return super().forward(query, key, value)
+
+
+class WholeBlocks(nn.Module):
+    """Sums of the past, of sequences of whole blocks."""
+
+    block = 16
+
+    def forward(self, x):
+        if x.shape[1] % self.block:
+            raise ValueError(f"tokens must be a multiple of {self.block}")
+        return x.cumsum(1)
+
+
+class KnowsBlocks(WholeBlocks):
+    """The same, divided by the number of blocks."""
+
+    def forward(self, x):
+        return super().forward(x) * self.block / x.shape[1]
+
+
+class OneLength(WholeBlocks):
+    """Takes 64 tokens, and neither a prefix nor a multiple of them."""
+
+    def forward(self, x):
+        if x.shape[1] != 64:
+            raise ValueError("64 tokens, please")
+        return x.cumsum(1)
+
+
 class TokensFirst(nn.Module):
     """Right for (N, B, C); called with (B, N, C), it takes batch rows for tokens, and the first row sees only itself."""
 

@@ -72,6 +72,11 @@ def test_a_mask_of_pairs_is_refused(layer):
         layer("Right", CS)(x, context=Context(mask=Mask(bias=torch.zeros(1, 1, 7, 7).double())))
 
 
+def test_a_module_that_mixes_the_rows_of_a_batch_does_not_enter():
+    with pytest.raises(Unsupported, match=r"MeanOfTheBatch, which has none of the patterns .*other rows of a batch"):
+        adopt(str(FILE), "MeanOfTheBatch")
+
+
 def test_models_of_a_module_without_a_state_generate_by_reading_again(layer):
     layer("Right", CS)
     ids = torch.randint(11, (2, 3))

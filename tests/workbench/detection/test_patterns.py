@@ -33,6 +33,7 @@ def test_what_is_detected_of_a_mechanism_is_what_its_card_says(name: str) -> Non
     assert [one.pattern for one in findings if one.has] == [p for p in Pattern if p in get_mechanism(name).patterns]
     assert all(one.agrees for one in findings)
     assert all(one.query_padding is True for one in findings if one.has and one.pattern.cross)
+    assert all(one.rows for one in findings if one.has)
 
 
 @pytest.mark.parametrize("name", ["softmax", "gated_linear", "local:window=3", "mamba2", "mixture_of_heads"])
@@ -133,9 +134,47 @@ def test_a_module_that_draws_is_probed_when_it_is_seeded() -> None:
     assert "no output sees another token" in findings[0].why
 
 
-@pytest.mark.parametrize("name", ["MixesRows", "TokensFirst"])
-def test_rows_that_change_each_other_are_told(name: str) -> None:
-    assert "other rows of a batch" in found(name)[NS].why
+@pytest.mark.parametrize(
+    ("name", "layout"), [("MixesRows", True), ("TokensFirst", True), ("MeanOfTheBatch", False), ("tokens_first", True)]
+)
+def test_a_module_whose_rows_change_each_other_has_no_pattern(name: str, layout: bool) -> None:
+    tried = [one for one in found(name).values() if one.rows is not None]
+    assert len(tried) >= 2
+    for one in tried:
+        assert (one.has, one.rows, one.agrees) == (False, False, False)
+        assert "other rows of a batch" in one.why
+        assert ("tokens first?" in one.why) == layout
+        assert "no output depends" not in one.why or not layout, "nothing is said of tokens that are not told apart"
+
+
+def test_a_mask_that_raises_is_told_as_what_raised() -> None:
+    one = found("RaisesWithAMask")[NS]
+    assert (one.has, one.padding, one.query_padding, one.agrees) == (True, False, None, False)
+    assert one.raised == {"padding": "with a padding mask it raises AssertionError: no masks yet"}
+    assert "with a padding mask it raises AssertionError" in found("tokens_first")[NS].why
+    assert found("StepsRaise")[CS].raised.keys() == {"steps"}
+    assert not found("PaddingSeen")[NS].raised
+
+
+def test_a_module_of_whole_blocks_is_tried_with_prefixes_of_whole_blocks() -> None:
+    with pytest.raises(Unsupported, match=r"runs in no pattern .*multiple of 16.*try .*--length 32 --memory-length 32"):
+        found("WholeBlocks")
+    with pytest.raises(Unsupported, match="--length 64"):
+        found("OneLength")
+    for name, length, has, prefixes in (
+        ("WholeBlocks", 48, True, 2),
+        ("KnowsBlocks", 48, False, 2),
+        ("WholeBlocks", 16, True, 0),
+        ("OneLength", 64, True, 0),
+        ("Sums", 48, True, 6),
+    ):
+        probed = suspect(f"{FILE}:{name}", {})
+        assert probed.make(CS).dtype == torch.float64
+        findings = {one.pattern: one for one in detect(probed, length=length, memory_length=length)}
+        assert (findings[CS].has, findings[CS].prefixes) == (has, prefixes), name
+        assert ("takes no prefix" in findings[CS].why) == (prefixes == 0)
+        assert ("those of 16, 32 tokens" in findings[CS].why) == (has and prefixes == 2)
+        assert findings[NS].prefixes is None
 
 
 def test_what_a_constructor_hands_on_is_known() -> None:
@@ -204,7 +243,9 @@ def test_verdicts_are_those_of_cabs_own_rule_where_it_says_no() -> None:
         assert found(name)[CS].has == cab(made), name
 
 
-def test_the_command_tells_and_ends_with_its_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_tells_and_ends_with_its_codes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = run(capsys, "detect-patterns --expect causal-self --json", f"{FILE}:FutureMean")
     rows = json.loads(out)
     assert code == 1
@@ -212,12 +253,22 @@ def test_the_command_tells_and_ends_with_its_codes(capsys: pytest.CaptureFixture
     assert [row["has"] for row in rows["findings"]] == [True, False, True, False]
     assert run(capsys, "detect-patterns", f"{FILE}:Right")[0] == 0
     for name, words in (
+        ("PaddingSeen", ("leaks", "what padding holds changes other outputs")),
         ("MixesQueries", ("queries leak", "what padded queries hold changes other outputs")),
         ("ForgetsInItsState", ("not equal", "does not give the outputs of the whole call")),
+        ("tokens_first", ("raises", "tokens first?", "with a padding mask it raises AssertionError")),
+        ("MeanOfTheBatch", ("its output for a row changes with the other rows of a batch",)),
+        ("RaisesWithAMask", ("raises", "causal-self: with a padding mask it raises AssertionError: no masks yet")),
     ):
         code, out, _ = run(capsys, "detect-patterns", f"{FILE}:{name}")
         assert code == 1
         assert all(word in " ".join(out.split()) for word in words)
+    assert "what padding holds" not in out
+    monkeypatch.setenv("COLUMNS", "300")
+    code, out, _ = run(capsys, "detect-patterns --length 64 --memory-length 64", f"{FILE}:OneLength")
+    assert (code, "at one length" in out) == (0, True)
+    code, out, _ = run(capsys, "detect-patterns --json", f"{FILE}:MeanOfTheBatch")
+    assert [(row["has"], row["rows"]) for row in json.loads(out)["findings"]] == [(False, False)] * 4
     for refused in ("low_rank_pooling", str(FILE), "nowhere.py:A", f"{FILE}:Right --option window"):
         code, _, told = run(capsys, "detect-patterns", *refused.split())
         assert code == 2
