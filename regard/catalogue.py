@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import importlib
@@ -9,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,8 +85,16 @@ RUN = "regard_plugin_"
 """How the names of modules begin that :func:`run_file` made."""
 
 
+_folders: set[Path] = set()
+"""The folders of the files that :func:`run_file` ran."""
+
+
 def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
     """Run a user's Python file as a module of its own; `what` is what error messages call the file.
+
+    What the file imports is looked for in its own folder first, as Python does for scripts. The folder then stays at the
+    end of ``sys.path``, where installed modules come before it, for imports inside functions and in processes that are
+    started later.
 
     Raises:
         Unsupported: when the file is missing or fails to run.
@@ -103,7 +112,8 @@ def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _importing_from(file.parent.absolute()):
+            spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise Unsupported(
@@ -111,6 +121,43 @@ def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
             supported="a file that imports without error",
         ) from error
     return module
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Imports look in a folder first, and afterwards last. Modules of the same name that plugins imported from other
+    folders are forgotten, since Python has one module of a name."""
+    others = _folders - {folder}
+    beside = {entry.stem for entry in folder.iterdir()} & sys.modules.keys() - {"regard"}
+    namesakes = {name for name in beside if _home(name) in others}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in namesakes:
+            del sys.modules[name]
+    _folders.add(folder)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
+def _home(name: str) -> Path | None:
+    """The folder in which an imported module that is in no package, or a package, was found."""
+    file = getattr(sys.modules[name], "__file__", None)
+    if file is None:
+        return None
+    return Path(file).parents[1] if Path(file).name == "__init__.py" else Path(file).parent
+
+
+def files_beside(path: str | Path) -> list[Path]:
+    """The files of the modules that this process imported from the folder of a user's file."""
+    folder = Path(path).parent.absolute()
+    tops = {name for name in sys.modules if "." not in name and name != "regard" and _home(name) == folder}
+    found = [module for name, module in sys.modules.items() if name.partition(".")[0] in tops]
+    files = {Path(file) for module in found if (file := getattr(module, "__file__", None)) is not None}
+    return sorted(file for file in files if file.is_relative_to(folder))
 
 
 def load_plugin(path: str | Path) -> ModuleType:

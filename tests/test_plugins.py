@@ -14,6 +14,7 @@ from regard import catalogue
 from regard.cli.app import COMMANDS, parser
 from regard.contract import Kind, Pattern
 from regard.layers import linear
+from regard.workbench.detection.adopted import adopt
 from regard.workbench.verification.verify import PROGRAMS, PROPERTIES
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +124,7 @@ TO_A_MODULE = {
     "sparse nowhere": NOWHERE,
     "retrofit nowhere --mechanism Sums --data mine.py --output out": (2, "has no queries, keys and values"),
     "study nothing": (2, "study 'nothing'"),
+    "study training-dynamics": (2, "Sums in training-dynamics, since a torch module has no card"),
 }
 """Command lines, and what they say with a torch module as a plugin."""
 
@@ -180,6 +182,50 @@ def test_a_module_is_compared_and_searched_like_a_mechanism(capsys, tmp_path, mo
     assert {one["mechanism"] for one in entries} == {"softmax", "Sums"}
     assert {row["name"] for row in found[1]["entrants"]} >= {"found", "Sums alone"}
     assert all(f" --plugin {tmp_path / 'mine.py'}:Sums" in command for command in found[1]["commands"])
+
+
+@pytest.fixture
+def path(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return sys.path
+
+
+def written(folder, **files):
+    """A folder with these files."""
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def test_a_plugin_imports_the_files_beside_it_at_once_and_later(tmp_path, path):
+    text = "import torch\nfrom first_beside import Sums\ndef make():\n    import later_beside\n    return Sums()\n"
+    folder = written(tmp_path / "one", mine=text, first_beside=MODULE, later_beside="")
+    before = [*path]
+    assert adopt(str(folder / "mine.py"), "make").patterns == (Pattern.CAUSAL_SELF,)
+    catalogue.unregister("make")
+    assert path == [*before, str(folder)], "installed modules come first again"
+
+
+def test_files_beside_a_plugin_are_not_those_of_another_folder_or_of_a_package(tmp_path, path):
+    """`tabnanny` is a module of Python."""
+    found = []
+    for value in (1, 2, 1):
+        folder = tmp_path / f"folder {value}"
+        if not folder.exists():
+            said = f"VALUE = {value}\n"
+            written(folder, mine="import shared_beside, tabnanny\n", shared_beside=said, tabnanny=said)
+        module = catalogue.run_file(folder / "mine.py")
+        found.append((module.shared_beside.VALUE, module.tabnanny.VALUE))
+    del sys.modules["tabnanny"]
+    assert found == [(1, 1), (2, 2), (1, 1)]
+
+
+def test_what_a_plugin_lacks_is_named_and_the_path_is_as_before(capsys, tmp_path, path):
+    folder = written(tmp_path / "one", mine="import nowhere_beside\n")
+    code, _, said = run(capsys, f"list --plugin {folder / 'mine.py'}")
+    assert code == 2 and "No module named 'nowhere_beside'" in said
+    assert path[0] != str(folder)
 
 
 def test_their_pages_are_written(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from regard.catalogue import files_beside
 from regard.contract import Unsupported
 from regard.measurement.store import Store
 from regard.version import VERSION
@@ -77,20 +78,28 @@ class Plugins:
     Attributes:
         load: loads a list of paths, each with ``:Class`` appended if a class was named; must be a module-level
             function.
-        files: for each file, its name, the appended ``:Class`` or nothing, and its contents.
+        files: for each file, its name, the appended ``:Class`` or nothing, and the contents of the file and of those
+            that it imported from beside it, by their paths.
     """
 
     load: Callable[[list[Path]], object]
-    files: tuple[tuple[str, str, bytes], ...] = ()
+    files: tuple[tuple[str, str, tuple[tuple[str, bytes], ...]], ...] = ()
 
     @classmethod
     def read(cls, load: Callable[[list[Path]], object], named: Sequence[Path]) -> Plugins:
-        """Read plugin files named as on the command line: ``file.py`` or ``file.py:Class``."""
+        """Read plugin files named as on the command line: ``file.py`` or ``file.py:Class``.
+
+        Of the files beside a plugin, those that this process has imported are sent along: load the plugins before.
+        """
         found = []
         for one in named:
-            path, _, name = str(one).partition(".py:")
-            path, name = (f"{path}.py", f":{name}") if name else (path, "")
-            found.append((Path(path).name, name, Path(path).read_bytes()))
+            path, _, follows = str(one).partition(".py:")
+            file = Path(f"{path}.py" if follows else path).absolute()
+            texts = {
+                beside.relative_to(file.parent).as_posix(): beside.read_bytes()
+                for beside in [file, *files_beside(file)]
+            }
+            found.append((file.name, f":{follows}" if follows else "", tuple(texts.items())))
         return cls(load, tuple(found))
 
     def enter(self) -> None:
@@ -100,11 +109,12 @@ class Plugins:
         folder = tempfile.TemporaryDirectory(prefix="regard-plugins-")
         _ENTERED[self] = folder  # kept as long as the process: tracebacks and documentation read the files
         paths = []
-        for number, (name, follows, text) in enumerate(self.files):
-            place = Path(folder.name) / str(number) / name
-            place.parent.mkdir()
-            place.write_bytes(text)
-            paths.append(Path(f"{place}{follows}"))
+        for number, (name, follows, texts) in enumerate(self.files):
+            place = Path(folder.name) / str(number)
+            for path, text in texts:
+                (place / path).parent.mkdir(parents=True, exist_ok=True)
+                (place / path).write_bytes(text)
+            paths.append(Path(f"{place / name}{follows}"))
         if paths:
             self.load(paths)
 

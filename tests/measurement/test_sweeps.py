@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from elsewhere import NO_PLUGINS, Elsewhere
 from support import refused
 
+from regard.catalogue import run_file
 from regard.contract import Unsupported
 from regard.measurement.store import Store
 from regard.measurement.sweeps import RESULTS, Plugins, RaySweep
@@ -45,6 +48,24 @@ def test_plugins_are_entered_once_from_what_was_sent(tmp_path):
     plugins.enter()
     ((first, second),) = entered
     assert first.read_text() == "VALUE = 1\n" and str(second).endswith("mine.py:Class")
+
+
+def test_files_that_a_plugin_imports_from_beside_it_are_sent_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "mine"
+    (folder / "sent_along").mkdir(parents=True)
+    (folder / "mine.py").write_text("from sent_along.part import VALUE\n")
+    (folder / "sent_along" / "__init__.py").touch()
+    (folder / "sent_along" / "part.py").write_text("VALUE = 1\n")
+    (folder / "not_needed.py").touch()
+    run_file(folder / "mine.py")
+    entered = []
+    plugins = Plugins.read(lambda paths: entered.extend(map(run_file, paths)), [folder / "mine.py"])
+    assert {path for path, _ in plugins.files[0][2]} == {"mine.py", "sent_along/__init__.py", "sent_along/part.py"}
+    shutil.rmtree(folder)
+    plugins.enter()
+    assert entered[0].VALUE == 1
+    assert sys.modules["sent_along.part"].__file__.startswith(str(Path(entered[0].__file__).parent))
 
 
 def test_a_refusal_is_the_same_after_a_journey():
