@@ -14,7 +14,7 @@ from regard.models.variants import read_variant
 from regard.reproductions import Reproduction
 from regard.reproductions.wide_attention import CONTROL, SIZES, TYPES, basis, shape, table
 from regard.reproductions.wide_attention import make as make_experiment
-from regard.studies.framework.protocol import Cells, Chosen, Study
+from regard.studies.framework.protocol import Cells, Chosen, Study, lacks
 from regard.tasks.packaged import BIBLES, TABLES
 from regard.workbench.reports.sections import Curves, Picture, Points, Row, Section
 
@@ -37,10 +37,8 @@ def refuses(name: str) -> str | None:
     """Why a mechanism cannot enter, or None where it can."""
     card = read_variant(name).card
     if card.kind is not Kind.ATTENTION:
-        return "attention with heads, which layers can share out"
-    if Pattern.NONCAUSAL_SELF not in card.patterns:
-        return "those with the pattern noncausal-self"
-    return "those that insert no tokens" if card.prepare is not None else None
+        return "it is not attention with heads, which layers can share out"
+    return lacks(card, Pattern.NONCAUSAL_SELF) or ("it inserts tokens" if card.prepare is not None else None)
 
 
 def entered(chosen: Chosen) -> tuple[str, ...]:

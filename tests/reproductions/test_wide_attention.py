@@ -94,7 +94,7 @@ def test_any_attention_enters_beside_softmax_and_the_claims_are_about_what_enter
     [
         ("mamba2", "with heads"),
         ("lolcats", "noncausal-self"),
-        ("landmark", "no tokens"),
+        ("landmark", "inserts tokens"),
         ("gated_linear+softmax", "hybrid"),
     ],
 )

@@ -97,7 +97,7 @@ def test_only_mechanisms_that_can_read_the_context_enter():
     for name, told in (
         ("fnet", "causal-self"),
         ("low_rank_pooling", "as many tokens"),
-        ("landmark", "insert no tokens"),
+        ("landmark", "inserts tokens"),
     ):
         refused(told, STUDY.choose, "tiny", f"softmax,{name}")
     chosen = STUDY.choose("small", "gated_linear,local:window=8")

@@ -11,6 +11,7 @@ from support import close, load, refused
 from torch.nn import functional as F
 
 from regard import catalogue
+from regard.contract import Unsupported
 from regard.reproductions.framework.runs import run_cell
 from regard.studies import get_study
 from regard.studies.framework.protocol import opened
@@ -255,14 +256,31 @@ def test_the_text_is_read_by_any_mechanism_that_returns_its_weights(capsys, tmp_
         assert len({row["last entropy"] for row in part.rows}) == 3
     finally:
         catalogue.unregister("rectified")
-    for name, why in (
-        ("linear", "linear with weights"),
-        ("mamba2", "attention weights"),
-        ("differential", "two heads make one map"),
-        ("low_rank_pooling", "causal-self"),
-    ):
-        refused(f"{name} in training-dynamics; supported: mechanisms that can enter: .*{why}", study.choose, None, name)
     assert {"softmax", "sigmoid", "local"} <= set(study.choose(mechanisms="all").mechanisms)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("linear", "it returns no attention weights"),
+        ("mamba2", "it returns no attention weights"),
+        ("differential", "two heads make one map"),
+        ("low_rank_pooling", "it lacks the pattern causal-self"),
+        ("moving_average", "it returns no attention weights"),
+        ("query_pooling", "it lacks the pattern causal-self"),
+    ],
+)
+def test_what_cannot_read_the_text_is_refused_in_one_sentence(name, why):
+    example = RECTIFIED.with_name(f"{name}.py")
+    if example.exists():
+        catalogue.load_plugin(example)
+    try:
+        with pytest.raises(Unsupported, match=f"{name} in training-dynamics, since .*{why}") as refusal:
+            get_study("training-dynamics").choose(mechanisms=name)
+    finally:
+        if example.exists():
+            catalogue.unregister(name)
+    assert str(refusal.value).count("supported") == 2, "no refusal within a refusal"
 
 
 def test_the_command_takes_a_text_of_the_users(capsys, tmp_path):

@@ -31,7 +31,7 @@ from regard.models.variants import read_variant
 from regard.reproductions.framework.judging import Check, Measurements, Seed, measured
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.studies.architecture_search.task import RecallAndMajority
-from regard.studies.framework.protocol import Cells, Chosen, Study
+from regard.studies.framework.protocol import Cells, Chosen, Study, lacks
 from regard.tasks import Task
 from regard.training.step import run_model
 from regard.workbench.comparison.task_models import build
@@ -285,11 +285,11 @@ def _row(name: str, seed: int, cell: Measurements) -> Mapping[str, Any]:
 
 
 def refuses(name: str) -> str | None:
-    """Which mechanisms can enter, if this one cannot; otherwise None."""
+    """Why a mechanism cannot enter, or None where it can."""
     card = get_mechanism(name)
-    if card.kind not in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER) or Pattern.CAUSAL_SELF not in card.patterns:
-        return "attention, mixers and wrappers that have causal-self"
-    return "mechanisms that insert no tokens" if card.prepare is not None else None
+    if card.kind not in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER):
+        return f"it is a {card.kind.value}, and gives no output for each token"
+    return lacks(card, Pattern.CAUSAL_SELF) or ("it inserts tokens" if card.prepare is not None else None)
 
 
 STUDY = Study(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regard.catalogue import list_mechanisms
-from regard.contract import Unsupported, closest
+from regard.contract import Mechanism, Pattern, Unsupported, closest
 from regard.measurement.store import Store
 from regard.models.variants import known_name, read_variants
 from regard.reproductions import Reproduction, collect
@@ -45,7 +45,8 @@ class Study:
         sections: builds the report's sections from the cells, the most interesting first; cells may be missing.
         presets: sizes, the smallest first; the smallest ends within minutes.
         mechanisms: the default mechanisms; empty where the study takes none.
-        refuses: returns why a mechanism cannot enter, or None where it can.
+        refuses: returns why a mechanism cannot enter, in words that follow "since" ("it inserts tokens"), or None where
+            it can.
         takes_data: what the user's files may be; "" where the study takes none.
         folder: default folder of the results.
     """
@@ -99,12 +100,27 @@ class Study:
         for name in names:
             reason = self.refuses(name)
             if reason is not None:
-                raise Unsupported(f"{name} in {self.name}", supported=f"mechanisms that can enter: {reason}")
+                raise Unsupported(
+                    f"{name} in {self.name}, since {reason}", supported="the mechanisms that --mechanisms all enters"
+                )
         return Chosen(wanted, tuple(dict.fromkeys((*own, *names))), tuple(data))
 
     def seconds(self, preset: str) -> float:
         """Rough duration of a preset on one core, with the study's default mechanisms."""
         return sum(cell.seconds for cell in self.make(self.choose(preset)).cells())
+
+
+def lacks(card: Mechanism, pattern: Pattern) -> str | None:
+    """Why a mechanism cannot enter a study that needs a pattern, or None where it has the pattern."""
+    if pattern in card.patterns:
+        return None
+    reason = card.refused.get(pattern, "")
+    return f"it lacks the pattern {pattern.value}" + (f" ({reason})" if reason else "")
+
+
+def refused(error: Unsupported) -> str:
+    """Why a mechanism cannot enter that raised an error when the study tried it."""
+    return f"{error.asked} is refused" + (f" ({error.supported})" if error.supported else "")
 
 
 def opened(study: Study, chosen: Chosen, store: Store | None, seeds: int | None = None) -> dict[str, Any]:

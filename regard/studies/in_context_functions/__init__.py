@@ -23,7 +23,7 @@ from regard.models.variants import read_variant
 from regard.reproductions import Reproduction
 from regard.reproductions.framework.judging import Check, Seed, measured, number
 from regard.reproductions.framework.pretrained import PACKAGES, smollm2_file
-from regard.studies.framework.protocol import Chosen, Study
+from regard.studies.framework.protocol import Chosen, Study, lacks
 from regard.studies.in_context_functions.cells import BEST, NEAREST, NOTHING, run_cell
 from regard.studies.in_context_functions.showing import sections
 from regard.tasks.in_context_functions.functions import CLASSES
@@ -128,11 +128,10 @@ def refuses(name: str) -> str | None:
     """Why a mechanism cannot enter."""
     for card in read_variant(name).cards:
         if card.kind in (Kind.POOLING, Kind.PROJECTION):
-            return "layers that map tokens to as many tokens"
-        if Pattern.CAUSAL_SELF not in card.patterns:
-            return "those with the pattern causal-self"
-        if card.prepare is not None:
-            return "those that insert no tokens"
+            return "it does not map tokens to as many tokens"
+        reason = lacks(card, Pattern.CAUSAL_SELF) or ("it inserts tokens" if card.prepare is not None else None)
+        if reason is not None:
+            return reason
     return None
 
 

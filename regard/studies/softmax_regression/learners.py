@@ -24,6 +24,7 @@ from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Unsupported
 from regard.create import create_layer
 from regard.models.variants import known_name
+from regard.studies.framework.protocol import lacks, refused
 from regard.studies.softmax_regression.regression import Regression
 from regard.studies.softmax_regression.solvers import descended
 
@@ -101,16 +102,19 @@ class Learner(nn.Module):
 def refuses(mechanism: str) -> str | None:
     """Why a mechanism cannot be a learner's layer, or None where it can."""
     try:
-        kind = get_mechanism(known_name(mechanism)).kind
-        if kind not in ENTER:
-            return f"a layer from tokens to tokens, not a {kind}"
+        card = get_mechanism(known_name(mechanism))
+        if card.kind not in ENTER:
+            return f"it is a {card.kind.value}, and gives no output for each token"
+        reason = lacks(card, Pattern.NONCAUSAL_SELF)
+        if reason is not None:
+            return reason
         with torch.random.fork_rng():
             tasks = Tasks.draw(2, KEYS, WIDTH, torch.Generator().manual_seed(0))
             learner = Learner(mechanism, WIDTH + 1)
             sensitivity(learner, tasks)
     except Unsupported as error:
-        return str(error)
-    return None if list(learner.parameters()) else "a layer with parameters, which can learn"
+        return refused(error)
+    return None if list(learner.parameters()) else "it has no parameters, and so cannot learn"
 
 
 def regression(tasks: Tasks) -> Regression:

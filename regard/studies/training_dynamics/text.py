@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from regard.catalogue import get_mechanism
 from regard.contract import Context, Pattern, Unsupported
 from regard.create import create_layer
 from regard.layers.attention import AttentionLayer
@@ -17,6 +18,7 @@ from regard.models import LanguageModel, LanguageModelConfig
 from regard.models.variants import known_name, read_variant
 from regard.reproductions.framework.protocol import Setting
 from regard.reproductions.framework.training import cached_task
+from regard.studies.framework.protocol import lacks, refused
 from regard.tasks.protocol import mean_loss
 from regard.workbench.trained.attention_monitor import AttentionMonitor, snapped
 
@@ -34,17 +36,24 @@ def on_text_of(mechanism: str) -> str:
 
 def refuses(mechanism: str) -> str | None:
     """Why a mechanism cannot read the text with one monitored head, or None where it can."""
+    card = get_mechanism(known_name(mechanism))
+    if not card.forms:  # a module of a user's file
+        return "a torch module has no card that says how it returns its weights: write it with a MECHANISM (regard new)"
+    reason = lacks(card, Pattern.CAUSAL_SELF)
+    if reason is not None:
+        return reason
+    if "weights" not in card.honours:
+        return "it returns no attention weights: `honours` of its card lacks `weights`"
     try:
         layer = create_layer(known_name(mechanism), 8, 1, pattern=Pattern.CAUSAL_SELF)
         asked = Context(want=frozenset({"weights"}))
         with torch.random.fork_rng():
             weights = layer(torch.randn(1, 6, 8), context=asked).extras.get("weights")
     except Unsupported as error:
-        return str(error)
-    shown = isinstance(layer, AttentionLayer) and "weights" in layer.card.honours
-    if shown and weights is not None and weights.shape == (1, 1, 6, 6):
+        return refused(error)
+    if isinstance(layer, AttentionLayer) and weights is not None and weights.shape == (1, 1, 6, 6):
         return None
-    return "attention that returns a weight for each pair of tokens, as its card says in honours"
+    return "it does not return a weight for each pair of tokens"
 
 
 def on_text(setting: Setting, seed: int) -> dict[str, Any]:
