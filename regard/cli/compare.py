@@ -33,8 +33,10 @@ from regard.cli.options import (
     LENGTH,
     MODEL,
     PLUGINS,
+    POSITIONS,
     PRECISION,
     RATE,
+    SHARED_HEADS,
     SKIP_UNREADABLE,
     STACK,
     TOKENIZER,
@@ -59,8 +61,8 @@ def compare(
             "--from",
             help="A pretrained model, as for regard retrofit (a folder of a language model or encoder from transformers or a "
             "ViT from timm, timm:NAME, or a GGUF file): retrofits of it with the mechanisms are compared, instead of models "
-            "from scratch. Together with it alone: --keep-layers, --batch-size, --train, --distil, --transfer-rate, --rate and "
-            "--evaluation-blocks.",
+            "from scratch. Together with it alone: --keep-layers, --batch-size, --train, --distil, --transfer-rate, --rate, "
+            "--evaluation-blocks, --positions and --shared-heads.",
         ),
     ] = None,
     keep_layers: KEEP_LAYERS = None,
@@ -70,6 +72,8 @@ def compare(
     transfer_rate: TRANSFER_RATE = 0.02,
     rate: RATE = 0.0002,
     evaluation_blocks: EVALUATION_BLOCKS = None,
+    positions: POSITIONS = None,
+    shared_heads: SHARED_HEADS = "first",
     task: Annotated[
         list[str] | None,
         typer.Option(

@@ -119,3 +119,15 @@ EVALUATION_BLOCKS = Annotated[
         help="Maximum number of blocks (or batches of images) from each source in the evaluation, and of texts of each probe; as the budget allows when not given."
     ),
 ]
+POSITIONS = Annotated[
+    int | None,
+    typer.Option(
+        help="Stretch a table of learned positions (GPT-2, OPT, BERT) to so many, for longer texts; with --distil 0."
+    ),
+]
+SHARED_HEADS = Annotated[
+    str,
+    typer.Option(
+        help="Heads that mixture_of_heads always has: the first of a layer, or the important ones on your data."
+    ),
+]

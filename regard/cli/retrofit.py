@@ -22,7 +22,9 @@ from regard.cli.options import (
     KEEP_LAYERS,
     LARGEST_SEED,
     PLUGINS,
+    POSITIONS,
     RATE,
+    SHARED_HEADS,
     TRAIN,
     TRANSFER_RATE,
 )
@@ -71,18 +73,8 @@ def retrofit(
         ),
     ] = None,
     evaluation_blocks: EVALUATION_BLOCKS = None,
-    positions: Annotated[
-        int | None,
-        typer.Option(
-            help="Stretch a table of learned positions (GPT-2, OPT, BERT) to so many, for longer texts; with --distil 0."
-        ),
-    ] = None,
-    shared_heads: Annotated[
-        str,
-        typer.Option(
-            help="Heads that mixture_of_heads always has: the first of a layer, or the important ones on your data."
-        ),
-    ] = "first",
+    positions: POSITIONS = None,
+    shared_heads: SHARED_HEADS = "first",
     seed: Annotated[
         int,
         typer.Option(min=0, max=LARGEST_SEED, help="Seed of the order of blocks and of randomly initialised weights."),

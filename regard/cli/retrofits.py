@@ -22,6 +22,8 @@ OF_RETROFITS = (
     "transfer_rate",
     "rate",
     "evaluation_blocks",
+    "positions",
+    "shared_heads",
 )
 """Options of `regard compare` that apply to retrofits alone."""
 TAKEN = (

@@ -180,7 +180,8 @@ def test_the_command_takes_the_options_of_a_retrofit(capsys, monkeypatch):
 
     monkeypatch.setattr("regard.workbench.retrofits.compare_retrofits", taken)
     line = "compare --from folder --mechanisms masformer --keep-layers 0,1 --distil 0 --train new --rate 0.1"
-    code, _, message = run(capsys, f"{line} --transfer-rate 0.2 --batch-size 3 --evaluation-blocks 5")
+    more = "--transfer-rate 0.2 --batch-size 3 --evaluation-blocks 5 --positions 64 --shared-heads important"
+    code, _, message = run(capsys, f"{line} {more}")
     assert code == 2 and json.loads(message[message.index("{") :].replace("\n", " ")) == {
         "keep_layers": "0,1",
         "distil": 0.0,
@@ -189,6 +190,8 @@ def test_the_command_takes_the_options_of_a_retrofit(capsys, monkeypatch):
         "transfer_rate": 0.2,
         "batch_size": 3,
         "evaluation_blocks": 5,
+        "positions": 64,
+        "shared_heads": "important",
         "length": None,
         "data": None,
     }
@@ -199,6 +202,8 @@ def test_the_command_takes_the_options_of_a_retrofit(capsys, monkeypatch):
     [
         ("compare --from folder --mechanisms local", "does not exist"),
         ("compare text.txt --keep-layers none", "--keep-layers without --from"),
+        ("compare text.txt --positions 64", "--positions without --from"),
+        ("compare text.txt --shared-heads important", "--shared-heads without --from"),
         ("compare text.txt --from folder", "without --mechanisms"),
         ("compare text.txt --from folder --mechanisms local --dim 8", "--dim together with --from"),
         ("compare text.txt --from folder --mechanisms local", "does not exist"),
