@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ PASSES = 4
 """Passes over a block that a training step of the whole model takes: the teacher's, and three for the student's gradients."""
 SHARES = {"warm": 0.1, "sensitivity": 0.1, "transfer": 0.2, "tune": 0.45, "evaluation": 0.15}
 """Shares of a time budget."""
-LOOKING = {"warm": 0.0, "transfer": 0.1, "tune": 0.1}
+LOOKING = 0.1
 """The share of a training stage's time that is spent on held-out data."""
 WORK = {"warm": 0.15, "transfer": 0.25, "tune": 0.6}
 """Shares of a budget of tokens or steps."""
@@ -45,7 +45,7 @@ class Plan:
     Attributes:
         warm: steps of all layers before their sensitivity is measured; 0 if the kept layers are given.
         tried: held-out blocks for each layer's sensitivity.
-        transfer, tune: steps of these stages.
+        transfer, tune: steps of these stages; 0 if a stage is left out.
         windows: blocks of each text in the evaluation.
         probes: texts of each probe at each length in the evaluation, of a language model.
         seconds: planned time of each stage; empty for a budget of tokens or steps.
@@ -72,13 +72,19 @@ class Plan:
 
 
 def plan(
-    host: Host, data: Any, settings: RetrofitSettings, spent: float = 0.0, changeable: list[int] | None = None
+    host: Host,
+    data: Any,
+    settings: RetrofitSettings,
+    spent: float = 0.0,
+    changeable: list[int] | None = None,
+    stages: Sequence[str] | None = None,
 ) -> Plan:
     """Plan how to spend a budget.
 
     Args:
         spent: seconds that the command has taken so far.
         changeable: the layers that can get new attention; all but those given as kept when None.
+        stages: the training stages; those of the settings when None.
 
     Raises:
         Unsupported: for a budget that is too small for a stage, suggesting one that is large enough.
@@ -86,21 +92,23 @@ def plan(
     budget = settings.budget
     if changeable is None:
         changeable = settings.changeable(len(host.layers))
+    if stages is None:
+        stages = settings.stages
     if budget.unit != "seconds":
-        return _of_work(host, settings, changeable)
-    pace = measure_pace(host, data, settings, changeable)
-    left_out = {"warm", "transfer", "tune"} - set(settings.stages) | (set() if settings.chosen else {"sensitivity"})
+        return _of_work(host, settings, changeable, stages)
+    pace = measure_pace(host, data, settings, changeable, stages)
+    left_out = {"warm", "transfer", "tune"} - set(stages) | (set() if settings.chosen else {"sensitivity"})
     shares = {k: v for k, v in SHARES.items() if k not in left_out}
     whole = sum(shares.values())
     probed = host.probed(settings) * pace["block"]
     spent += pace["probe"] + (host.timed(settings) + passes(host, settings)) * pace["block"] + PROBES[0] * probed
     left = budget.amount - spent
     seconds = {name: max(left, 0.0) * share / whole for name, share in shares.items()}
-    steps = {name: math.floor((1 - LOOKING[name]) * seconds[name] / pace[name]) for name in settings.stages}
+    steps = {name: math.floor((1 - LOOKING) * seconds[name] / pace[name]) for name in stages}
     layers, read = len(changeable), host.evaluated * len(data.sources)
     tried = math.floor(seconds.get("sensitivity", 0.0) / (pace["block"] * (layers + 1)))
     windows = math.floor(0.5 * seconds["evaluation"] / (pace["block"] * read))
-    needed: dict[str, float] = {name: LEAST * pace[name] / (1 - LOOKING[name]) for name in settings.stages}
+    needed: dict[str, float] = {name: LEAST * pace[name] / (1 - LOOKING) for name in stages}
     needed["evaluation"] = 2 * min(BLOCKS[0], settings.evaluation_blocks or BLOCKS[0]) * pace["block"] * read
     if settings.chosen:
         needed["sensitivity"] = pace["block"] * (layers + 1)
@@ -141,10 +149,10 @@ def _step(host: Host, settings: RetrofitSettings) -> str:
     return f"blocks of {settings.block} tokens and {settings.rows} a step"
 
 
-def _of_work(host: Host, settings: RetrofitSettings, changeable: list[int]) -> Plan:
+def _of_work(host: Host, settings: RetrofitSettings, changeable: list[int], stages: Sequence[str]) -> Plan:
     budget, tokens = settings.budget, host.work(settings)
     steps = math.floor(budget.amount / tokens) if budget.unit == "tokens" else round(budget.amount)
-    shares = {name: WORK[name] for name in settings.stages}
+    shares = {name: WORK[name] for name in stages}
     whole = sum(shares.values())
     counts = {name: math.floor(steps * share / whole) for name, share in shares.items()}
     name = min(counts, key=lambda n: counts[n])
@@ -170,7 +178,9 @@ def _probes(settings: RetrofitSettings, amount: float, each: float) -> int:
     return min(max(afforded, PROBES[0]), settings.evaluation_blocks or PROBES[1], PROBES[1])
 
 
-def measure_pace(host: Host, data: Any, settings: RetrofitSettings, changeable: list[int]) -> dict[str, float]:
+def measure_pace(
+    host: Host, data: Any, settings: RetrofitSettings, changeable: list[int], stages: Sequence[str]
+) -> dict[str, float]:
     """Measure, on throwaway copies, the seconds of a step of each stage and of one forward pass over the original (on a
     block, or a batch of images)."""
     started = time.monotonic()
@@ -184,9 +194,9 @@ def measure_pace(host: Host, data: Any, settings: RetrofitSettings, changeable: 
         found["block"] = _seconds(lambda: host.answers(host.model, row))
     student, _ = host.copy_with(changeable, settings.mechanism, settings.seed)
     modules = {} if settings.inserts else {n: student.get_submodule(host.layers[n].path) for n in changeable}
-    if "warm" in settings.stages:
+    if "warm" in stages:
         found["warm"] = _seconds(lambda: transfer_losses(host, modules, row.inputs)) * times
-    if "transfer" in settings.stages:
+    if "transfer" in stages:
         some = {n: modules[n] for n in numbers}
         found["transfer"] = _seconds(lambda: transfer_losses(host, some, row.inputs)) * times
     unload = prepare(host, student, changeable, settings)

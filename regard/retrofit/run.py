@@ -21,7 +21,7 @@ from regard.retrofit import card
 from regard.retrofit.best import Best
 from regard.retrofit.folder import RECORD, Folder
 from regard.retrofit.hosts import Host, open_host
-from regard.retrofit.hosts.base import EQUAL
+from regard.retrofit.hosts.base import EQUAL, SAME
 from regard.retrofit.important import check_importance, head_importance, most_important, sharing
 from regard.retrofit.inserting import inserts_tokens
 from regard.retrofit.measures import KINDS, evaluate
@@ -180,33 +180,34 @@ def _plan(host: Host, data: Any, settings: RetrofitSettings, folder: Folder, say
     every = settings.changeable(len(host.layers))
     if (known := folder.read("plan")) is not None:
         return Plan(**{"changeable": every, "probes": PROBES[0], **known})  # earlier versions do not name them
-    started = time.monotonic()
-    difference, able = _look_at(host, data, settings)
+    started, stages = time.monotonic(), settings.stages
+    difference, beyond, able = _look_at(host, data, settings)
     if difference <= EQUAL:
-        say(_nothing_new(settings))
-    found = plan(host, data, settings, spent + time.monotonic() - started, able)
+        say(_nothing_new(host, data, settings, beyond))
+        stages = ("tune",)  # no step on the old outputs could be kept, since none is as near to them as the start
+    found = plan(host, data, settings, spent + time.monotonic() - started, able, stages)
     if others := [number for number in every if number not in able]:
         say(f"kept, since {settings.mechanism} cannot replace their attention: layers {card.numbers(others)}")
     return found
 
 
-def _nothing_new(settings: RetrofitSettings) -> str:
-    """A message for new layers that initially compute the same as the old ones."""
-    told = (
-        f"new layers of {settings.mechanism} compute the same as the old ones here, so there is nothing to learn from the "
-        "original"
-    )
-    if settings.length is None:
-        return told
-    return (
-        f"in blocks of {settings.length} tokens {told}; use a longer --length if they read less than the old ones in longer "
-        "texts"
-    )
+def _nothing_new(host: Host, data: Any, settings: RetrofitSettings, beyond: float) -> str:
+    """A message for new layers that initially compute the same as the old ones.
+
+    Args:
+        beyond: how far they are from the old ones in the longest text of the evaluation.
+    """
+    same = f"new layers of {settings.mechanism} compute the same as the old ones"
+    so = "so there is nothing to learn from the original, and no attention transfer"
+    if beyond > SAME:
+        return f"in blocks of {settings.length} tokens {same}, {so}; use a longer --length, since they differ in longer texts"
+    advice = "; use --distil 0 to learn from the data" if settings.distil == 1 and host.knows_answers(data) else ""
+    return f"{same} in all that is read here, {so}{advice}"
 
 
-def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, list[int]]:
-    """How far a model with new, untrained layers is from the original, and the layers that can be new. Where layers are
-    chosen, those that cannot be new are left out.
+def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, float, list[int]]:
+    """How far a model with new, untrained layers is from the original in training and in the longest text of the
+    evaluation, and the layers that can be new. Where layers are chosen, those that cannot be new are left out.
 
     Raises:
         Unsupported: if a model with new layers cannot read what it has to read.
@@ -215,11 +216,10 @@ def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, 
     check_importance(host, data, settings)
     first, numbers = host.batch(data, 0, settings.seed, settings, rows=1), settings.changeable(len(host.layers))
 
-    def tried(numbers: list[int]) -> float:
+    def tried(numbers: list[int]) -> tuple[float, float, list[int]]:
         with advising(settings.mechanism, host.reads_at_most(settings)):
             difference = host.check(first, settings.mechanism, numbers)
-        host.check_longest(data, settings, numbers)
-        return difference
+        return difference, host.check_longest(data, settings, numbers), numbers
 
     def can(number: int) -> bool:
         try:
@@ -229,7 +229,7 @@ def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, 
         return True
 
     try:
-        return tried(numbers), numbers
+        return tried(numbers)
     except Unsupported as error:
         able = [] if settings.inserts else list(filter(can, numbers))
         if not able or able == numbers:
@@ -238,7 +238,7 @@ def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, 
             kept = tuple(layer.number for layer in host.layers if layer.number not in able)
             nearest = " or ".join(filter(None, (error.nearest, f"keep_layers={kept}")))
             raise Unsupported(error.asked, supported=error.supported, nearest=nearest) from error
-        return tried(able), able
+        return tried(able)
 
 
 @dataclass(frozen=True)
@@ -324,13 +324,21 @@ class Run:
         return [number for number in layers if number not in kept]
 
     def _warm(self, numbers: Sequence[int], name: str = "warm") -> dict[int, nn.Module]:
-        """New modules of some layers after the first steps, in which each learns as if it were alone."""
+        """New modules of some layers after the first steps, in which each learns as if it were alone, and which it ends with
+        its best weights; untrained if the plan has no such steps."""
         student, learned = self.host.copy_with(self.plan.changeable, self._mechanism(), self.settings.seed)
         modules = self._modules(student, numbers)
-        doing = "first steps of all layers" if name == "warm" else "first steps of the new layers"
-        stage = replace(self._stage("warm", doing, self.plan.warm, self.settings.transfer_rate, 0), name=name)
-        transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch)
+        if self.plan.warm:
+            doing = "first steps of all layers" if name == "warm" else "first steps of the new layers"
+            stage = replace(self._stage("warm", doing, self.plan.warm, self.settings.transfer_rate, 0), name=name)
+            best = self._best(modules, name)
+            transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch, best)
         return modules
+
+    def _best(self, modules: dict[int, nn.Module], stage: str) -> Best:
+        """What keeps the best weights of each of the new modules while they learn the old outputs."""
+        held_out = [part.inputs for part in self.host.parts(self.host.held_out(self.data, TRIED, self.settings))]
+        return Best(list(modules.values()), lambda: held_out_losses(self.host, modules, held_out), self.folder, stage)
 
     def _modules(self, student: Any, numbers: Sequence[int]) -> dict[int, nn.Module]:
         return {number: student.get_submodule(self.host.layers[number].path) for number in numbers}
@@ -382,17 +390,13 @@ class Run:
         }
 
     def _moved(self, student: Any, learned: list[str], swapped: list[int]) -> tuple[list[list[float]], list[Any]]:
-        """The losses of the attention transfer, on training and on held-out data; empty if that is not a stage."""
-        if "transfer" not in self.settings.stages:
+        """The losses of the attention transfer, on training and on held-out data; empty if the plan has none."""
+        if not self.plan.transfer:
             return [], []
         modules = self._modules(student, swapped)
         if self.settings.chosen and not self.folder.checkpoint("transfer").exists():
             self._begin_warm(modules)
-        held_out = [part.inputs for part in self.host.parts(self.host.held_out(self.data, TRIED, self.settings))]
-        best = Best(
-            list(modules.values()), lambda: held_out_losses(self.host, modules, held_out), self.folder, "transfer"
-        )
-        rate = self.settings.transfer_rate
+        best, rate = self._best(modules, "transfer"), self.settings.transfer_rate
         stage = self._stage("transfer", "attention transfer", self.plan.transfer, rate, 1)
         moved = transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch, best)
         self.say(

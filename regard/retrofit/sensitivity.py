@@ -30,6 +30,8 @@ from regard.version import VERSION
 
 DECIDES = ("model", "data", "mechanism", "length", "batch_size", "transfer_rate", "shared_heads", "seed")
 """The parts of a folder's identity, where it has them, on which the sensitivity of its layers depends; the budget decides how long it is measured."""
+METHOD = 2
+"""Number of the way to measure; 1 measured layers that the first steps had made worse than they began."""
 ENOUGH = 0.5
 """The least share of the planned steps, and of the blocks, with which a sensitivity from another folder was measured."""
 
@@ -84,6 +86,7 @@ class Known:
         self.identity = {
             **{name: identity[name] for name in DECIDES if name in identity},
             "layers": list(layers),
+            "method": METHOD,
             "regard": VERSION,
             "revision": provenance.git_revision(),
             "plugins": [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file is not None],

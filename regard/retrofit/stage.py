@@ -140,7 +140,7 @@ def train_stage(
         restore(checkpoint, module, optimizer)
         curve, rates, spent, finished = (checkpoint.record[name] for name in ("curve", "rates", "spent", "finished"))
         if best is not None:
-            best.restore(checkpoint.record["looks"])
+            best.restore(checkpoint.record.get("looks", []))  # first steps of earlier versions had none
     started = saved = time.monotonic()
     begun, updating = len(curve), False
     warmup = min(max(WARMUP[0], WARMUP[1] / stage.steps), WARMUP[2])

@@ -21,7 +21,7 @@ class Normed(nn.Linear):
         return super().forward(x)
 
 
-def trained(folder, losses, *, steps=80, stop=None):
+def trained(folder, losses, *, steps=80, stop=None, judged=True):
     """Train a stage of two parts with given held-out losses, one entry per evaluation; records the weights at each."""
     torch.manual_seed(torch.seed())
     parts, asked, weights = nn.ModuleList([Normed(), Normed()]), iter(losses), []
@@ -37,7 +37,7 @@ def trained(folder, losses, *, steps=80, stop=None):
         found.backward()
         return [found.item()]
 
-    best = Best(list(parts), measure, folder, "tune")
+    best = Best(list(parts), measure, folder, "tune") if judged else None
     curve = train_stage(Stage("tune", "training", steps, 0.1, 0), folder, parts, set(), step, print, best=best)
     return parts, best, weights, curve
 
@@ -73,3 +73,19 @@ def test_a_stopped_stage_goes_on_with_what_it_knew(tmp_path):
     assert not equal(parts[0], weights[1][0]) and not equal(parts[1], weights[1][1])
     again, known, _, _ = trained(folder, [])
     assert known.looks == best.looks and all(equal(part, again[n].state_dict()) for n, part in enumerate(parts))
+
+
+def test_a_stage_that_was_begun_without_evaluations_goes_on_with_them(tmp_path):
+    folder = Folder(tmp_path / "out", {})
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder, [], stop=50, judged=False)
+    parts, best, weights, _ = trained(folder, [[4.0, 1.5], [6.0, 1.0]])
+    assert [done for done, _ in best.looks] == [60, 80]
+    assert equal(parts[0], weights[0][0]) and equal(parts[1], weights[1][1])
+
+
+def test_a_stage_that_was_finished_without_evaluations_is_left_as_it_is(tmp_path):
+    folder = Folder(tmp_path / "out", {})
+    parts, *_ = trained(folder, [], steps=8, judged=False)
+    again, *_ = trained(folder, [], steps=8)
+    assert all(equal(part, again[n].state_dict()) for n, part in enumerate(parts))

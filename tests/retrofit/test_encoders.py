@@ -17,11 +17,13 @@ from regard.integrations.encoders import UNASKED
 from regard.measurement.budget import Budget
 from regard.retrofit import open_host
 from regard.retrofit.corpus import Corpus
+from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import EncoderHost
 from regard.retrofit.measures.encoder import neighbours, quality
 from regard.retrofit.pace import plan
 from regard.retrofit.settings import RetrofitSettings
-from regard.retrofit.transfer import begin_at_scale, transfer_losses
+from regard.retrofit.stage import Stage
+from regard.retrofit.transfer import begin_at_scale, transfer, transfer_losses
 from regard.workbench.reports.retrofit_report import render_retrofit
 from regard.workbench.retrofits import recommend, rows
 
@@ -138,17 +140,12 @@ def test_heads_without_a_projection_begin_at_the_scale_of_the_old_ones(host):
 
 
 def test_dropout_does_not_disturb_a_transfer(tmp_path):
-    made = regard.retrofit(
-        bert("BertModel", attention_probs_dropout_prob=0.5),
-        "softmax",
-        keep_layers="none",
-        data=tokens(),
-        budget="28 steps",
-        output=tmp_path / "out",
-        transfer_rate=1e-9,
-        **WORK,
-    )
-    assert max(max(row.values()) for row in made.record["losses"]["transfer"]) < 1e-10
+    host = open_host(bert("BertModel", attention_probs_dropout_prob=0.5))
+    made, learned = host.copy_with([0, 1], "softmax", 0)
+    modules = {n: made.get_submodule(host.layers[n].path) for n in (0, 1)}
+    stage, folder = Stage("transfer", "attention transfer", 8, 1e-9, 1), Folder(tmp_path, {})
+    curve = transfer(host, modules, learned, corpus(), of(host), stage, folder, lambda _: None)
+    assert len(curve) == 8 and max(map(max, curve)) < 1e-10
 
 
 def test_the_same_model_keeps_everything_and_another_does_not(host):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -51,27 +52,25 @@ def test_cores_and_blocks_are_what_generation_goes_on_from(tmp_path, mechanism, 
     assert decoding["retrofit"]["from"] == "cache" and decoding["retrofit"]["held"] < decoding["original"]["held"]
 
 
-@pytest.mark.parametrize(("block", "told"), [(32, 1), (8, 0)])
-def test_new_layers_that_do_what_the_old_ones_did_are_told_before_anything_is_trained(tmp_path, block, told):
-    said = []
-
-    def watch(progress):
-        if progress.doing != "looking at the model":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        regard.retrofit(
-            llama(2),
-            f"local:form=block,block={block}",
-            keep_layers="0",
-            data=tokens(),
-            budget="28 steps",
-            output=tmp_path / "out",
-            watch=watch,
-            say=said.append,
-            **SHORT,
-        )
-    assert sum("in blocks of 32 tokens new layers" in sentence for sentence in said) == told
+@pytest.mark.parametrize(
+    ("mechanism", "distil", "told"),
+    [
+        ("local:form=block,block=32", 0.0, "in blocks of 32 tokens new layers .*use a longer --length"),
+        ("stochastic_subsampling", 0.0, "in all that is read here, .* no attention transfer$"),
+        ("stochastic_subsampling", 1.0, "no attention transfer; use --distil 0 to learn from the data$"),
+        ("local:form=block,block=8", 0.0, None),
+    ],
+)
+def test_new_layers_that_do_what_the_old_ones_did_learn_nothing_from_them_and_say_so(tmp_path, mechanism, distil, told):
+    said, asked = [], read_settings(mechanism, "0", "60 steps", {**SHORT, "distil": distil})
+    (run,) = planned(
+        open_host(llama(2)), [asked], [tmp_path / "out"], data=tokens(), watch=lambda _: None, say=said.append
+    )
+    found = [sentence for sentence in said if "the same as the old ones" in sentence]
+    if told is None:
+        assert not found and (run.plan.transfer, run.plan.tune) == (17, 42)
+    else:
+        assert len(found) == 1 and re.search(told, found[0]) and (run.plan.transfer, run.plan.tune) == (0, 60)
 
 
 def test_mamba2_is_its_recurrence_on_the_queries_keys_and_values_that_are_there(tmp_path):
@@ -196,7 +195,7 @@ def test_a_schedule_of_subsampling_counts_the_steps_of_all_stages(tmp_path, monk
         return found
 
     monkeypatch.setattr(forms, "_ratio", counted)
-    regard.retrofit(
+    made = regard.retrofit(
         llama(2),
         f"stochastic_subsampling:ratio=0.5,steps={budget},finetune=0.3",
         keep_layers=keep,
@@ -209,6 +208,8 @@ def test_a_schedule_of_subsampling_counts_the_steps_of_all_stages(tmp_path, monk
     assert len(taken) == len({step for step, _ in taken}) and 0 <= budget - len(taken) <= 2  # shares are rounded down
     assert [step for step, _ in taken] == list(range(len(taken)))
     assert all(found == (0.5 if step < 0.7 * budget else 1.0) for step, found in taken)
+    assert made.record["losses"]["transfer"] == [] and max((made.record["sensitivity"] or {"0": 0}).values()) < 1e-6
+    assert "began with the outputs of the old ones" in write_retrofit_report(made.folder).read_text()
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_trained(tmp_path, monkeypatch):

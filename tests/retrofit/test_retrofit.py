@@ -22,6 +22,7 @@ from regard.retrofit.best import Best
 from regard.retrofit.corpus import Corpus, even_blocks, read_corpus
 from regard.retrofit.folder import Folder
 from regard.retrofit.measures.language import perplexity, state_bytes, token_losses
+from regard.retrofit.run import planned, read_settings
 from regard.retrofit.sensitivity import choose
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Stage
@@ -205,14 +206,36 @@ def folder_of(made):
     return Folder(made.folder, json.loads((made.folder / ".retrofit" / "identity.json").read_text()))
 
 
-@pytest.mark.parametrize("train", ["all", "lora:2"])
+@pytest.mark.parametrize(("mechanism", "train"), [("gated_softmax", "all"), ("gated_linear", "lora:2")])
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's warning about names in transformers
-def test_killed_at_any_stage_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch, train):
+def test_killed_at_any_stage_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch, mechanism, train):
     if train != "all":
         pytest.importorskip("peft")
     model, data = llama(3, loud=(1,)), tokens()
     settings = {"keep_layers": "auto:1", "data": data, "budget": "54 steps", "train": train, **WORK}
-    undisturbed_and_killed(monkeypatch, tmp_path, model, "gated_linear", **settings)
+    undisturbed_and_killed(monkeypatch, tmp_path, model, mechanism, **settings)
+
+
+@pytest.mark.parametrize("mechanism", ["selective_temperature", "gated_softmax", "gated_linear"])
+def test_first_steps_leave_no_layer_worse_than_it_began(tmp_path, monkeypatch, mechanism):
+    judged = {}
+
+    def judge(host, modules, *_):
+        judged.update(modules)
+        raise Killed
+
+    monkeypatch.setattr("regard.retrofit.run.measure_sensitivity", judge)
+    asked, nothing = read_settings(mechanism, "auto:1", "54 steps", WORK), lambda _: None
+    (run,) = planned(hosts.open_host(llama(3)), [asked], [tmp_path], data=tokens(), watch=nothing, say=nothing)
+    with pytest.raises(Killed):
+        run.finish()
+    host, settings = run.host, run.settings
+    begun = modules(host, [0, 1, 2], settings.mechanism)
+    begin_at_scale(host, begun, host.batch(run.data, 0, settings.seed, settings, rows=1).inputs)
+    held_out = [part.inputs for part in host.parts(host.held_out(run.data, 4, settings))]
+    before, after = (held_out_losses(host, its, held_out) for its in (begun, judged))
+    assert all(its <= start for its, start in zip(after, before, strict=True))
+    assert mechanism != "gated_linear" or sum(after) < sum(before)
 
 
 def test_training_the_new_layers_alone_leaves_the_others(tmp_path):
@@ -522,6 +545,8 @@ def test_a_time_is_planned_from_the_pace_that_is_measured(host, monkeypatch):
     spent = sum(getattr(found, name) * seconds[name] for name in ("warm", "transfer", "tune"))
     assert 0.6 * 300 < spent < 0.8 * 300
     assert found.tune > 0 and found.windows == 32
+    alone = pace.plan(host, corpus, settings, stages=("tune",))
+    assert alone.warm == alone.transfer == 0 and alone.tried and alone.tune > 1.3 * found.tune
     with pytest.raises(Unsupported, match=r"budget of 10s, which leaves only .* for"):
         pace.plan(host, corpus, dataclasses.replace(settings, budget=Budget.parse("10s")))
 

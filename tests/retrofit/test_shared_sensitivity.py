@@ -78,9 +78,9 @@ def test_what_was_measured_with_something_else_does_not_count(name):
 def test_what_was_measured_of_other_layers_or_by_another_version_does_not_count(monkeypatch):
     Known(IDENTITY, [0, 2, 5]).write(FOUND, 10, 4)
     assert Known(IDENTITY, [0, 2]).read(10, 4) is None
-    for of, name in ((sensitivity, "VERSION"), (sensitivity.provenance, "git_revision")):
+    for of, name in ((sensitivity, "VERSION"), (sensitivity, "METHOD"), (sensitivity.provenance, "git_revision")):
         with monkeypatch.context() as patch:
-            patch.setattr(of, name, "another" if name == "VERSION" else lambda: "another")
+            patch.setattr(of, name, (lambda: "another") if name == "git_revision" else "another")
             assert Known(IDENTITY, [0, 2, 5]).read(10, 4) is None
 
 

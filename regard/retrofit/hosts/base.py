@@ -299,8 +299,11 @@ class Host(ABC):
         made.eval()
 
     @abstractmethod
-    def check_longest(self, data: Any, settings: RetrofitSettings, numbers: Sequence[int]) -> None:
+    def check_longest(self, data: Any, settings: RetrofitSettings, numbers: Sequence[int]) -> float:
         """Check that new layers can read what the evaluation reads, which may be longer than a row of the training.
+
+        Returns:
+            Relative distance of the outputs there from the original's; 0 if nothing is longer.
 
         Raises:
             Unsupported: if they cannot, as beyond the window of the old ones.

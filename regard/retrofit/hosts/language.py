@@ -103,8 +103,8 @@ class LanguageHost(TextHost):
     def probed(self, settings: RetrofitSettings) -> float:
         return PROBED * sum(self.within(settings.spans, settings)) / settings.block
 
-    def read_once(self, model: Any, ids: Int[Tensor, "b n"]) -> None:
-        model(ids, use_cache=reads_by_state(model), logits_to_keep=1)
+    def read_once(self, model: Any, ids: Int[Tensor, "b n"]) -> Tensor:
+        return model(ids, use_cache=reads_by_state(model), logits_to_keep=1).logits
 
     def answers(self, model: Any, batch: Batch) -> Float[Tensor, "m v"]:
         return model(batch.inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)

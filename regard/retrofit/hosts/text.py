@@ -18,7 +18,7 @@ from torch import nn
 from regard.contract import Unsupported, an_instance
 from regard.models.weights import weights_digest
 from regard.retrofit.corpus import Corpus, read_corpus
-from regard.retrofit.hosts.base import Host
+from regard.retrofit.hosts.base import Host, apart
 from regard.retrofit.settings import RetrofitSettings, advising
 from regard.tasks.documents import Paths
 from regard.tasks.recognise import recognise
@@ -105,15 +105,15 @@ class TextHost(Host):
         return TextHost.reads_at_most(self, settings)
 
     @torch.no_grad()
-    def check_longest(self, data: Corpus, settings: RetrofitSettings, numbers: Sequence[int]) -> None:
+    def check_longest(self, data: Corpus, settings: RetrofitSettings, numbers: Sequence[int]) -> float:
         length = self.longest_read(data, settings)
         if length <= settings.block:
-            return
+            return 0.0
         text = data.held_out.repeat(math.ceil(length / len(data.held_out)))[:length][None]
         made, _ = self.copy_with(numbers, settings.mechanism, settings.seed)
         try:
             with advising(settings.mechanism, self.reads_at_most(settings)):
-                self.read_once(made, text)
+                found = self.read_once(made, text)
         except Unsupported as error:
             window = self.window
             if window is None:
@@ -127,10 +127,11 @@ class TextHost(Host):
                 supported=f"{block and 'blocks of at most half as many tokens and '}lengths of at most {most}",
                 nearest=f"{block}lengths=({most},)" if most >= 32 else "",
             ) from error
+        return apart(found, self.read_once(self.model, text))
 
-    def read_once(self, model: Any, ids: Int[Tensor, "b n"]) -> None:
-        """Run all layers of a model."""
-        model.base_model(ids)
+    def read_once(self, model: Any, ids: Int[Tensor, "b n"]) -> Tensor:
+        """The outputs of the last layer of a model, or the logits of its last token."""
+        return model.base_model(ids).last_hidden_state
 
     def timed(self, settings: RetrofitSettings) -> float:
         return READS * sum(self.within(settings.spans, settings)) / settings.block

@@ -14,6 +14,7 @@ from regard.core.files import write_text_atomically
 from regard.measurement import units
 from regard.models.variants import read_variant
 from regard.retrofit import card, read_record
+from regard.retrofit.inserting import inserts_tokens
 from regard.retrofit.measures import MODELS, change, kind_of, measures_of
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Figure, Series
@@ -87,6 +88,7 @@ def render_retrofit(record: Mapping[str, Any]) -> str:
             explained=explained,
             counts=record.get("counts", "tokens"),
             training=view.training(),
+            inserts=inserts_tokens(record["settings"]["mechanism"]),
             sensitivity=record["sensitivity"],
             rows=measures_of(record).rows(record["results"]),
             facts=_facts(record),
