@@ -14,6 +14,10 @@ patches really skipped.
 
 In a first trial digits were placed at any pixel, and after 1500 steps with a learning rate of 2e-3 the transformer had
 learned nothing; since then they are aligned with patches.
+
+Policies start with the keep probability `start` for every patch. At first they had started with random weights, which
+dropped most patches before any training. With three seeds that was undecided: 0.12 of the tokens were left, accuracy was
+1.9 points lower, and a larger penalty kept 0.03 more.
 """
 
 from collections.abc import Mapping
@@ -24,6 +28,7 @@ import torch
 from torch import Tensor
 
 from regard.compression.tokens import InterpretedTransformer
+from regard.compression.tokens.interpreters import START
 from regard.contract import Context, Paper
 from regard.models.vision.vit import VisionTransformer
 from regard.reproductions.framework.canvas import (
@@ -52,6 +57,8 @@ TRAINING = {
     "block_rate": 3e-4,
     "error_penalty": 1.0,
 }
+POLICIES = TRAINING | {"start": START}
+"""With the keep probability at which policies start, so that cells of another start do not count."""
 BATCH = 16
 
 
@@ -130,10 +137,10 @@ REPRODUCTION = Reproduction(
         "penalties; times of batches of 16 on one core."
     ),
     settings={
-        "policies": TRAINING,
-        "time": TRAINING | {"seconds": 10.0},
-        "small penalty": TRAINING | {"error_penalty": 0.2},
-        "large penalty": TRAINING | {"error_penalty": 5.0},
+        "policies": POLICIES,
+        "time": POLICIES | {"seconds": 10.0},
+        "small penalty": POLICIES | {"error_penalty": 0.2},
+        "large penalty": POLICIES | {"error_penalty": 5.0},
     },
     run_cell=run_cell,
     needs=(Check("the transformer before gets above 0.9", measured("policies", "plain"), above=0.9),),

@@ -34,7 +34,7 @@ from regard.reproductions.framework.canvas import (
 )
 from regard.reproductions.framework.judging import Check, Measurements, measured, number, spread, within
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.interpreters import BATCH, TRAINING
+from regard.reproductions.interpreters import BATCH, POLICIES, TRAINING
 
 PAPER = Paper(
     "Token Reduction Should Go Beyond Efficiency in Generative Models - From Vision, Language to Multimodality",
@@ -141,9 +141,9 @@ REPRODUCTION = Reproduction(
     ),
     settings={
         "nothing": TRAINING | {"trained": "nothing", "shares": list(SHARES)},
-        "policies": TRAINING | {"trained": "policies"},
+        "policies": POLICIES | {"trained": "policies"},
         **{f"dynamic {share}": DYNAMIC | {"trained": "dynamic", "keep": share} for share in KEPT},
-        "time": TRAINING | {"shares": list(SHARES), "seconds": 40.0},
+        "time": POLICIES | {"shares": list(SHARES), "seconds": 40.0},
     },
     run_cell=run_cell,
     needs=(Check("the transformer with all tokens gets above 0.9", measured("nothing", "score"), above=0.9),),

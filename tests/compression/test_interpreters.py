@@ -14,6 +14,7 @@ from torch import Tensor
 from regard import Context, Mask
 from regard.compression.tokens.hosts import Host, OwnHost
 from regard.compression.tokens.interpreters import (
+    START,
     Decision,
     InterpretedTransformer,
     Interpreter,
@@ -209,6 +210,31 @@ def test_scores_follow_their_patches_and_are_constant_without_weights() -> None:
         torch.nn.init.zeros_(linear.weight)
     scores = interpreter(x, alive)[alive]
     close(scores, scores[:1].expand_as(scores))
+
+
+@pytest.mark.parametrize("query", ["class", "policy"])
+@pytest.mark.parametrize(("dim", "heads"), [(12, 6), (24, 1), (64, 4), (192, 3), (6, 6)])
+def test_every_token_starts_with_the_same_chance_at_any_width_and_scale(dim: int, heads: int, query: str) -> None:
+    for scale, offset in ((1e-2, 0.0), (1.0, 5.0), (1e3, -2e3)):
+        interpreter = Interpreter(dim, heads, query).double()
+        x, alive = scale * torch.randn(3, 9, dim, dtype=torch.float64) + offset, torch.rand(3, 9) > 0.3
+        alive[:, 0] = True
+        scores = interpreter(x, alive)
+        close(scores, torch.where(alive, START, 0.0).double(), 1e-6)
+        scores.square().sum().backward()
+        for linear in (interpreter.query, interpreter.key):
+            assert linear.weight.grad.abs().max() > 0 and linear.bias.grad.abs().max() > 0
+        if dim > heads:  # rows of heads, and within a head, learn apart
+            grad = interpreter.key.weight.grad
+            assert (grad - grad.mean(0)).norm() > 0.1 * grad.norm()
+
+
+def test_an_untrained_policy_keeps_all_tokens_and_draws_most() -> None:
+    vit = VisionTransformer(VisionTransformerConfig(**SMALL | {"image_size": 64})).double().eval()
+    model, x = InterpretedTransformer(vit).double().eval(), 3 * torch.randn(16, 3, 64, 64, dtype=torch.float64)
+    close(model(x), vit(x))
+    _, drawn = model.forward_masked(x, groups=1, sampled=0, generator=torch.Generator().manual_seed(0))
+    assert 0.6 < drawn[0].stays[:, 1:].double().mean() < 0.7
 
 
 def decided(stays: Tensor, scores: Tensor) -> Decision:

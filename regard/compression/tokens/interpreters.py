@@ -6,9 +6,10 @@ N, C) that are still kept, with the class token at position 0 and m the mask of 
     x' = LN(x * m),   q = W_q x'_0 + b_q,   k_j = W_k x'_j + b_k      (W_q of a learned policy token, with `query="policy"`)
     p_j = m_j mean_h sigmoid(q_h . k_jh / sqrt(d))
 
-A patch stays if p_j > `threshold` (in training, also by a draw with probability p_j); the class token always stays, and
-removed tokens do not come back. Policies learn by REINFORCE with the greedy decision û as the baseline: with c(u) the
-share of tokens that stays,
+Before training p_j is `START` for every patch that is alive, whatever the image and the width, so that a threshold below
+that keeps all patches. A patch stays if p_j > `threshold` (in training, also by a draw with probability p_j); the class
+token always stays, and removed tokens do not come back. Policies learn by REINFORCE with the greedy decision û as the
+baseline: with c(u) the share of tokens that stays,
 
     R(u) = b_i (1 - c(u)^2) where the class is right, -tau where it is wrong
     loss = -(R(u) - R(û)) log pi(u),   pi(u) = prod over the patches alive of p_j^u_j (1 - p_j)^(1 - u_j)
@@ -30,6 +31,7 @@ them row by row.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +57,8 @@ RELEASED = re.compile(r"groups\.(?P<group>\d+)\.(?:agent\.qk|block_list\.(?P<num
 """Names of the official code inside a group: its interpreter's projection, and copies of its blocks."""
 SURE = 1e-6
 """Distance from 0 and 1 at which probabilities are clamped before the logarithm."""
+START = 0.65
+"""Keep probability of every patch before training. A policy that starts by dropping most patches may never return."""
 
 
 class Interpreter(nn.Module):
@@ -73,10 +77,26 @@ class Interpreter(nn.Module):
             raise Unsupported(f"{num_heads} heads of a width of {dim}", supported="a divisor of the width")
         self.num_heads = num_heads
         self.norm = LayerNorm(dim, parametric=False)
-        self.query, self.key = (make_linear(dim, dim, bias=True) for _ in range(2))
+        self.query: Any = make_linear(dim, dim, bias=True)
+        self.key: Any = make_linear(dim, dim, bias=True)
+        self._start()
         self.policy = nn.Parameter(torch.zeros(dim)) if query == "policy" else None
         if self.policy is not None:
-            nn.init.trunc_normal_(self.policy, std=0.02)
+            nn.init.normal_(self.policy)  # of the size of normed tokens
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Give every token the probability `START`, whatever the tokens are.
+
+        All keys are one constant vector. Queries keep their random weights, from which heads and keys learn apart, but
+        without the part along that vector, so that no score depends on them yet.
+        """
+        weight = self.query.weight.unflatten(0, (self.num_heads, -1))  # (heads, d, C), a view
+        weight -= weight.mean(1, keepdim=True)
+        self.key.weight.zero_()
+        level = math.sqrt(math.log(START / (1 - START)) * weight.shape[1] ** -0.5)
+        for linear in (self.query, self.key):
+            linear.bias.fill_(level)
 
     def forward(self, x: Float[Tensor, "b n c"], alive: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         """Keep probabilities: in (0, 1) for live tokens, 0 for the others."""
