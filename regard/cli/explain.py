@@ -1,10 +1,10 @@
-"""`regard explain`: which parts of an image a trained model's class depends on."""
+"""`regard explain`: which parts of an image a trained model's class, or that class's share of the pixels, depends on."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -14,15 +14,29 @@ from regard.cli.options import DEVICE, JSON, PLUGINS, REDUCE, SKIP_UNREADABLE
 from regard.contract import Unsupported, closest
 from regard.workbench.plugins import enter_plugins
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from regard.tasks.images import ImageReader
+
 
 def explain(
     folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     output: Annotated[
-        Path, typer.Option(help="Folder for the drawings, one PNG per image; or a .png file for a single image.")
+        Path,
+        typer.Option(
+            help="Folder for the drawings, one PNG per image, named after it and after --reduce, --method and --class where given; or a .png "
+            "file for a single image."
+        ),
     ] = Path("explained"),
     of: Annotated[
-        str | None, typer.Option("--class", help="The class to explain; the likeliest when not given.")
+        str | None,
+        typer.Option(
+            "--class",
+            help="The class to explain; when not given, the likeliest, and for a model that segments the one that covers most besides the "
+            "background.",
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -39,7 +53,8 @@ def explain(
 ) -> None:
     """Draw each image next to a map of what the model's class depends on: bright parts count most.
 
-    Occlusion hides parts of the image and measures how much less likely the class becomes. Rollout follows the
+    Occlusion hides parts of the image and measures how much less likely the class becomes; for a model that segments
+    images, how much smaller the class's share of the pixels becomes (the class's mean probability). Rollout follows the
     attention weights from the class token back to the patches. Regions shows how many regions read each region in the
     last routing block, and agents shows what each agent gathers, one map per agent; these two show what the model
     reads, whatever the class. With --reduce, and for a model that runs with fewer tokens itself, the drawing shows the
@@ -51,6 +66,7 @@ def explain(
         regard explain my_model holiday.jpg
         regard explain my_model photos/cat/ --class dog --output drawings
         regard explain my_model holiday.jpg --reduce tome:remove=4
+        regard explain scans scan.png --class tumour
     """
     import torch
 
@@ -69,16 +85,19 @@ def explain(
     enter_plugins(plugin)
     trained = open_trained(folder)
     reader, model = trained.reader, trained.model(device)
-    if isinstance(reader, MaskReader | VolumeReader):
+    if isinstance(reader, VolumeReader):
         raise Unsupported(
-            f"explain of {folder}, a model that segments",
-            supported="models that classify images",
+            f"explain of {folder}, a model that segments volumes",
+            supported="models that classify images or their pixels",
             nearest="regard predict",
         )
     if reduce is not None and method is not None:
         raise Unsupported(f"--method {method} with --reduce", supported="one of the two")
     fewer = None if reduce is None else reduced(model, reduce)
     model, at_work = (model, at_work_in(model)) if fewer is None else (fewer.model, fewer.reduction)
+    segments = isinstance(reader, MaskReader)
+    if segments:
+        model = maps.ClassShares(model, len(reader.classes))
     if of is not None and of not in reader.classes:
         raise Unsupported(
             f"class {of!r}", supported=", ".join(reader.classes[:20]), nearest=closest(of, reader.classes)
@@ -91,21 +110,23 @@ def explain(
         inputs = reader.read([path])[0].to(device)
         with torch.inference_mode():
             logits = model(inputs[None], context=Context(grid=reader.grid)).output[0]
-        label = int(logits.argmax()) if of is None else reader.classes.index(of)
+        label = _likeliest(logits, reader) if of is None else reader.classes.index(of)
         picture = reader.picture(path)
         if at_work is None or method is not None:
             used, weight = maps.explain(model, inputs, reader.grid, label, method)
             drawn = maps.draw(picture, weight, smooth=used != "regions")
         else:
-            used = f"{reduce or at_work.method}, {int((at_work.tokens.sizes[0] > 0).sum())} tokens left"
+            left = int((at_work.tokens.sizes[0] > 0).sum())
+            used = f"{reduce or at_work.method}, {left} token{'s' * (left != 1)} left"
             drawn = maps.draw_tokens(picture, patches_in(model, at_work.tokens)[0])
-        place = place_of(output, path, taken, PICTURES)
+        asked = [word for word in (reduce, method, of) if word is not None]
+        place = place_of(output, path, taken, PICTURES, asked)
         write_atomically(place, functools.partial(drawn.save, format="PNG"))
         told.append(
             {
                 "image": str(path),
                 "class": reader.classes[label],
-                "probability": float(logits.float().softmax(-1)[label]),
+                "share" if segments else "probability": float(logits.float().softmax(-1)[label]),
                 "method": used,
                 "drawing": str(place),
             }
@@ -114,8 +135,15 @@ def explain(
         emit({"folder": str(folder), "images": told, "skipped": skipped})
         return
     for row in told:
-        console.print(
-            Text(f"{row['image']}: {row['class']} ({row['probability']:.3f}), by {row['method']}: {row['drawing']}")
-        )
+        found = f"{row['share']:.1%} of the pixels" if segments else f"{row['probability']:.3f}"
+        console.print(Text(f"{row['image']}: {row['class']} ({found}), by {row['method']}: {row['drawing']}"))
     for name in skipped:
         console.print(Text(f"not read: {name}", style="dim"))
+
+
+def _likeliest(logits: Tensor, reader: ImageReader) -> int:
+    """The class with the largest logit, without the background of a segmentation."""
+    from regard.tasks.segmentation import MaskReader
+
+    background = reader.background if isinstance(reader, MaskReader) else None
+    return next(label for label in logits.argsort(descending=True).tolist() if label != background)

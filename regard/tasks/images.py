@@ -79,7 +79,7 @@ class ImageReader:
             Unsupported: for files that cannot be read, and for images of more than 8 bits if the model was trained on
                 none.
         """
-        images = [self._image(path) for path in paths]
+        images = [self._image(path, (self.height, self.width)) for path in paths]
         for path, image in zip(paths, images, strict=True):
             if image.dtype == np.float32 and self.span is None:
                 raise Unsupported(
@@ -87,14 +87,13 @@ class ImageReader:
                 )
         return self.patches(np.stack(stacked(images, self.span)[0]))
 
-    def _image(self, path: Path) -> Pixels:
-        """Read an image at the model's size, in the value range of its file."""
-        size = self.height, self.width
+    def _image(self, path: Path, size: tuple[int, int]) -> Pixels:
+        """Read an image at a height and width, in the value range of its file."""
         return centre(read_image(path, size, self.channels)[0], size)
 
     def picture(self, path: Path) -> Picture:
-        """The image that :meth:`read` sees, in colour and with `SHOWN` pixels along its shorter side: rotated, cropped,
-        on white and in the model's value range.
+        """The image that :meth:`read` sees, in colour and with `SHOWN` pixels along its shorter side: rotated, cropped
+        (or stretched, as there), on white and in the model's value range.
 
         Raises:
             Unsupported: for a file that cannot be read.
@@ -103,7 +102,7 @@ class ImageReader:
 
         size = (round(SHOWN * side / min(self.height, self.width)) for side in (self.height, self.width))
         high, wide = size
-        shown = centre(read_image(path, (high, wide), self.channels)[0], (high, wide))
+        shown = self._image(path, (high, wide))
         values = stacked([shown], self.span)[0][0].round().clip(0, 255).astype(np.uint8)
         return Image.fromarray(np.broadcast_to(values, (high, wide, 3)).copy())
 

@@ -158,13 +158,22 @@ def test_train_evaluate_and_predict_from_the_command_line(tmp_path: Path, capsys
     assert sorted(Path(row["mask"]).name for row in rows) == sorted(f"{i}.png" for i in range(30))
     code, out, _ = run(capsys, f"predict {folder} {picture}")
     assert code == 0 and "left" in out and "%" in out
+    assert f"regard explain {folder} picture.jpg" in (folder / "README.md").read_text()
+    line = f"explain {folder} {picture} --output {tmp_path / 'drawn'}"
+    (likeliest,), (named,) = (answer(capsys, line + more)["images"] for more in ("", " --class dark"))
+    assert likeliest["class"] == "left" and likeliest["method"] == "occlusion"  # dark is the background
+    assert 0.3 < likeliest["share"] < 0.6 and likeliest["share"] + named["share"] == pytest.approx(1, abs=0.1)
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["1-dark.png", "1.png"]
+    assert "of the pixels), by occlusion" in run(capsys, line)[1].replace("\n", " ")
     broken = tmp_path / "broken.png"
     broken.write_text("no picture")
     for asked, word in (
         (f"predict {folder} {picture} {broken} --output {tmp_path / 'no'}", "broken.png, which cannot be read"),
         (f"predict {folder} {data / 'images'} --output {tmp_path / 'one.png'}", "for 30 masks"),
         (f"predict {folder} {picture} --output {tmp_path / 'one.jpg'}", "ending in .png"),
-        (f"explain {folder} {picture}", "a model that segments"),
+        (f"explain {folder} {picture} --class lefft", "try left"),
+        (f"explain {folder} {picture} --method rollout", "rollout"),
+        (f"explain {folder} {picture} --reduce tome:remove=1", "fewer tokens"),
         (
             f"train {data} --task segmentation:size=24 --model vm_unet_nano --output {tmp_path / 'no'}",
             "multiples of 16",

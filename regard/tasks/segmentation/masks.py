@@ -42,9 +42,9 @@ class MaskReader(ImageReader):
     colours: tuple[Colour, ...]
     background: int | None
 
-    def _image(self, path: Path) -> Pixels:
+    def _image(self, path: Path, size: tuple[int, int]) -> Pixels:
         """Read the whole image, whatever its proportions, since a mask covers all of it."""
-        return read_image(path, (self.height, self.width), self.channels, stretch=True)[0]
+        return read_image(path, size, self.channels, stretch=True)[0]
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,10 @@ def card(folder: Path, record: Mapping[str, Any]) -> str:
     commands = [f"regard evaluate {folder}{more}"]
     reader = record.get("reader")
     if reader is not None and "colours" in reader:
-        files = "scan.nii.gz --output mask.nii.gz" if "overlap" in reader else "picture.jpg --output mask.png"
+        volumes = "overlap" in reader
+        files = "scan.nii.gz --output mask.nii.gz" if volumes else "picture.jpg --output mask.png"
         commands.append(f"regard predict {folder} {files}{more}")
+        commands += [] if volumes else [f"regard explain {folder} picture.jpg{more}"]
     elif reader is not None:
         commands += [f"regard {verb} {folder} picture.jpg{more}" for verb in ("predict", "explain")]
     if (own.get("stack") or {}).get("exits"):

@@ -10,6 +10,9 @@ branch, with rows divided by their sums, are multiplied, and a patch counts by h
 region, in the last block that leaves some out (BiFormer, arXiv 2303.08810); and what each agent gathers, one map per
 agent, in the last block with less than half as many agents as places (Agent Attention, arXiv 2312.08874).
 
+A segmenter is explained as a classifier of whole pictures, whose probability of a class is the class's share of the
+pixels (:class:`ClassShares`).
+
 For a model with fewer tokens (:mod:`regard.compression.tokens`), :func:`draw_tokens` draws where each patch went: merged
 patches share their mean colour, with a line around them, and dropped patches are dark.
 """
@@ -28,6 +31,7 @@ from regard.apply import apply
 from regard.compression.tokens.hosts import attention_of
 from regard.compression.tokens.reducers import DROPPED
 from regard.contract import Call, Context, Mechanism, Pattern, Result, Role, Unsupported, an_instance, at_least, closest
+from regard.core.precision import wide
 from regard.layers.attention import AttentionLayer
 from regard.mechanisms.agent.forms import gathering_weights
 from regard.mechanisms.bilevel_routing import Tiles, read_regions
@@ -43,12 +47,32 @@ if TYPE_CHECKING:
 OWN = {"regions": "bilevel_routing", "agents": "agent"}
 """Methods that show what a mechanism reads, with the mechanism."""
 METHODS = ("occlusion", "rollout", *OWN)
-AT_ONCE = 64
-"""Images per batch."""
+PATCHES_AT_ONCE = 1 << 14
+"""Patches per batch of images."""
+WINDOWS = 32
+"""Most windows along a side of a picture: on finer grids, blocks of patches are hidden in place of patches."""
 COLD, HOT = (20, 20, 90), (255, 210, 60)
 """Colours for the lowest and the highest value of a map."""
 EDGE = 255
 """Grey value of the lines between tokens."""
+
+
+class ClassShares(nn.Module):
+    """A segmenter as a classifier of whole pictures: the logit of a class is the logarithm of its share.
+
+    Args:
+        segmenter: a model for the task segmentation.
+        classes: number of its classes.
+    """
+
+    def __init__(self, segmenter: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.segmenter, self.classes = segmenter, classes
+
+    def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
+        """Logits (B, K), whose softmax is the probability of each class, averaged over the pixels."""
+        output = wide(self.segmenter(inputs, context=context).output)
+        return Result(output.unflatten(-1, (-1, self.classes)).softmax(-1).mean((1, 2)).log())
 
 
 @torch.no_grad()
@@ -58,21 +82,24 @@ def occlusion(
     """How much of the class probability depends on each place: the mean loss over the windows that cover it.
 
     Args:
-        model: a model for the task images.
+        model: a model for the task images, or a segmenter as :class:`ClassShares`.
         inputs: the patches of one image, in row-major order.
         grid: number of rows and of columns of patches.
         label: the class index.
-        window: rows and columns of patches that are hidden at once; fewer at the border.
+        window: rows and columns of patches that are hidden at once; fewer at the border. On grids with more than
+            `WINDOWS` rows or columns, those of blocks of patches.
     """
     at_least("window", window, 1)
     rows, columns = grid
-    place = torch.arange(rows * columns, device=inputs.device)
-    row, column = place // columns, place % columns
-    near = [(each[:, None] - each).abs() <= (window - 1) // 2 for each in (row, column)]
-    hidden = near[0] & near[1]  # (places, places): what each window hides
-    chances = []
-    for start in range(0, len(place), AT_ONCE):
-        covered = hidden[start : start + AT_ONCE, :, None]
+    side = -(-max(grid) // WINDOWS)  # of a block
+    across, down = -(-columns // side), -(-rows // side)
+    place, block = (torch.arange(count, device=inputs.device) for count in (rows * columns, down * across))
+    centres, places = (block // across, block % across), (place // columns // side, place % columns // side)
+    near = [(at[:, None] - of).abs() <= (window - 1) // 2 for at, of in zip(centres, places, strict=True)]
+    hidden = near[0] & near[1]  # (blocks, places): what each window hides
+    chances, count = [], max(1, PATCHES_AT_ONCE // len(place))
+    for start in range(0, len(block), count):
+        covered = hidden[start : start + count, :, None]
         logits = model(torch.where(covered, 0, inputs), context=Context(grid=grid)).output
         chances.append(logits.float().softmax(-1)[:, label])
     whole = model(inputs[None], context=Context(grid=grid)).output.float().softmax(-1)[0, label]
@@ -222,7 +249,8 @@ def _rolls_out(model: nn.Module) -> bool:
 
 
 def _without(method: str | None, model: nn.Module) -> Unsupported:
-    shown = model.backbone if isinstance(model, ImageModel) else model
+    shown = model.segmenter if isinstance(model, ClassShares) else model
+    shown = shown.backbone if isinstance(shown, ImageModel) else shown
     return Unsupported(
         f"method={method!r} of {an_instance(shown)}",
         supported="occlusion, of any model; rollout, of vision transformers whose layers return attention weights; regions, of models that "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,12 +101,21 @@ def check_output(output: Path, count: int, kind: Kind, what: str = "mask") -> No
         )
 
 
-def place_of(output: Path, path: Path, taken: set[str], kind: Kind) -> Path:
-    """The path for the result of a file: `output` itself, or a file with a similar name in that folder."""
+def place_of(output: Path, path: Path, taken: set[str], kind: Kind, asked: Sequence[str] = ()) -> Path:
+    """The path for the result of a file: `output` itself, or a file with a similar name in that folder.
+
+    Args:
+        output: a file or a folder.
+        path: the file read.
+        taken: names in the folder that this call may not use again; the new one is added.
+        kind: the kind of file written.
+        asked: further words for the name, so that a result for other ones is kept beside: ``photo-occlusion-dog.png``.
+    """
     if suffix_of(output) in kind.written and not output.is_dir():
         return output
     stem = path.name[: len(path.name) - len(suffix_of(path))]
-    return output / f"{unused_name(stem, taken)}{kind.usual}"
+    name = "-".join([stem, *(re.sub(r"[^\w.-]+", "_", word) for word in asked)])
+    return output / f"{unused_name(name, taken)}{kind.usual}"
 
 
 def described(shares: dict[str, float], count: int = 8) -> str:

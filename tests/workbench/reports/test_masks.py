@@ -96,3 +96,12 @@ def test_masks_have_the_size_of_the_picture_and_the_values_of_the_classes(tmp_pa
     assert drawn.convert("RGB").getpixel((0, 1)) == task.reader.colours[4]
     taken: set[str] = set()
     assert [place_of(tmp_path, Path(p), taken, PICTURES).name for p in ("x/1.jpg", "y/1.png")] == ["1.png", "1_.png"]
+
+
+def test_the_picture_to_draw_on_is_stretched_as_the_model_sees_it(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (60, 20), "black")
+    wide.paste("white", (0, 0, 15, 20))  # a quarter, which a crop to the centre would lose
+    wide.save(tmp_path / "wide.png")
+    reader = create_task("segmentation", size=16).reader
+    shown = np.asarray(reader.picture(tmp_path / "wide.png").convert("L"))
+    assert shown.shape == (384, 384) and (shown[:, :80] > 200).all() and (shown[:, 112:] < 50).all()

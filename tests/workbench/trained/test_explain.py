@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regard.contract import Context, Result
 from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
-from regard.workbench.trained.explain import agents, draw, explain, occlusion, regions, rollout
+from regard.workbench.trained.explain import ClassShares, agents, draw, explain, occlusion, regions, rollout
 
 SMALL: dict[str, Any] = {"image_size": 32, "patch": 8, "dim": 12, "num_layers": 2, "num_heads": 2, "num_classes": 3}
 
@@ -35,6 +35,41 @@ def test_occlusion_is_nothing_but_around_the_place_that_is_read() -> None:
     wide = occlusion(ReadsOnePlace(), inputs, (4, 6), 1, window=3)
     assert wide[1, 3] > wide.max() - 1e-6 and (wide > 1e-6).sum() == 4 * 5  # 4 rows, columns 1 to 5
     assert (occlusion(ReadsOnePlace(), inputs, (4, 6), 0, window=1) <= 0).all()
+
+
+def test_on_fine_grids_occlusion_hides_blocks_of_patches() -> None:
+    inputs = torch.zeros(34 * 50, 5)
+    inputs[9, 0] = 2.0  # in row 0, in the fifth of 25 blocks of 2 x 2
+    found = occlusion(ReadsOnePlace(), inputs, (34, 50), 1, window=1)
+    expected = torch.zeros(34, 50)
+    expected[:2, 8:10] = torch.sigmoid(torch.tensor(4.0)) - 0.5
+    close(found, expected, 1e-6)
+    odd = occlusion(ReadsOnePlace(), inputs[: 33 * 47], (33, 47), 1)
+    assert odd.shape == (33, 47) and odd.isfinite().all() and (odd > 1e-6).sum() == 6 * 10
+
+
+class ReadsAMark(nn.Module):
+    """A segmenter of 3 classes and 2 pixels a patch, which gives the last patches class 2 if a mark is in patch 9."""
+
+    def forward(self, inputs: Tensor, *, context: Context) -> Result:
+        logits = torch.zeros(*inputs.shape[:2], 2, 3, dtype=inputs.dtype)
+        logits[:, 20:, :, 2] = inputs[:, 9, :1, None]
+        return Result(logits.flatten(2))
+
+
+def test_a_segmenter_is_explained_by_the_share_of_a_class() -> None:
+    inputs = torch.randn(24, 5, dtype=torch.float64)
+    inputs[9, 0] = 2.0
+    model = ClassShares(ReadsAMark(), 3)
+    shares = model(inputs[None], context=Context()).output.softmax(-1)[0]
+    sure = torch.tensor([0.0, 0, 2], dtype=torch.float64).softmax(0)
+    close(shares, (20 / 3 + 4 * sure) / 24, 1e-12)
+    method, found = explain(model, inputs, (4, 6), 2)
+    assert method == "occlusion" and found[1, 3] > found.max() - 1e-6
+    alone = occlusion(model, inputs, (4, 6), 2, window=1)
+    assert alone[1, 3] == pytest.approx(float(4 * (sure[2] - 1 / 3) / 24), rel=1e-5)
+    assert (alone.abs() > 1e-6).sum() == 1
+    refused("rollout' of a ReadsAMark", explain, model, inputs, (4, 6), 2, "rollout")
 
 
 def test_rollout_is_the_product_of_half_the_weights_and_half_the_identity() -> None:

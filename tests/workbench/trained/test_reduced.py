@@ -111,6 +111,36 @@ def test_the_tokens_of_a_model_with_larger_patches_than_the_task_are_drawn(
     assert "3 tokens left" in found["method"] and Path(found["drawing"]).is_file()
 
 
+def test_a_single_token_is_told_in_the_singular(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trained = open_trained(folder)
+    model: Any = trained.model()
+    model.backbone = InterpretedTransformer(model.backbone, 2, threshold=1.0).eval()
+    trained.save_as(tmp_path / "alone", model)
+    line = f"explain --output {tmp_path / 'drawn'}"
+    (found,) = answer(capsys, line, tmp_path / "alone", folder / "photos" / "dark" / "0.png")["images"]
+    assert found["method"] == "ia_red2, 1 token left"
+
+
+def test_drawings_are_kept_beside_those_of_other_questions(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    photo, drawn = folder / "photos" / "dark" / "0.png", {}
+    for asked, name in (
+        ("", "0.png"),
+        ("--class light", "0-light.png"),
+        ("--method occlusion", "0-occlusion.png"),
+        ("--method occlusion --class light", "0-occlusion-light.png"),
+        ("--reduce tome:remove=4", "0-tome_remove_4.png"),
+    ):
+        (found,) = answer(capsys, f"explain --output {tmp_path / 'drawn'} {asked}", folder, photo)["images"]
+        assert Path(found["drawing"]).name == name
+        drawn[name] = Path(found["drawing"]).read_bytes()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "drawn").iterdir()} == drawn
+    assert len(set(drawn.values())) >= 3  # rollout is the same for any class
+
+
 CHOOSING = {
     "dynamicvit": lambda host: DynamicTransformer(host, keep=0.5, blocks=[1]),
     "ia_red2": lambda host: InterpretedTransformer(host, 2, threshold=0.5),

@@ -73,7 +73,7 @@ def test_train_evaluate_and_predict_volumes(tmp_path: Path, capsys: pytest.Captu
         (f"predict {folder} {small} --output {tmp_path / 'one.nii'}", "smaller than crops of 8 x 8 x 8"),
         (f"predict {folder} {slice_} --output {tmp_path / 'one.nii'}", "a single slice of 40 x 40 voxels"),
         (f"predict {folder} {tmp_path / 'nothing.nii'}", "which does not exist"),
-        (f"explain {folder} {scan}", "a model that segments"),
+        (f"explain {folder} {scan}", "a model that segments volumes"),
         (f"train {data} --task segmentation_3d:size=8 --model unet_nano --output {tmp_path / 'no'}", "2 axes"),
         (f"train {data} --task segmentation_3d:size=10 --model unet_nano_3d:widths=[4,4,4] --output {tmp_path / 'no'}", "multiples of 4"),
         (f"train --task segmentation_3d:size=8 --model unet_nano_3d --teacher {folder} --output {tmp_path / 'no'}", "a teacher on"),
