@@ -10,8 +10,8 @@ Importing this module registers them::
 
 They take timm's options ``num_classes``, ``in_chans``, ``img_size``, ``drop_rate``, ``drop_path_rate``, ``global_pool``,
 ``features_only`` and ``out_indices``, and the options of :func:`regard.models.vision.create_backbone` under their own
-names. ``global_pool`` is one of the backbone's :attr:`~regard.models.vision.Backbone.pools`, or ``""``, with
-``num_classes=0``, for features that are not pooled. There are no weights to download; those of the official
+names. ``global_pool`` is one of the model's :attr:`~regard.models.vision.Backbone.pools`, ``token`` or ``avg``, or ``""``,
+with ``num_classes=0``, for features that are not pooled. There are no weights to download; those of the official
 repositories, and of these models, come from a file::
 
     timm.create_model("regard_van_b0", pretrained=True, pretrained_cfg_overlay={"file": "van_tiny_754.pth.tar"}, num_classes=10)
@@ -108,11 +108,9 @@ def _translated(checkpoint: Any, model: Backbone) -> dict[str, Tensor]:
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
-    kind = read_backbone(name)[0]
-
     def build(global_pool: str | None = None, **options: Any) -> nn.Module:
         given = {WORDS.get(option, option): value for option, value in options.items()}
-        model = create_backbone(name, **{**kind.pools.get(global_pool or "", {}), **given})
+        model = create_backbone(name, **given)
         if global_pool is not None and global_pool != model.global_pool:
             model.reset_classifier(model.num_classes, global_pool)
         model.in_chans = model.config.channels  # which timm reads

@@ -148,6 +148,13 @@ class ImageModel(nn.Module):
         return self.backbone.forward_with_losses(self.images(inputs, self.grid_of(context)))
 
     @property
+    def unsaved(self) -> str:
+        """What was changed in the model that its config does not tell, in words; empty if nothing was."""
+        backbone = self.backbone
+        changed = isinstance(backbone, Backbone) and backbone.global_pool != backbone.pools[0]
+        return f"global_pool={backbone.global_pool!r} of its backbone" if changed else ""
+
+    @property
     def tokens_record(self) -> dict[str, Any] | None:
         """How the backbone leaves out tokens, if it has learned to (:mod:`regard.compression.tokens.trained`); else
         None."""

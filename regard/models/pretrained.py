@@ -42,12 +42,16 @@ def save_pretrained(
             :func:`regard.compression.load_compressed`.
 
     Raises:
-        Unsupported: for another model, or a config with options that JSON cannot hold.
+        Unsupported: for another model, one that was changed so that its config does not describe it, or a config with
+            options that JSON cannot hold.
     """
     name = type(model).__name__
     if name not in MODELS or type(model) is not MODELS[name][0]:
         alone = hasattr(model, "tokens_record")
         raise Unsupported(f"saving a {name}", supported=", ".join(MODELS), nearest="its save(folder)" if alone else "")
+    unsaved = getattr(model, "unsaved", "")
+    if unsaved:
+        raise Unsupported(f"saving a {name} with {unsaved}", supported="models that their configs describe")
     tokens = getattr(model, "tokens_record", None) if tokens is None else tokens
     try:
         config = json.dumps(asdict(model.config), indent=2)  # type: ignore[call-overload]

@@ -155,12 +155,15 @@ def test_around_a_model_here_they_are_saved_alone_or_in_an_image_model(method: s
 
 
 def test_hosts_that_do_not_fit_are_refused() -> None:
+    averaging = VisionTransformer(VisionTransformerConfig(**SMALL))
+    averaging.reset_classifier(5, "avg")
     for words, host in (
         ("whose head does not read a class token", of_timm(global_pool="avg")),
         ("that drops patches at random", of_timm(patch_drop_rate=0.5)),
         ("with a ResPostBlock", of_timm(block_fn=timm.models.vision_transformer.ResPostBlock)),
         ("fewer tokens in a Linear", torch.nn.Linear(2, 2)),
         ("without a class token", VisionTransformer(VisionTransformerConfig(**SMALL, pool="mean"))),
+        ("whose head does not read a class token", averaging),
     ):
         for kind in KINDS.values():
             refused(words, kind, host)

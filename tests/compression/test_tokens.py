@@ -313,6 +313,15 @@ def test_registers_of_timm_are_no_class_token() -> None:
     close(other(x), model(x))
 
 
+def test_merged_tokens_count_as_often_as_they_stand_for_in_a_mean_beside_a_class_token() -> None:
+    model, x = small(), images()
+    model.reset_classifier(5, "avg")
+    reduction = reduce_tokens(model, "tome", remove=3)
+    features = model.forward_features(x)
+    assert features.shape[1] == 1 + PATCHES and reduction.counts[-1] < 1 + PATCHES
+    close(model(x), model.head(features[:, 1:].mean(1)))
+
+
 def test_draws_are_the_generators_and_gradients_reach_what_is_merged() -> None:
     model, x = small(), images()
     found = []

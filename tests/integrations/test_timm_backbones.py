@@ -245,21 +245,56 @@ def test_layer_decay_scales_learning_rates_by_depth(name: str) -> None:
     assert max(coarse) == len(model.levels) + 1
 
 
-@pytest.mark.parametrize(
-    ("name", "chosen"),
-    [
-        ("vit_nano", ("pool", "class", "mean")),
-        ("tnt_nano", ("pool", "class", "mean")),
-        ("vim_nano", ("class_token", "middle", "none")),
-        ("pvt_nano", ("class_token", True, False)),
-    ],
-)
-def test_a_class_token_or_a_mean_is_chosen_by_timms_word(name: str, chosen: tuple[str, Any, Any]) -> None:
-    option, *values = chosen
-    for word, value in zip(("token", "avg"), values, strict=True):
-        model = timm.create_model(registered.PREFIX + name, global_pool=word)
-        assert getattr(model.config, option) == value and model.global_pool == word
-    refused("'avg', its own pool", model.reset_classifier, 5, "token")
+CLASS_TOKENS = ("vit_nano", "tnt_nano", "vim_nano", "pvt_nano")
+
+
+@pytest.mark.parametrize("name", CLASS_TOKENS)
+def test_a_class_token_or_a_mean_beside_it_is_read_by_timms_word_and_comes_back_from_a_folder(
+    name: str, tmp_path: Path
+) -> None:
+    model, images = made(registered.PREFIX + name, num_classes=5, global_pool="avg"), grey()
+    other = made(registered.PREFIX + name, num_classes=3)
+    assert (model.global_pool, other.global_pool) == ("avg", "token")
+    with torch.no_grad():
+        other.reset_classifier(5, "avg")
+        other.head.load_state_dict(model.head.state_dict())
+        close(other(images), model(images), 1e-6)
+        timm.models.save_for_hf(other, tmp_path)
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert again.global_pool == "avg" and torch.equal(again(images), other(images))
+        maps = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()
+        close(maps(images)[-1], other.forward_intermediates(images)[1][-1], 1e-6)
+        other.reset_classifier(0, "token")
+        close(other(images), made(registered.PREFIX + name, num_classes=0)(images), 1e-6)
+
+
+def test_a_model_without_a_class_token_has_no_pool_of_it() -> None:
+    options: dict[str, dict[str, Any]] = {
+        "vit_nano": {"pool": "mean"},
+        "tnt_nano": {"pool": "mean"},
+        "vim_nano": {"class_token": "none"},
+        "pvt_nano": {"class_token": False},
+    }
+    with torch.device("meta"):
+        for name, chosen in options.items():
+            model = made(registered.PREFIX + name, **chosen)
+            assert model.global_pool == "avg"
+            refused("without a class token; supported: 'avg'", model.reset_classifier, 5, "token")
+            refused("without a class token", made, registered.PREFIX + name, global_pool="token", **chosen)
+
+
+def test_the_mean_of_patches_beside_a_class_token_is_timms() -> None:
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 7}
+    theirs, images = timm.create_model("vit_tiny_patch16_224", **sizes).eval(), torch.randn(2, 3, 32, 32)
+    model = timm.create_model("regard_vit_nano", num_classes=7).eval()
+    for each in (theirs, model):
+        each.reset_classifier(5, "avg")
+    model.load_released(theirs.state_dict())
+    with torch.no_grad():
+        close(model(images), theirs(images), 1e-5)
+        theirs.reset_classifier(0, "token")
+        model.reset_classifier(0, "token")
+        close(model(images), theirs(images), 1e-5)
 
 
 def test_without_a_pool_a_model_comes_back_from_its_folder(tmp_path: Path) -> None:

@@ -60,6 +60,15 @@ def test_what_an_image_model_cannot_take_is_refused() -> None:
     refused("van_nano", config_for, create_task("images"), "softmax", "van_nan")
 
 
+def test_a_pool_that_the_config_does_not_tell_is_not_saved(tmp_path: Path) -> None:
+    model = ImageModel(ImageModelConfig("vit_nano", num_classes=3, grid=(2, 2), patch=4))
+    model.backbone.reset_classifier(3, "avg")
+    refused("saving a ImageModel with global_pool=.avg. of its backbone", save_pretrained, model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.backbone.reset_classifier(3, "token")
+    save_pretrained(model, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["mixer_nano", "vit_nano", "pvt_nano", "vmamba_t_v0"])
 def test_a_size_that_a_backbone_cannot_take_is_refused_by_its_name_when_it_is_built(name: str) -> None:
     with torch.device("meta"):

@@ -191,7 +191,9 @@ class OwnHost(Host):
             return (
                 f"with {self.model.config.positions} positions, which are encoded once for all layers and all patches"
             )
-        return "" if self.model.config.class_tokens else "without a class token"
+        if not self.model.config.class_tokens:
+            return "without a class token"
+        return "" if self.model.global_pool == "token" else "whose head does not read a class token"
 
     @property
     def ends(self) -> list[nn.Module]:

@@ -127,7 +127,6 @@ class PVT(PyramidWithLosses):
 
     Config = PVTConfig
     scales: ClassVar = {"widths": "heads"}
-    pools: ClassVar = {"token": {"class_token": True}, "avg": {"class_token": False}}
     config: PVTConfig
     sizes: ClassVar = {
         "pvt_nano": NANO,
@@ -149,6 +148,7 @@ class PVT(PyramidWithLosses):
             self.stages.append(self.make_stage(config, number, channels, rates[number]))
             channels = width
         self.class_token = nn.Parameter(torch.empty(1, channels)) if config.class_token else None
+        self.pools = ("token", "avg") if config.class_token else ("avg",)
         self.norm = LayerNorm(channels, eps=1e-6) if config.class_token else None
         self.levels = [Level(*level) for level in zip(config.widths, config.strides, strict=True)]
         self.apply(initialise_linear)
@@ -176,7 +176,9 @@ class PVT(PyramidWithLosses):
         return result.output if self.norm is None else self.norm(result.output), maps, losses
 
     def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
-        return features.mean(1) if self.class_token is None else features[:, 0]
+        if self.global_pool == "token":
+            return features[:, 0]
+        return features[:, int(self.config.class_token) :].mean(1)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True

@@ -103,32 +103,36 @@ class Backbone(nn.Module):
         sizes: options of each published size, by name.
         scales: the options that are widths, and what each is a multiple of: a number, or the name of an option with the
             number of heads.
-        pools: timm's word for each pool that the config can choose, with the options that choose it.
+        made_for_size: what is made for images of `image_size` alone, in words; "" if other sizes are taken.
         channels_last: whether images are converted to the channels-last format before the first layer, for its
             convolutions.
         config: the config.
         levels: the feature maps that the backbone can return, from the finest to the last: the output of each of its
             `stages`, or else of each of its `blocks`.
         num_features, head_hidden_size: width of a pooled vector, under both of timm's names.
+        pools: timm's words for the pools that :meth:`reset_classifier` can choose, the one of a new model first:
+            ``token`` for class tokens, ``avg`` for the mean of all places.
+        global_pool: the word chosen; "" if features are not pooled.
         head: maps pooled vectors to classes; the identity if there are none.
     """
 
     Config: ClassVar[type[BackboneConfig]]
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]]
     scales: ClassVar[Mapping[str, str | int]] = {}
-    pools: ClassVar[Mapping[str, Mapping[str, Any]]] = {"avg": {}}
     channels_last: ClassVar[bool] = True
+    made_for_size: str = ""
+    pools: Sequence[str] = ("avg",)
+    global_pool: str
     levels: Sequence[Level]
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config: Any = config
-        self._pooled = True
 
     def make_head(self, features: int) -> None:
         """Create the head; called last, so that a seed gives the same trunk for any number of classes."""
         self.num_features = self.head_hidden_size = features
-        self.reset_classifier(self.config.num_classes)
+        self.reset_classifier(self.config.num_classes, self.pools[0])
 
     def encode(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
@@ -168,7 +172,7 @@ class Backbone(nn.Module):
 
     def forward_head(self, features: Float[Tensor, "b ..."], pre_logits: bool = False) -> Float[Tensor, "b k"]:
         """Return the logits of features, or the pooled vectors with `pre_logits` (the features if `global_pool` is "")."""
-        pooled = F.dropout(self.pool(features) if self._pooled else features, self.config.dropout, self.training)
+        pooled = F.dropout(self.pool(features) if self.global_pool else features, self.config.dropout, self.training)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
@@ -266,16 +270,6 @@ class Backbone(nn.Module):
             self.reset_classifier(0)
         return chosen
 
-    @property
-    def global_pool(self) -> str:
-        """timm's word for the pool, one of `pools`: ``avg``, ``token`` for class tokens; ``""`` if it is left out."""
-        return self._own_pool if self._pooled else ""
-
-    @property
-    def _own_pool(self) -> str:
-        chosen = vars(self.config).items()
-        return next(word for word, options in self.pools.items() if options.items() <= chosen)
-
     def get_classifier(self) -> nn.Module:
         """Return the head."""
         return self.head
@@ -285,26 +279,24 @@ class Backbone(nn.Module):
 
         Args:
             num_classes: the number of classes.
-            global_pool: timm's word for the backbone's own pool; ``""``, without classes, for none; None for as it is.
+            global_pool: one of `pools`; "", without classes, for none; None for as it is.
 
         Raises:
             Unsupported: for another pool, or classes without a pool.
         """
         at_least("num_classes", num_classes, 0)
-        word, own = self.global_pool if global_pool is None else global_pool, self._own_pool
-        if word not in ("", own):
-            made = " and ".join(f"{name}={value!r}" for name, value in self.pools.get(word, {}).items())
+        word = self.global_pool if global_pool is None else global_pool
+        if word not in ("", *self.pools):
             raise Unsupported(
-                f"global_pool={word!r} of this {type(self).__name__}",
-                supported=f"{own!r}, its own pool, or '' for none",
-                nearest=made and f"a new model with {made}",
+                f"global_pool={word!r} of this {type(self).__name__}" + " without a class token" * (word == "token"),
+                supported=f"{' or '.join(map(repr, self.pools))}, or '' for none",
             )
         if num_classes and not word:
             raise Unsupported(
                 f"num_classes={num_classes} with global_pool=''",
-                supported=f"num_classes=0, or classes of pooled features (global_pool={own!r})",
+                supported=f"num_classes=0, or classes of pooled features (global_pool={self.pools[0]!r})",
             )
-        self._pooled = bool(word)
+        self.global_pool = word
         self.num_classes = num_classes
         some = next(self.parameters(), torch.empty(0))
         head = make_linear(self.num_features, num_classes, bias=True) if num_classes else nn.Identity()

@@ -64,7 +64,6 @@ class MiT(agent_pvt.PVT):
     """The mix transformer, see the module; sizes ``mit_b0`` to ``mit_b2`` and ``mit_nano``."""
 
     Config = MiTConfig
-    pools: ClassVar = {"avg": {}}
     sizes: ClassVar = {
         "mit_nano": NANO,
         **{f"mit_{size}": {"drop_path": 0.1, **options} for size, options in SIZES.items()},

@@ -124,7 +124,7 @@ class TNT(Backbone):
 
     Config = TNTConfig
     scales: ClassVar = {"width": "heads", "inner_width": "inner_heads"}
-    pools: ClassVar = {"token": {"pool": "class"}, "avg": {"pool": "mean"}}
+    made_for_size = "the table of positions"
     sizes: ClassVar = {
         "tnt_nano": {
             "image_size": 32,
@@ -145,6 +145,7 @@ class TNT(Backbone):
         super().__init__(config)
         n, width = math.prod(config.grid), config.width
         self.prefix = int(config.pool == "class")
+        self.pools = ("token", "avg") if self.prefix else ("avg",)
         self.words = nn.Conv2d(config.channels, config.inner_width, 7, config.stride, 3)
         self.inner_positions = learned(config.words, config.inner_width, config.positions in ("both", "inner"))
         self.outer_positions = learned(self.prefix + n, width, config.positions in ("both", "outer"))
@@ -209,7 +210,7 @@ class TNT(Backbone):
         return words, self.dropout(sentences)
 
     def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
-        return features[:, 0] if self.prefix else features.mean(1)
+        return features[:, 0] if self.global_pool == "token" else features[:, self.prefix :].mean(1)
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {name for name, _ in self.named_parameters(recurse=False)}

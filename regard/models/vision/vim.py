@@ -74,7 +74,7 @@ class Vim(Backbone):
 
     Config = VimConfig
     scales: ClassVar = {"width": 4}
-    pools: ClassVar = {"avg": {"class_token": "none"}, "token": {}}
+    made_for_size = "the table of positions"
     channels_last = False  # patches are cut out of any layout
     sizes: ClassVar = {
         "vim_nano": {"image_size": 32, "patch": 4, "stride": 4, "width": 96, "depth": 6},
@@ -90,6 +90,7 @@ class Vim(Backbone):
         self.grid = self.embedding.grid(*config.size)
         patches = math.prod(self.grid)
         self.place = _place(config.class_token, patches)
+        self.pools = ("avg",) if self.place is None else ("token", "avg")
         self.class_token = None if self.place is None else nn.Parameter(torch.empty(1, 1, width))
         self.positions = nn.Parameter(torch.empty(1, patches + (self.place is not None), width))
         rates = drop_path_rates(config.drop_path, (config.depth,))[0]
@@ -132,7 +133,8 @@ class Vim(Backbone):
         return x if self.place is None else torch.cat([x[:, : self.place], x[:, self.place + 1 :]], 1)
 
     def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
-        chosen = features if self.place is None else features[:, self.place : self.place + 1]
+        token = self.place if self.global_pool == "token" else None
+        chosen = self._patches(features) if token is None else features[:, token : token + 1]
         return self.norm(chosen).to(self.positions.dtype).mean(1)
 
     def check_size(self, height: int, width: int) -> None:

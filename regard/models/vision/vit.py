@@ -148,7 +148,6 @@ class VisionTransformer(Backbone):
 
     Config = VisionTransformerConfig
     scales: ClassVar = {"dim": "num_heads"}
-    pools: ClassVar = {"token": {"pool": "class"}, "avg": {"pool": "mean"}}
     channels_last = False  # patches are cut out of any layout
     config: VisionTransformerConfig
     sizes: ClassVar = {
@@ -177,6 +176,8 @@ class VisionTransformer(Backbone):
         rows, columns = self.embedding.grid(*config.size)
         before = config.class_tokens
         self.class_tokens = nn.Parameter(torch.empty(before, width)) if before else None
+        if before:
+            self.pools = ("token",) if config.distillation_token else ("token", "avg")
         learned = scheme == "learned"
         if learned and config.position_options:
             raise Unsupported("position_options of learned positions", supported="position_options={}")
@@ -261,7 +262,7 @@ class VisionTransformer(Backbone):
 
     def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
         before = self.config.class_tokens
-        return features[:, :before].mean(1) if before else features.mean(1)
+        return (features[:, :before] if self.global_pool == "token" else features[:, before:]).mean(1)
 
     def forward_head(self, features: Float[Tensor, "b n c"], pre_logits: bool = False) -> Float[Tensor, "b k"]:
         """Return logits of features (the mean of both heads, if there are two), or pooled vectors with `pre_logits`."""

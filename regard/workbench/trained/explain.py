@@ -140,6 +140,8 @@ def _why_not_rolled_out(model: VisionTransformer) -> str:
     """Why a model has no rollout, in words that follow its name; empty if it has one."""
     if not model.config.class_tokens:
         return "without a class token"
+    if model.global_pool == "avg":
+        return "whose head does not read its class token"
     if any(hasattr(block, "reduction") for block in model.blocks):
         return "with fewer tokens"
     for number, block in enumerate(model.blocks):

@@ -63,6 +63,54 @@ def test_a_reset_classifier_is_another_head_on_the_same_trunk(name: str) -> None
         assert model(images).shape == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("vit_nano", {"num_layers": 2}), ("tnt_nano", {"depth": 2}), ("vim_nano", {"depth": 1}), ("pvt_nano", {})],
+)
+def test_the_head_reads_the_class_token_or_the_mean_of_the_others_by_timms_word(
+    name: str, options: dict[str, int]
+) -> None:
+    model = create_backbone(name, num_classes=5, image_size=WIDE, **options).double().eval()
+    images = torch.randn(2, 3, WIDE, WIDE, dtype=torch.float64)
+    features = model.forward_features(images)
+    place = features.shape[1] // 2 if name.startswith("vim") else 0
+    others = torch.cat([features[:, :place], features[:, place + 1 :]], 1)
+    norm = model.norm if name.startswith("vim") else torch.nn.Identity()
+    trunk = {key: value.clone() for key, value in model.state_dict().items() if not key.startswith("head.")}
+    assert model.pools == ("token", "avg") and model.global_pool == "token"
+    for word, pooled in (
+        ("avg", norm(others).mean(1)),
+        ("token", norm(features[:, place])),
+        ("avg", norm(others).mean(1)),
+    ):
+        model.reset_classifier(3, word)
+        assert model.global_pool == word
+        close(model.forward_head(features, pre_logits=True), pooled)
+        close(model(images), model.head(pooled))
+        model.reset_classifier(4)
+        close(model(images), model.head(pooled))
+    model(images).square().sum().backward()
+    assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+    again = create_backbone(name, num_classes=4, image_size=WIDE, **options).double().eval()
+    again.load_released(model.state_dict())
+    assert not torch.allclose(again(images), model(images))
+    state = again.state_dict()
+    again.reset_classifier(4, "avg")
+    again.load_released(state)
+    close(again(images), model(images))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in trunk.items())
+
+
+def test_a_pool_of_tokens_that_a_model_does_not_have_or_two_heads_cannot_read_is_refused() -> None:
+    refused(
+        "'token' of this VAN without a class token; supported: 'avg'", small("van_nano").reset_classifier, 5, "token"
+    )
+    headless = create_backbone("vit_nano", pool="mean")
+    refused("without a class token; supported: 'avg'", headless.reset_classifier, 5, "token")
+    distilled = create_backbone("vit_nano", distillation_token=True)
+    refused("'avg' of this VisionTransformer; supported: 'token'", distilled.reset_classifier, 5, "avg")
+
+
 @each_family
 def test_channels_other_than_three_and_images_that_are_not_square_are_taken(name: str) -> None:
     model = create_backbone(name, num_classes=2, channels=1, image_size=(WIDE, 2 * WIDE)).eval()

@@ -127,6 +127,9 @@ def test_models_without_weights_or_a_class_token_are_refused_in_words_of_rollout
         ("rollout of a VisionTransformer without a class token", {"pool": "mean"}),
     ):
         refused(words, rollout, VisionTransformer(VisionTransformerConfig(**SMALL | changed)), images)
+    averaging = VisionTransformer(VisionTransformerConfig(**SMALL))
+    averaging.reset_classifier(3, "avg")
+    refused("whose head does not read its class token", rollout, averaging, images)
 
 
 def test_the_method_is_the_models_and_others_are_refused() -> None:
