@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from regard.contract import Unsupported
 from regard.integrations.timm_folders import swapped_by_regard as swapped_by_regard
-from regard.models.vision import Backbone, create_backbone, list_backbones, read_backbone
+from regard.models.vision import Backbone, BackboneConfig, create_backbone, list_backbones, read_backbone
 from regard.models.vision.released import check_fit, weights_of
 
 PREFIX = "regard_"
@@ -63,7 +63,7 @@ def _configuration(name: str) -> dict[str, Any]:
     half = (0.5, 0.5, 0.5)
     return {
         "input_size": (config.channels, *config.size),
-        "fixed_input_size": kind.check_size is not Backbone.check_size,
+        "fixed_input_size": kind.Config.sides is not BackboneConfig.sides,
         "num_classes": config.num_classes,
         "pool_size": None,
         "crop_pct": 0.9,

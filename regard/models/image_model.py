@@ -129,8 +129,6 @@ class ImageModel(nn.Module):
         backbone, inner = config.read()
         with _named(config.backbone):
             self.backbone: Any = backbone(inner)  # or a module around it that leaves out tokens
-            if isinstance(self.backbone, Backbone):  # a segmenter's config has checked it
-                self.backbone.check_size(*config.image_size)
 
     def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
         """Compute the logits of the classes.

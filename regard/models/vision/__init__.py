@@ -47,7 +47,7 @@ def list_backbones() -> list[str]:
 def read_backbone(name: str, **options: Any) -> tuple[type[Backbone], Any]:
     """Return the class and config of a named size, with `options` replacing its own; lists are converted to tuples.
 
-    Raises Unsupported for an unknown name or option.
+    Raises Unsupported for an unknown name or option, or an image size that the backbone cannot take.
     """
     published = _published()
     if name not in published:
@@ -59,7 +59,9 @@ def read_backbone(name: str, **options: Any) -> tuple[type[Backbone], Any]:
     backbone, size = published[name]
     check_options(backbone.Config, options, name)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    return backbone, backbone.Config(**{**size, **given})
+    config = backbone.Config(**{**size, **given})
+    config.check_size(*config.size)
+    return backbone, config
 
 
 def create_backbone(name: str, **options: Any) -> Backbone:

@@ -33,7 +33,6 @@ from regard.layers.norms import LayerNorm
 from regard.models.vision.backbone import Level, map_of
 from regard.models.vision.patch_tokens import (
     agent_table,
-    check_divisible,
     fit_tables,
     from_windows,
     initialise_linear,
@@ -72,6 +71,24 @@ class CSWinConfig(PlannedConfig):
         if len(self.stripes) != count:
             raise Unsupported(f"stripes={self.stripes} of {count + 1} stages", supported=f"{count} numbers")
         at_least("the least of stripes", min(self.stripes, default=1), 0)
+
+    def check_size(self, height: int, width: int) -> None:
+        super().check_size(height, width)
+        for number, (stride, entries) in enumerate(zip(self.strides, self.stages(), strict=True)):
+            stripes, grid = self.stripes_of(number), (height // stride, width // stride)
+            if stripes is None or not any(name == "softmax" for name, _ in entries):
+                continue
+            if grid[0] % stripes[0] or grid[1] % stripes[1]:
+                raise Unsupported(
+                    f"images of {height} x {width} pixels, whose map of {grid[0]} x {grid[1]} is not filled by whole stripes",
+                    supported=f"maps that stripes of {stripes[0]} rows and of {stripes[1]} columns fill",
+                    nearest=f"image_size=({height}, {width}) and stripes={self._stripes_for(height, width)}",
+                )
+
+    def _stripes_for(self, height: int, width: int) -> tuple[int, ...]:
+        """Return `stripes` for images of another size: those that do not fill their maps become 0."""
+        stages = zip(self.stripes, self.strides, strict=False)
+        return tuple(0 if side and (height // at % side or width // at % side) else side for side, at in stages)
 
     def stripes_of(self, number: int) -> tuple[int, int] | None:
         """Rows of a stage's horizontal stripes and columns of its vertical ones; None if heads see the whole map."""
@@ -121,7 +138,6 @@ class CSWin(PyramidWithLosses):
 
     def __init__(self, config: CSWinConfig) -> None:
         super().__init__(config)
-        self.check_size(*config.size)
         rates = drop_path_rates(config.drop_path, config.depths)
         self.stages = nn.ModuleList()
         channels = config.channels
@@ -139,21 +155,6 @@ class CSWin(PyramidWithLosses):
 
     def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
         return self.norm(tokens_of(features)).mean(1)
-
-    def check_size(self, height: int, width: int) -> None:
-        config = self.config
-        step = config.strides[-1]
-        check_divisible(height, width, step)
-        for number, (stride, entries) in enumerate(zip(config.strides, config.stages(), strict=True)):
-            stripes, grid = config.stripes_of(number), (height // stride, width // stride)
-            if stripes is None or not any(name == "softmax" for name, _ in entries):
-                continue
-            if grid[0] % stripes[0] or grid[1] % stripes[1]:
-                raise Unsupported(
-                    f"images of {height} x {width}, whose map of {grid[0]} x {grid[1]} is not filled by whole stripes",
-                    supported=f"maps that stripes of {stripes[0]} rows and of {stripes[1]} columns fill",
-                    nearest=f"image_size=({height}, {width}) and another stripes=",
-                )
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: CSWinConfig) -> dict[str, Tensor]:

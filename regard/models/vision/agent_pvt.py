@@ -47,7 +47,6 @@ from regard.models.vision.backbone import Level, map_of
 from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import (
     agent_table,
-    check_divisible,
     context_of,
     fit_tables,
     initialise_linear,
@@ -96,6 +95,11 @@ class PVTConfig(StagesConfig):
             )
 
     @property
+    def sides(self) -> tuple[int, int]:
+        step = math.lcm(*(r * stride for r, stride in zip(self.reductions, self.strides, strict=True)))
+        return step, step
+
+    @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Rows and columns of each stage's map."""
         return tuple((self.size[0] // stride, self.size[1] // stride) for stride in self.strides)
@@ -140,7 +144,6 @@ class PVT(PyramidWithLosses):
 
     def __init__(self, config: PVTConfig) -> None:
         super().__init__(config)
-        self.check_size(*config.size)
         rates = drop_path_rates(config.drop_path, config.depths)
         self.stages = nn.ModuleList()
         channels = config.channels
@@ -190,11 +193,6 @@ class PVT(PyramidWithLosses):
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | (set() if self.class_token is None else {"class_token"})
-
-    def check_size(self, height: int, width: int) -> None:
-        config = self.config
-        step = math.lcm(*(r * stride for r, stride in zip(config.reductions, config.strides, strict=True)))
-        check_divisible(height, width, step)
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: PVTConfig) -> dict[str, Tensor]:

@@ -35,7 +35,6 @@ from regard.models.layer_plan import mixing_card
 from regard.models.vision.backbone import Level
 from regard.models.vision.patch_tokens import (
     agent_table,
-    check_divisible,
     fit_tables,
     from_windows,
     initialise_linear,
@@ -72,6 +71,18 @@ class SwinConfig(PlannedConfig):
         if self.window is not None:
             at_least("window", self.window, 1)
 
+    def check_size(self, height: int, width: int) -> None:
+        super().check_size(height, width)
+        for stride, entries in zip(self.strides, self.stages(), strict=True):
+            grid, windows = (height // stride, width // stride), windows_of(self, stride)
+            cut = any(side % window and side > window for side, window in zip(grid, windows, strict=True))
+            if cut and any(map(reads_windows, entries)):
+                raise Unsupported(
+                    f"images of {height} x {width} pixels, whose map of {grid[0]} x {grid[1]} is not filled by whole windows",
+                    supported=f"maps that windows of {windows[0]} x {windows[1]} fill",
+                    nearest=f"image_size=({height}, {width})" + ("" if self.window is None else " and window=None"),
+                )
+
     @property
     def windows(self) -> tuple[int, int]:
         """Rows and columns of the windows."""
@@ -90,7 +101,9 @@ def reads_windows(entry: tuple[str, Mapping[str, Any]]) -> bool:
 
 def windows_of(config: SwinConfig, stride: int) -> tuple[int, int]:
     """Return the rows and columns of the windows in the stage with a stride: the config's, or the whole smaller map."""
-    rows, columns = (min(window, side // stride) for window, side in zip(config.windows, config.size, strict=True))
+    rows, columns = (
+        min(window, max(1, side // stride)) for window, side in zip(config.windows, config.size, strict=True)
+    )
     return rows, columns
 
 
@@ -132,7 +145,6 @@ class Swin(PyramidWithLosses):
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__(config)
-        self.check_size(*config.size)
         rates = drop_path_rates(config.drop_path, config.depths)
         self.stages = nn.ModuleList()
         channels = config.channels
@@ -158,21 +170,6 @@ class Swin(PyramidWithLosses):
         return super().no_weight_decay() | {
             name for name, _ in self.named_parameters() if name.endswith(".windows.table")
         }
-
-    def check_size(self, height: int, width: int) -> None:
-        config = self.config
-        step = config.strides[-1]
-        check_divisible(height, width, step)
-        for stride, entries in zip(config.strides, config.stages(), strict=True):
-            grid = height // stride, width // stride
-            windows = windows_of(config, stride)
-            cut = any(side % window and side > window for side, window in zip(grid, windows, strict=True))
-            if cut and any(map(reads_windows, entries)):
-                raise Unsupported(
-                    f"images of {height} x {width}, whose map of {grid[0]} x {grid[1]} is not filled by whole windows",
-                    supported=f"maps that windows of {windows[0]} x {windows[1]} fill",
-                    nearest=f"image_size=({height}, {width}) and window=None",
-                )
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:

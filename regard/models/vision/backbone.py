@@ -65,6 +65,37 @@ class BackboneConfig:
         """Height and width."""
         return self.image_size  # type: ignore[return-value]
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The smallest side of an image in pixels, and the step from each side that is taken to the next."""
+        return 1, 1
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width of `sides` that are nearest to the given ones."""
+        least, step = self.sides
+        high, wide = (least + max(0, (side - least + step // 2) // step) * step for side in (height, width))
+        return high, wide
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise Unsupported for images of a size that a backbone of this config cannot cut up."""
+        least, step = self.sides
+        if min(height, width) < least or (height - least) % step or (width - least) % step:
+            odd = step == 1 or least % step
+            told = f"from {least} in steps of {step}" if odd else f"in multiples of {step} from {least}"
+            raise Unsupported(
+                f"images of {height} x {width} pixels",
+                supported=f"a height and width {told}",
+                nearest=self._way_to(*self.nearest_size(height, width)),
+            )
+
+    def _way_to(self, height: int, width: int) -> str:
+        """What to try for images of a size that `sides` has."""
+        try:
+            self.check_size(height, width)
+        except Unsupported as error:  # it is refused for another reason
+            return error.nearest
+        return f"{height} x {width} pixels"
+
 
 def check_network(config: Any) -> None:
     """Raise Unsupported for an option of the wrong type, or a dropout that is not a probability."""
@@ -127,6 +158,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
+        config.check_size(*config.size)
         self.config: Any = config
 
     def make_head(self, features: int) -> None:
@@ -381,7 +413,17 @@ class Backbone(nn.Module):
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise Unsupported for an unsupported height and width; by default any are accepted."""
+        """Raise Unsupported for images of a size that is not taken."""
+        config = self.config
+        if self.made_for_size and (height, width) != config.size:
+            fitting = config.nearest_size(height, width)
+            other = f"image_size={fitting}, and load_released, which fits weights to it"
+            raise Unsupported(
+                f"images of {height} x {width} pixels",
+                supported=f"{config.size[0]} x {config.size[1]}, the size of {self.made_for_size}",
+                nearest=other if fitting != config.size else f"{fitting[0]} x {fitting[1]} pixels",
+            )
+        config.check_size(height, width)
 
 
 class Pyramid(Backbone):

@@ -74,6 +74,10 @@ class BiFormerConfig(BackboneConfig):
             if width % heads:
                 raise Unsupported(f"a width of {width} with top={top}", supported=f"multiples of {heads}")
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        return (4 << (len(self.widths) - 1), 1) if self.layout == "swin" else super().sides
+
 
 class BiFormer(Pyramid):
     """BiFormer, see the module; sizes ``biformer_t``, ``biformer_s``, ``biformer_b`` and ``biformer_stl``."""
@@ -117,11 +121,6 @@ class BiFormer(Pyramid):
 
     def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
         return self.norm(features).mean((2, 3))
-
-    def check_size(self, height: int, width: int) -> None:
-        least = self.levels[-1].stride if self.config.layout == "swin" else 1
-        if min(height, width) < least:
-            raise Unsupported(f"images of {height} x {width} pixels", supported=f"at least {least} a side")
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: BiFormerConfig) -> dict[str, Tensor]:

@@ -66,13 +66,10 @@ class PatchConfig(BackboneConfig):
         super().__post_init__()
         for name in ("patch", "width", "hidden", "depth"):
             at_least(name, getattr(self, name), 1)
-        if any(side % self.patch for side in self.size):
-            fitting = tuple(max(1, round(side / self.patch)) * self.patch for side in self.size)
-            raise Unsupported(
-                f"image_size={self.image_size} in patches of {self.patch}",
-                supported=f"multiples of {self.patch}",
-                nearest=f"image_size={fitting}",
-            )
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.patch, self.patch
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -97,7 +94,7 @@ class PatchNetwork(Backbone):
 
     def __init__(self, config: PatchConfig, blocks: list[nn.Module], norm: nn.Module, *, fixed: bool = True) -> None:
         super().__init__(config)
-        self.fixed = fixed
+        self.made_for_size = "the weights along tokens" if fixed else ""
         self.embedding = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
         self.blocks, self.norm = Blocks(blocks), norm
         self.levels = [Level(config.width, config.patch)] * config.depth
@@ -117,18 +114,6 @@ class PatchNetwork(Backbone):
 
     def pool(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b c"]:
         return features.mean(1)
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raise Unsupported for images that do not divide into patches, or whose size the weights do not fit."""
-        config: PatchConfig = self.config
-        if self.fixed and (height, width) != config.size:
-            raise Unsupported(
-                f"images of {height} x {width} pixels",
-                supported=f"{config.size[0]} x {config.size[1]}: the networks along tokens have weights for those places",
-                nearest=f"image_size=({height}, {width})",
-            )
-        if height % config.patch or width % config.patch or not height * width:
-            raise Unsupported(f"images of {height} x {width} pixels", supported=f"multiples of {config.patch}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Role, Unsupported
+from regard.contract import Context, Role
 from regard.models.layer_plan import layer_accepts
 
 if TYPE_CHECKING:
@@ -105,13 +105,6 @@ def fit_tables(
         if name.endswith("_bias.other") and name not in found:
             found[name] = torch.zeros(value.shape)  # for tokens off the grid, which the official model does not have
     return found
-
-
-def check_divisible(height: int, width: int, step: int) -> None:
-    """Raise Unsupported for images of a side that `step` does not divide."""
-    if height % step or width % step:
-        nearest = tuple(max(step, round(side / step) * step) for side in (height, width))
-        raise Unsupported(f"images of {height} x {width}", supported=f"sides that {step} divides", nearest=f"{nearest}")
 
 
 def initialise_linear(module: nn.Module) -> None:

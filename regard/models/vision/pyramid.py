@@ -102,6 +102,10 @@ class StagesConfig(BackboneConfig):
         check_stages(self, "widths", *self.by_stage)
 
     @property
+    def sides(self) -> tuple[int, int]:
+        return self.strides[-1], self.strides[-1]
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Stride of each stage's map in pixels."""
         return tuple(self.patch * 2**stage for stage in range(len(self.widths)))

@@ -37,7 +37,6 @@ from regard.models.vision.tnt import (
     Block,
     Fusion,
     TransformerBlock,
-    check_table_size,
     cut,
     initialise,
     learned,
@@ -88,20 +87,17 @@ class PyramidTNTConfig(BackboneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_stages(self, "widths", "heads", "inner_widths", "inner_heads", "depths", "reductions")
-        least = max((reduction - 1) * 2**stage + 1 for stage, reduction in enumerate(self.reductions)) * STRIDE
-        if any(side % STRIDE or side < least for side in self.size):
-            fitting = tuple(max(least, round(side / STRIDE) * STRIDE) for side in self.size)
-            raise Unsupported(
-                f"image_size={self.size}",
-                supported=f"multiples of {STRIDE} from {least}",
-                nearest=f"image_size={fitting}",
-            )
         if self.pair_scores and "bias" not in resolve(self.mixer, dict(self.mixer_options or {}))[0].honours:
             raise Unsupported(
                 f"learned scores of pairs with {self.mixer}",
                 supported="mechanisms that add to their scores, such as softmax",
                 nearest="pair_scores=False",
             )
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        least = max((reduction - 1) * 2**stage + 1 for stage, reduction in enumerate(self.reductions))
+        return least * STRIDE, STRIDE
 
     @property
     def grids(self) -> list[tuple[int, int]]:
@@ -126,6 +122,7 @@ class PyramidTNT(Backbone):
 
     Config = PyramidTNTConfig
     scales: ClassVar = {"widths": "heads", "inner_widths": "inner_heads"}
+    made_for_size = "the tables of positions"
     sizes: ClassVar = {
         "pyramid_tnt_nano": {
             "image_size": 32,
@@ -176,9 +173,6 @@ class PyramidTNT(Backbone):
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"inner_positions", "outer_positions"}
-
-    def check_size(self, height: int, width: int) -> None:
-        check_table_size(self.config, height, width)
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: PyramidTNTConfig) -> dict[str, Tensor]:

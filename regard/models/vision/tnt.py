@@ -95,15 +95,12 @@ class TNTConfig(BackboneConfig):
             at_least(name, getattr(self, name), 1)
         if self.patch % self.stride:
             raise Unsupported(f"stride={self.stride} in patches of {self.patch}", supported="a divisor of the patch")
-        if any(side % self.patch for side in self.size):
-            fitting = tuple(max(1, round(side / self.patch)) * self.patch for side in self.size)
-            raise Unsupported(
-                f"image_size={self.size} in patches of {self.patch}",
-                supported=f"multiples of {self.patch}",
-                nearest=f"image_size={fitting}",
-            )
         if not all(0 <= index < self.depth for index in self.vanilla):
             raise Unsupported(f"vanilla={self.vanilla} of {self.depth} blocks", supported=f"0 to {self.depth - 1}")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.patch, self.patch
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -214,9 +211,6 @@ class TNT(Backbone):
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {name for name, _ in self.named_parameters(recurse=False)}
-
-    def check_size(self, height: int, width: int) -> None:
-        check_table_size(self.config, height, width)
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: TNTConfig) -> dict[str, Tensor]:
@@ -437,16 +431,6 @@ def cut(maps: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "bn c p p"]:
     batch, channels, height, width = maps.shape
     squares = maps.reshape(batch, channels, height // side, side, width // side, side)
     return squares.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).permute(0, 3, 1, 2)
-
-
-def check_table_size(config: BackboneConfig, height: int, width: int) -> None:
-    """Raise Unsupported for images of another size than that of the position table."""
-    if (height, width) != config.size:
-        raise Unsupported(
-            f"images of {height} x {width}",
-            supported=f"{config.size[0]} x {config.size[1]}, the size of the table of positions",
-            nearest=f"image_size=({height}, {width}), and load_released, which interpolates the table",
-        )
 
 
 def resize_positions(table: Float[Tensor, "1 n c"], grid: tuple[int, int]) -> Float[Tensor, "1 m c"]:

@@ -48,7 +48,7 @@ from regard.layers.norms import LayerNorm
 from regard.mechanisms.mixture_of_heads import Config as HeadConfig
 from regard.mechanisms.mixture_of_heads import HeadRouter
 from regard.models.vision.backbone import BackboneConfig, Level, check_stages, map_of
-from regard.models.vision.patch_tokens import check_divisible, initialise_convolution, initialise_linear
+from regard.models.vision.patch_tokens import initialise_convolution, initialise_linear
 from regard.models.vision.pyramid import PyramidWithLosses, Stage, StagesConfig
 from regard.models.vision.vmamba import ConvNorm
 
@@ -96,6 +96,11 @@ class TransNeXtConfig(StagesConfig):
         for width, heads in zip(self.widths, self.heads, strict=True):
             if width % heads:
                 raise Unsupported(f"a width of {width} with {heads} heads", supported=f"multiples of {heads}")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        step = math.lcm(*(r * stride for r, stride in zip(self.reductions, self.strides, strict=True)))
+        return step, step
 
     @property
     def trained(self) -> tuple[int, int]:
@@ -162,7 +167,6 @@ class TransNeXt(PyramidWithLosses):
 
     def __init__(self, config: TransNeXtConfig) -> None:
         super().__init__(config)
-        self.check_size(*config.size)
         rates = drop_path_rates(config.drop_path, config.depths)
         self.stages = nn.ModuleList()
         channels = config.channels
@@ -184,11 +188,6 @@ class TransNeXt(PyramidWithLosses):
         kept = (".query_embedding", ".temperature", ".window_bias")
         own = {name for name, _ in self.named_parameters() if name.endswith(kept) or ".places." in name}
         return super().no_weight_decay() | own
-
-    def check_size(self, height: int, width: int) -> None:
-        config = self.config
-        step = math.lcm(*(r * stride for r, stride in zip(config.reductions, config.strides, strict=True)))
-        check_divisible(height, width, step)
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: TransNeXtConfig) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Unsupported, at_least, one_of
+from regard.contract import at_least, one_of
 from regard.core.precision import wide
 from regard.create import create_layer
 from regard.layers.drop_path import DropPath, drop_path_rates
@@ -65,8 +65,13 @@ class VimConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("depth", self.depth, 1)
+        for name in ("depth", "patch", "stride"):
+            at_least(name, getattr(self, name), 1)
         one_of("class_token", self.class_token, CLASS_TOKENS)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.patch, self.stride
 
 
 class Vim(Backbone):
@@ -136,14 +141,6 @@ class Vim(Backbone):
         token = self.place if self.global_pool == "token" else None
         chosen = self._patches(features) if token is None else features[:, token : token + 1]
         return self.norm(chosen).to(self.positions.dtype).mean(1)
-
-    def check_size(self, height: int, width: int) -> None:
-        if (height, width) != self.config.size:
-            raise Unsupported(
-                f"images of {height} x {width} pixels with positions for {self.config.size[0]} x {self.config.size[1]}",
-                supported="the config's image_size",
-                nearest=f"image_size=({height}, {width}), which weights are fitted to when they are loaded",
-            )
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"class_token", "positions"}

@@ -117,6 +117,10 @@ class VisionTransformerConfig(BackboneConfig):
         object.__setattr__(self, "num_layers", len(self.plan))
 
     @property
+    def sides(self) -> tuple[int, int]:
+        return self.patch, self.patch
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.size[0] // self.patch, self.size[1] // self.patch
@@ -182,6 +186,7 @@ class VisionTransformer(Backbone):
         if learned and config.position_options:
             raise Unsupported("position_options of learned positions", supported="position_options={}")
         self.positions = nn.Parameter(torch.empty(before + rows * columns, width)) if learned else None
+        self.made_for_size = "the table of positions" if learned else ""
         self.sinusoids: Positions | None = None
         if scheme == "sinusoidal":
             if width % 2:
@@ -307,16 +312,6 @@ class VisionTransformer(Backbone):
     def no_weight_decay(self) -> set[str]:
         own = ("class_tokens", "positions", "class_positions")
         return super().no_weight_decay() | {name for name in own if getattr(self, name) is not None}
-
-    def check_size(self, height: int, width: int) -> None:
-        self.embedding.grid(height, width)
-        if self.positions is not None and (height, width) != self.config.size:
-            rows, columns = self.config.size
-            raise Unsupported(
-                f"images of {height} x {width}",
-                supported=f"{rows} x {columns}, for which its table of positions is made",
-                nearest=f"image_size=({height}, {width})",
-            )
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: VisionTransformerConfig) -> dict[str, Tensor]:

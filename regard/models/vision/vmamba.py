@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Unsupported, at_least, one_of
+from regard.contract import Context, at_least, one_of
 from regard.core.grids import tokens_of
 from regard.create import create_layer
 from regard.layers.drop_path import DropPath, drop_path_rates
@@ -69,6 +69,10 @@ class VMambaConfig(BackboneConfig):
         at_least("mlp_ratio", self.mlp_ratio, 0)
         check_stages(self, "widths", "depths")
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        return (4, 4) if self.version == "v0" else super().sides
+
 
 class VMamba(Pyramid):
     """VMamba, see the module; sizes ``vmamba_t`` (code: s1l8), ``vmamba_s``, ``vmamba_b`` (s2l15), ``vmamba_t_v0``."""
@@ -102,12 +106,6 @@ class VMamba(Pyramid):
 
     def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
         return self.norm(tokens_of(features)).mean(1)
-
-    def check_size(self, height: int, width: int) -> None:
-        if self.config.version == "v0" and (height % 4 or width % 4):
-            raise Unsupported(
-                f"images of {height} x {width} pixels in patches of 4 x 4", supported="multiples of 4 pixels"
-            )
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: VMambaConfig) -> dict[str, Tensor]:

@@ -113,9 +113,13 @@ def test_losses_of_layers_come_with_the_logits() -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    refused("sides that 32 divides", tiny, image_size=80)
+    refused("multiples of 32", tiny, image_size=80)
     refused("not filled by whole stripes", tiny, stripes=(1, 3, 2))
-    refused("another stripes=", tiny(stripes=(1, 3, 2), image_size=96), torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+    refused(
+        "image_size=\\(64, 64\\) and stripes=\\(1, 0, 2\\)",
+        tiny(stripes=(1, 3, 2), image_size=96),
+        torch.zeros(1, 3, 64, 64, dtype=torch.float64),
+    )
     refused("an even number", tiny, heads=(1, 2, 4, 4))
     refused("no options", tiny, plan=[("softmax", {"softcap": 3.0}), *["softmax"] * 5])
     refused("3 numbers", tiny, stripes=(1, 2, 2, 2))

@@ -136,8 +136,8 @@ def test_dropped_tokens_and_branches_leave_the_norm_and_the_head() -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    refused("sides that 32 divides", tiny, image_size=48)
-    refused("\\(64, 96\\)", tiny(), torch.zeros(1, 3, 64, 88, dtype=torch.float64))
+    refused("multiples of 32", tiny, image_size=48)
+    refused("try 64 x 96 pixels", tiny(), torch.zeros(1, 3, 64, 88, dtype=torch.float64))
     refused("class_token=False", tiny, reductions=(1, 1, 1, 2))
     refused("a number for each stage", tiny, heads=(1, 2))
     refused("dwc='input'", tiny, plan=[("agent", {"num_agents": 4, "dwc": "input"})] * 4, class_token=False)

@@ -139,7 +139,7 @@ def test_a_map_that_windows_of_whole_smaller_maps_cut_is_refused() -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    refused("sides that 8 divides", tiny, image_size=60)
+    refused("multiples of 8", tiny, image_size=60)
     refused("not filled by whole windows", tiny, window=5)
     refused("image_size=\\(48, 56\\)", tiny(), torch.zeros(1, 3, 48, 56, dtype=torch.float64))
     assert tiny(plan=[AGENTS] * 7)(torch.zeros(1, 3, 48, 56, dtype=torch.float64)).shape == (1, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -402,15 +403,56 @@ def test_no_backbone_has_the_name_of_a_mechanism() -> None:
         assert find_mechanism(name) is None, name
 
 
-@pytest.mark.parametrize("name", ["tnt_nano", "mixer_nano", "pyramid_tnt_nano", "vit_nano", "vim_nano"])
-def test_a_size_that_is_refused_is_refused_with_the_nearest_that_is_taken(name: str) -> None:
-    with torch.device("meta"):
-        for side in range(33, 36):
-            with pytest.raises(Unsupported) as error:
-                create_backbone(name, image_size=side)
-            told = re.findall(r"\d+", error.value.nearest)
-            assert abs(int(told[0]) - side) <= 4
-            create_backbone(name, image_size=int(told[0]))
+SHORT: dict[str, object] = {"depths": (1, 1, 1, 1)}
+SIZED: list[tuple[str, dict[str, object]]] = [
+    *((name, {}) for name in (list_backbones() if ALL else SMALLEST)),
+    *((name, SHORT) for name in ("swin_t", "cswin_t", "biformer_stl", "vmamba_t_v0")),
+    ("vim_nano", {"image_size": 31, "stride": 3}),
+    ("vit_nano", {"positions": "sinusoidal"}),
+    ("swin_nano", {"window": 4}),
+    ("cswin_nano", {"stripes": (1, 4)}),
+    ("pyramid_tnt_nano", {"reductions": (3, 1)}),
+]
+
+
+def run(model: torch.nn.Module, size: tuple[int, int]) -> None:
+    assert model(torch.empty(1, model.config.channels, *size)).shape == (1, model.num_classes)
+
+
+def follow(hint: str, name: str, options: dict[str, object], model: torch.nn.Module | None = None) -> None:
+    """Do what a refusal of a size says: run a model with images of another size, or make one for another size."""
+    same = re.fullmatch(r"(\d+) x (\d+) pixels", hint)
+    other = re.fullmatch(
+        r"image_size=\((\d+), (\d+)\)(?: and (window|stripes)=(None|[^a-z]*))?(?:, and load_.*)?", hint
+    )
+    found = same or other
+    assert found is not None, hint
+    size = int(found[1]), int(found[2])
+    if other is not None and other[3]:
+        options = {**options, other[3]: ast.literal_eval(other[4])}
+    if other is not None or model is None:
+        model = create_backbone(name, **{**options, "image_size": size}).eval()
+    run(model, size)
+
+
+@pytest.mark.parametrize(("name", "options"), SIZED)
+def test_a_size_is_taken_or_refused_with_one_that_is_taken(name: str, options: dict[str, object]) -> None:
+    """As the size of a new model, and of images for a model of another size."""
+    refusals = 0
+    with torch.device("meta"), torch.no_grad():
+        model = create_backbone(name, **options).eval()
+        for size in ((100, 100), (30, 37), (3, 50)):
+            try:
+                run(create_backbone(name, **{**options, "image_size": size}).eval(), size)
+            except Unsupported as error:
+                follow(error.nearest, name, options)
+            try:
+                run(model, size)
+            except Unsupported as error:
+                refusals += 1
+                follow(error.nearest, name, options, model)
+    any_size = name.startswith(("van", "biformer", "vmamba")) and name not in ("biformer_stl", "vmamba_t_v0")
+    assert any_size == (not refusals)
 
 
 def wrong_values(value: object) -> list[object]:

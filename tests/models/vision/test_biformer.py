@@ -63,7 +63,9 @@ def test_any_size_of_image_is_taken(size):
 
 
 def test_what_cannot_be_built_or_taken_is_refused():
-    refused("at least 32", BiFormer(BiFormerConfig(**TINY, **SWIN)), torch.randn(1, 3, 31, 64))
+    refused(
+        "from 32 in steps of 1; try 32 x 64 pixels", BiFormer(BiFormerConfig(**TINY, **SWIN)), torch.randn(1, 3, 31, 64)
+    )
     refused("multiples of 8", BiFormerConfig, widths=(12, 16, 24, 32), head_dim=8)
     refused("multiples of 8", BiFormerConfig, widths=(12, 16, 24, 36), head_dim=4)
     refused("a number for each stage", BiFormerConfig, top=(1, 2))

@@ -124,6 +124,6 @@ def test_what_cannot_be_is_refused():
     for name in ("mixer_s16", "ninformer_net"):
         refused("images of 32 x 16 pixels.*16 x 16.*image_size=", tiny(name), torch.zeros(1, 3, 32, 16))
     refused("multiples of 4", tiny("activator_net"), torch.zeros(1, 3, 18, 16))
-    refused("in patches of 16", create_backbone, "mixer_s16", image_size=40)
+    refused("multiples of 16", create_backbone, "mixer_s16", image_size=40)
     refused("without feed-forward", create_backbone, "activator_geglu", branch_dropout=0.1)
     refused("mixing='fourier'", create_backbone, "activator_net", unit={"mixing": "fourier"})

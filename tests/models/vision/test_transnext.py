@@ -157,7 +157,7 @@ def test_temperatures_and_reductions_begin_as_in_the_official_code() -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    refused("sides that 32 divides", tiny, image_size=80)
+    refused("multiples of 32", tiny, image_size=80)
     refused("odd sides.*try window=5", tiny, window=4)
     refused("both, or neither", tiny, shared_heads=(1, 1, 1, 1))
     refused("a number for each stage", tiny, active_heads=(1, 1), shared_heads=(1, 1, 1, 1))

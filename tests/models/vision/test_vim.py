@@ -79,7 +79,7 @@ def test_weights_for_another_size_keep_the_class_token_and_have_patches_interpol
 
 def test_what_does_not_fit_the_table_of_positions_is_refused() -> None:
     refused("image_size", small(), torch.randn(1, 3, 24, 24, dtype=torch.float64))
-    refused("patches", Vim, VimConfig(image_size=230))
+    refused("multiples of 16 from 16; try 224 x 224 pixels", Vim, VimConfig(image_size=230))
     refused("class_token", VimConfig, class_token="centre")
 
 

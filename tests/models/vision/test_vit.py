@@ -308,6 +308,6 @@ def test_what_cannot_be_done_is_refused() -> None:
     refused("max_length=25", tiny(positions="seqpe_mul", max_length=16), images(40, 32))
     refused("position_options of learned", tiny, position_options={"base": 10})
     refused("supported: base", tiny, positions="sinusoidal", position_options={"axes": 2})
-    refused("height 36", tiny, image_size=(36, 32))
+    refused("multiples of 8 from 8; try 40 x 32 pixels", tiny, image_size=(36, 32))
     refused("image_size=\\(32, 40\\)", tiny(), images(32, 40))
     refused("a plan of 2 layers", tiny, plan=["softmax", "linear"])

@@ -85,7 +85,7 @@ def test_merging_puts_each_pixel_into_one_patch_and_fills_odd_sides_with_zeros()
 
 def test_images_whose_pixels_would_be_left_over_are_refused() -> None:
     model = VMamba(VMambaConfig(widths=(4, 8), depths=(1, 1), version="v0"))
-    refused("multiples of 4", model, torch.randn(1, 3, 30, 32))
+    refused("multiples of 4 from 4; try 32 x 32 pixels", model, torch.randn(1, 3, 31, 32))
     refused("version", VMambaConfig, version="v1")
 
 
