@@ -185,6 +185,11 @@ class Backbone(nn.Module):
         """Rename weights of the official repository or of timm to the names here; names used here are kept."""
         return dict(state)
 
+    @classmethod
+    def options_told(cls, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return options that translated weights were made with, as far as these show it; named where they do not fit."""
+        return {}
+
     def load_released(self, checkpoint: Mapping[str, Any]) -> None:
         """Load weights of the official repository, of timm, or of this class; names must match exactly.
 

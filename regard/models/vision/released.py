@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, an_instance
@@ -86,7 +88,7 @@ def weights_of(checkpoint: Any) -> dict[str, Tensor]:
 def check_fit(network: nn.Module, weights: Mapping[str, Tensor], parts: tuple[str, ...] = ("",)) -> None:
     """Raise Unsupported for weights whose names or shapes differ from the network's.
 
-    If only the number of classes differs, the error suggests it.
+    The error suggests the number of classes, and the options that the weights were made with, where these explain it.
 
     Args:
         parts: prefixes of the network's names that the weights are for, by default all.
@@ -105,14 +107,41 @@ def check_fit(network: nn.Module, weights: Mapping[str, Tensor], parts: tuple[st
     whole = parts == ("",)
     classes = getattr(network, "num_classes", None)  # networks have it if their head can be replaced
     heads = all(name.startswith(HEADS) for name in missing | unknown | other)
+    told = {} if heads or not whole else _options_told(network, weights)
     head = weights.get("head.weight", weights.get("heads.0.weight"))
     theirs = len(head) if head is not None and head.ndim else 0
     raise Unsupported(
         f"weights {'; '.join(wrong)} for {'' if whole else 'the encoder of '}this {type(network).__name__}",
         supported=f"the weights of {'a model of the same size, classes' if whole else 'an encoder of the same size'} and channels",
-        nearest=""
-        if classes is None or not heads or classes == theirs
-        else f"num_classes={theirs}, and reset_classifier({classes}) after loading",
+        nearest=_way_to_load(told, theirs, classes) if heads or told else "",
+    )
+
+
+def _options_told(network: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the options to change in a network's config for weights of other parts, if it then has their names and
+    shapes, apart from tables of positions, which loading resizes, and heads."""
+    told = network.options_told(weights) if hasattr(network, "options_told") else {}
+    told = {name: value for name, value in told.items() if getattr(network.config, name) != value}
+    if not told:
+        return {}
+    try:
+        with torch.device("meta"):
+            other = type(network)(replace(network.config, **told)).state_dict()
+    except Unsupported:  # options of this network do not go together with those of the weights
+        return {}
+    shapes, wanted = (
+        {name: "positions" in name or value.shape for name, value in each.items() if not name.startswith(HEADS)}
+        for each in (weights, other)
+    )
+    return told if shapes == wanted else {}
+
+
+def _way_to_load(told: Mapping[str, Any], theirs: int, classes: int | None) -> str:
+    """Return what to try for weights of `theirs` classes, made with options that a network of `classes` does not have."""
+    options = {**told, **({} if classes in (None, theirs) else {"num_classes": theirs})}
+    after = f", and reset_classifier({classes}) after loading" if "num_classes" in options else ""
+    return (
+        "another model, with " * bool(told) + ", ".join(f"{name}={value!r}" for name, value in options.items()) + after
     )
 
 

@@ -250,6 +250,11 @@ class TNT(Backbone):
             found["outer_positions"] = torch.cat([table[:, :prefix], places], 1)
         return found
 
+    @classmethod
+    def options_told(cls, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        legacy = any(name.endswith(".fusion.projection.bias") for name in weights)
+        return {"pool": "class" if "class_token" in weights else "mean", "legacy": legacy}
+
 
 class Block(nn.Module):
     """A block: words (B n, m, c) and sentences (B, prefix + n, D) -> the same.

@@ -355,6 +355,11 @@ class VisionTransformer(Backbone):
             own_state = cls(config).state_dict()
         return fit_tables(found, own_state, {"positions": (config.class_tokens, config.grid)}, "bicubic")
 
+    @classmethod
+    def options_told(cls, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        tokens = len(weights.get("class_tokens", ()))
+        return {"pool": "class" if tokens else "mean", "distillation_token": tokens == 2}
+
 
 class VisionBlock(Block):
     """A block for tokens on a grid, possibly after class tokens, with stochastic depth of both branches.

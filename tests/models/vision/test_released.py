@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import refused
+from support import close, refused
 from torch import nn
 
 from regard.compression.tokens import DynamicTransformer
@@ -92,3 +92,49 @@ def test_weights_that_do_not_fit_are_counted_and_other_classes_get_the_way_to_lo
     with pytest.raises(Unsupported) as error:
         vit(dim=24, num_classes=7).load_released(model.state_dict())
     assert error.value.nearest == ""
+
+
+def test_weights_of_a_model_with_other_parts_name_the_options_that_it_has():
+    plain, distilled, mean = vit(), vit(distillation_token=True, num_classes=7), vit(pool="mean")
+    for model, weights, words in (
+        (plain, distilled, "distillation_token=True, num_classes=7, and reset_classifier(5) after loading"),
+        (distilled, plain, "distillation_token=False, num_classes=5, and reset_classifier(7) after loading"),
+        (plain, mean, "pool='mean'"),
+        (
+            mean,
+            distilled,
+            "pool='class', distillation_token=True, num_classes=7, and reset_classifier(5) after loading",
+        ),
+        (plain, vit(distillation_token=True, image_size=16), "distillation_token=True"),
+    ):
+        with pytest.raises(Unsupported) as error:
+            model.load_released(weights.state_dict())
+        assert error.value.nearest == f"another model, with {words}"
+    for weights in (vit(distillation_token=True, dim=24), vit(distillation_token=True, num_layers=5)):
+        with pytest.raises(Unsupported) as error:
+            plain.load_released(weights.state_dict())
+        assert error.value.nearest == ""
+
+
+@pytest.mark.parametrize(
+    ("theirs", "sizes", "name", "own", "option"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"embed_dim": 24}, "deit_t", {"dim": 24}, "distillation_token=True"),
+        ("tnt_s_legacy_patch16_224", {"embed_dim": 24}, "tnt_s", {"width": 24}, "legacy=True"),
+    ],
+)
+def test_checkpoints_of_timm_load_with_the_option_that_their_refusal_names(
+    theirs: str, sizes: dict[str, int], name: str, own: dict[str, int], option: str
+) -> None:
+    timm = pytest.importorskip("timm")
+    depth = "num_layers" if name == "deit_t" else "depth"
+    published = timm.create_model(theirs, img_size=32, num_classes=5, depth=2, **sizes).double().eval()
+    options = {"image_size": 32, "num_classes": 5, depth: 2, **own}
+    refused(
+        f"try another model, with {option}$", create_backbone(name, **options).load_released, published.state_dict()
+    )
+    model = create_backbone(name, **options, **{option.removesuffix("=True"): True}).double().eval()
+    model.load_released(published.state_dict())
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        close(model(images), published(images))
