@@ -270,7 +270,7 @@ class AttentionLayer(Layer):
             None if state is None else state.projection,
         )
         heads, projected, learned = self._project(heads, call, state)
-        heads = self._rotate(heads, own.positions, None if other is None else other.positions)
+        heads = self.place(heads, own.positions, None if other is None else other.positions)
         if self.merge is not None and "chosen" in self.card.axes and self.mix is apply:
             heads, call = self.merge.choose(heads, call)
         result = self.mix(
@@ -321,7 +321,7 @@ class AttentionLayer(Layer):
             own.tokens, None if cross else own.tokens, context, None, None, None if state is None else state.projection
         )
         heads, projected, _ = self._project(heads, call, state)
-        heads = self._rotate(heads, None if own.positions is None else own.positions[:, :0], own.positions)
+        heads = self.place(heads, None if own.positions is None else own.positions[:, :0], own.positions)
         result = self.mix(
             card,
             heads,
@@ -357,7 +357,7 @@ class AttentionLayer(Layer):
         self._memory_heads(heads, memory, layout.lengths, self._no_caches())
         call = LayerCall(None, memory, context, None, layout.lengths, None if state is None else state.projection)
         heads, projected, _ = self._project(heads, call, state)
-        heads = self._rotate(heads, positions, positions)
+        heads = self.place(heads, positions, positions)
         absorbed = absorb(
             self.card,
             heads,
@@ -498,7 +498,8 @@ class AttentionLayer(Layer):
             return context.position_vectors, {}
         return self.positions.prepare(positions, context.grid, context.generator, movable=movable)
 
-    def _rotate(self, heads: dict[str, Tensor], queries: Tensor | None, keys: Tensor | None) -> dict[str, Tensor]:
+    def place(self, heads: dict[str, Tensor], queries: Tensor | None, keys: Tensor | None) -> dict[str, Tensor]:
+        """Put positions, or what a scheme makes of them, in the queries and keys of `heads`."""
         scheme = self.positions
         if scheme.rotate is None or self.places_keys:
             return heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import itertools
 import math
@@ -45,7 +46,7 @@ def tokens(batch: int = 2, n: int = 13, protected: int = 1) -> tuple[Tokens, Evi
     made = Tokens.begin(torch.randn(batch, n, 6, dtype=torch.float64), protected)
     sizes = torch.randint(1, 4, (batch, n)).double()
     evidence = Evidence(torch.randn(batch, n, 4, dtype=torch.float64), torch.randn(batch, n).double().softmax(-1))
-    return Tokens(made.x, sizes, made.places, protected), evidence
+    return dataclasses.replace(made, sizes=sizes), evidence
 
 
 def test_outputs_of_the_official_token_merging() -> None:
@@ -372,7 +373,7 @@ def test_what_cannot_be_reduced_is_refused() -> None:
     refused("one a block", reduce_tokens, model, "tome", remove=[1, 2])
     refused("0 to 2", reduce_tokens, model, "evit", keep=0.5, blocks=[3])
     refused("class token", reduce_tokens, small(pool="mean"), "evit", remove=1)
-    refused("softmax", reduce_tokens, small(plan="linear"), "tome", remove=1)
+    refused("softmax", reduce_tokens, small(plan="linear"), "evit", remove=1)
     refused("Linear", reduce_tokens, nn.Linear(2, 2), "tome", remove=1)
     reduce_tokens(model, "tome", remove=1)
     refused("second", reduce_tokens, model, "evit", remove=1)

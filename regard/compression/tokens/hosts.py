@@ -276,8 +276,7 @@ class OwnHost(Host):
         self, blocks: Sequence[VisionBlock], x: Tensor, context: Context, places: Tensor | None
     ) -> Float[Tensor, "b n c"]:
         for block in blocks:
-            placed = context.replace(positions=places) if places is not None and _takes_positions(block) else context
-            x = block(x, context=placed).output
+            x = block(x, context=context if places is None else placed(block, context, places)).output
         return x
 
 
@@ -351,6 +350,16 @@ def attention_of(block: VisionBlock) -> AttentionLayer | None:
     """The attention layer of a block, of a mixture of heads the one whose heads are routed; None if there is none."""
     mixer = getattr(block.mixer, "attention", block.mixer)
     return mixer if isinstance(mixer, AttentionLayer) else None
+
+
+def placed(block: VisionBlock, context: Context, places: Int[Tensor, "b n"]) -> Context:
+    """A block's context for tokens of which others are gone, given their places among all tokens: with their positions
+    and their rows of position vectors."""
+    vectors = context.position_vectors
+    if vectors is not None:
+        rows = places[..., None].expand(-1, -1, vectors.shape[-1])
+        context = context.replace(position_vectors=vectors.expand(len(places), -1, -1).gather(1, rows))
+    return context.replace(positions=places) if _takes_positions(block) else context
 
 
 def _takes_positions(block: VisionBlock) -> bool:

@@ -12,13 +12,15 @@ r"""Reducing tokens between two parts of a model by merging, dropping or pooling
 | ``mean`` | neighbours in the sequence are pooled to n - r means of about equal size | a baseline |
 
 Class tokens come first, and are never merged or dropped. The others keep their order, except in ``tome``, where tokens
-at even positions come before those at odd ones, so that the next block pairs other tokens.
+at even positions come before those at odd ones, so that the next block pairs other tokens. Every token keeps its
+position; a merged one has that of the token that the others are merged into, a mean of neighbours that of the middle
+one, and EViT's sum that of its most attended part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,12 +44,14 @@ class Tokens:
         x: vectors (B, N, C).
         sizes: number of initial tokens that each stands for (B, N).
         places: current index of each initial token (B, N_0), or `DROPPED`.
+        origins: number of the initial token whose position each has (B, N).
         protected: number of class tokens, which come first.
     """
 
     x: Float[Tensor, "b n c"]
     sizes: Float[Tensor, "b n"]
     places: Int[Tensor, "b n0"]
+    origins: Int[Tensor, "b n"]
     protected: int
 
     @classmethod
@@ -55,7 +59,7 @@ class Tokens:
         """Start with all tokens, each standing for itself."""
         batch, n, _ = x.shape
         places = torch.arange(n, device=x.device).expand(batch, n)
-        return cls(x, x.new_ones(batch, n), places, protected)
+        return cls(x, x.new_ones(batch, n), places, places, protected)
 
     def spread(self, values: Float[Tensor, "b n d"]) -> Float[Tensor, "b n0 d"]:
         """Spread values of the current tokens to the initial ones; 0 for dropped tokens."""
@@ -70,7 +74,7 @@ class Tokens:
     ) -> Tokens:
         """Keep the `chosen` tokens, in this order; merge `leaving` tokens `into` positions among them; drop the others.
 
-        A merged token is the mean of its parts, weighted by their sizes.
+        A merged token is the mean of its parts, weighted by their sizes, at the position of the one that stays.
         """
         (batch, n, width), device = self.x.shape, self.x.device
         row = torch.arange(batch, device=device)[:, None]
@@ -85,19 +89,35 @@ class Tokens:
             )
             sizes = sizes.scatter_add(1, into, more)
             x = total / sizes[..., None]
-        return replace(self, x=x, sizes=sizes, places=self._moved(target))
+        origins = self.origins.gather(1, chosen)
+        return replace(self, x=x, sizes=sizes, places=self._moved(target), origins=origins)
 
-    def assign(self, target: Int[Tensor, "b n"], count: int) -> Tokens:
-        """Merge to `count` tokens, each the mean, weighted by sizes, of the tokens with that `target`."""
+    def assign(self, target: Int[Tensor, "b n"], leaders: Int[Tensor, "b m"]) -> Tokens:
+        """Merge to as many tokens as there are `leaders`, whose positions they have; each is the mean, weighted by sizes, of
+        the tokens with that `target`."""
         weighted = self.x * self.sizes[..., None]
-        batch, _, width = self.x.shape
+        (batch, count), width = leaders.shape, self.x.shape[2]
         total = weighted.new_zeros(batch, count, width).scatter_add(1, target[..., None].expand_as(weighted), weighted)
         sizes = self.sizes.new_zeros(batch, count).scatter_add(1, target, self.sizes)
-        return replace(self, x=total / sizes[..., None], sizes=sizes, places=self._moved(target))
+        origins = self.origins.gather(1, leaders)
+        return replace(self, x=total / sizes[..., None], sizes=sizes, places=self._moved(target), origins=origins)
 
     def _moved(self, target: Int[Tensor, "b n"]) -> Int[Tensor, "b n0"]:
         """Places of the initial tokens after each token has moved to its `target`."""
         return torch.where(self.places == DROPPED, DROPPED, target.gather(1, self.places.clamp(min=0)))
+
+
+@dataclass
+class Heads:
+    """Queries ``q`` and keys ``k`` (B, H, N, D) of a layer's call, as far as it has them.
+
+    Attributes:
+        given: without positions.
+        placed: with the positions of the layer's scheme in them.
+    """
+
+    given: Mapping[str, Float[Tensor, "b h n d"]] = field(default_factory=dict)
+    placed: Mapping[str, Float[Tensor, "b h n d"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,7 +193,7 @@ def drop_unattended(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
 
 
 def keep_attended(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """EViT, with the fused token at the end; later blocks treat it as a patch."""
+    """EViT, with the fused token at the end, at the position of its most attended part; later blocks treat it as a patch."""
     assert evidence.scores is not None
     chosen = _largest(tokens, evidence.scores, remove)
     kept, count = tokens.take(chosen), chosen.shape[1]
@@ -181,7 +201,14 @@ def keep_attended(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     fused = weights[:, None] @ tokens.x
     size = tokens.sizes.scatter(1, chosen, 0.0).sum(1, keepdim=True)
     places = torch.where((kept.places == DROPPED) & (tokens.places != DROPPED), count, kept.places)
-    return replace(kept, x=torch.cat([kept.x, fused], 1), sizes=torch.cat([kept.sizes, size], 1), places=places)
+    most = evidence.scores.scatter(1, chosen, -torch.inf).argmax(1, keepdim=True)
+    return replace(
+        kept,
+        x=torch.cat([kept.x, fused], 1),
+        sizes=torch.cat([kept.sizes, size], 1),
+        places=places,
+        origins=torch.cat([kept.origins, tokens.origins.gather(1, most)], 1),
+    )
 
 
 def drop_random(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
@@ -208,13 +235,15 @@ def keep_strided(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
 
 
 def pool_neighbours(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """Pool neighbours in the sequence to means."""
+    """Pool neighbours in the sequence to means, at the position of the middle one."""
     batch, n = tokens.x.shape[:2]
     first = tokens.protected
     patches = torch.arange(n - first, device=tokens.x.device)
     pooled = first + patches * (n - first - remove) // max(n - first, 1)
     target = torch.cat([torch.arange(first, device=tokens.x.device), pooled])
-    return tokens.assign(target.expand(batch, n), n - remove)
+    each = torch.arange(n - remove, device=tokens.x.device)
+    middle = (torch.searchsorted(target, each) + torch.searchsorted(target, each, right=True) - 1) // 2
+    return tokens.assign(target.expand(batch, n), middle.expand(batch, n - remove))
 
 
 METHODS: dict[str, Callable[[Tokens, Evidence, int], Tokens]] = {

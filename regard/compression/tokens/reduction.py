@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import sys
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from regard.compression.tokens import timm_blocks
 from regard.compression.tokens.calls import PerThread
-from regard.compression.tokens.hosts import HOSTS, attention_of
-from regard.compression.tokens.reducers import METHODS, Evidence, Tokens
+from regard.compression.tokens.hosts import HOSTS, attention_of, placed
+from regard.compression.tokens.reducers import METHODS, Evidence, Heads, Tokens
 from regard.compression.tokens.schedules import Removal, removals
-from regard.contract import Context, Mask, Result, Unsupported, an_instance, one_of
+from regard.contract import Context, Mask, Mechanism, Result, Unsupported, an_instance, one_of
+from regard.layers.attention import AttentionLayer
 from regard.models.vision.vit import VisionBlock, VisionTransformer
 
 if TYPE_CHECKING:
@@ -23,9 +25,12 @@ if TYPE_CHECKING:
 
 ATTENDED = ("evit", "attention")
 """Methods that need a class token."""
+MERGING = ("tome", "tome_stride", "tome_random")
+"""Methods that compare tokens."""
 DROPPING = ("attention", "random", "stride")
 """Methods after which some patches are part of no token."""
-METRICS = ("keys", "queries", "tokens")
+METRICS = {"keys": "k", "queries": "q", "tokens": ""}
+"""What tokens are compared by, and its name among the heads of a layer."""
 
 
 class Reduction(PerThread):
@@ -39,6 +44,10 @@ class Reduction(PerThread):
         generator: source of a method's random draws.
         pooled: whether the model averages patches in the end: then the last block passes on each merged token as often
             as it stands for a patch.
+        grid: the last block that reads the grid of all patches, if there is one.
+
+    Raises:
+        Unsupported: for a schedule that removes patches before that block.
     """
 
     def __init__(
@@ -49,9 +58,12 @@ class Reduction(PerThread):
         metric: str,
         generator: torch.Generator | None,
         pooled: bool = False,
+        grid: GridReader | None = None,
     ) -> None:
         self.method, self.removed, self.proportional = method, removed, proportional
-        self.metric, self.generator, self.pooled = metric, generator, pooled
+        self.metric, self.generator, self.pooled, self.grid = metric, generator, pooled, grid
+        if grid is not None:
+            grid.check(removed)
         super().__init__()
         self._changed: list[tuple[Any, type]] = []
 
@@ -73,7 +85,10 @@ class Reduction(PerThread):
         blocks: Sequence[int] | None = None,
     ) -> None:
         """Change the schedule from the next call on, as when a share falls in training; see :func:`reduce_tokens`."""
-        self.removed = removals(len(self.removed), remove, keep, blocks)
+        removed = removals(len(self.removed), remove, keep, blocks)
+        if self.grid is not None:
+            self.grid.check(removed)
+        self.removed = removed
 
     def undo(self) -> None:
         """Restore the model's own blocks."""
@@ -85,7 +100,7 @@ class Reduction(PerThread):
     def enter(self, block: Any, number: int, protected: int) -> None:
         """Turn a block into one that outputs fewer tokens."""
         self._changed.append((block, type(block)))
-        block.__class__ = ReducedBlock if isinstance(block, VisionBlock) else _reduced_timm_block()
+        block.__class__ = ReducedBlock if isinstance(block, VisionBlock) else timm_blocks.reduced(type(block))
         block.reduction, block.number, block.protected = self, number, protected
 
     def begin(self, block: int, x: Float[Tensor, "b n c"], protected: int) -> Tokens:
@@ -97,23 +112,40 @@ class Reduction(PerThread):
                 nearest="set_grad_checkpointing(False)",
             )
         if block == 0:
-            self._run.tokens, self._run.counts = Tokens.begin(x, protected), []
+            self._run.tokens, self._run.counts, self._run.whole = Tokens.begin(x, protected), [], True
         return self._run.tokens
+
+    @property
+    def whole(self) -> bool:
+        """Whether no token has been removed so far in this thread's call."""
+        return self._run.whole
 
     def bias(self, tokens: Tokens) -> Float[Tensor, "b 1 1 n"] | None:
         """The bias on the scores of each key; None if all tokens stand for themselves."""
-        same = tokens.x.shape[1] == tokens.places.shape[1]
-        return None if same or not self.proportional else tokens.sizes.log()[:, None, None]
+        return tokens.sizes.log()[:, None, None] if self.proportional and not self.whole else None
 
     def after(self, block: int, tokens: Tokens, x: Float[Tensor, "b n c"], evidence: Callable[[], Evidence]) -> Tokens:
         """The tokens `x` after a block's attention, possibly reduced."""
-        moved = Tokens(x, tokens.sizes, tokens.places, tokens.protected)
+        moved = replace(tokens, x=x)
         remove = self.removed[block](x.shape[1] - tokens.protected)
         if remove > 0:
-            moved = METHODS[self.method](moved, evidence(), remove)
+            moved, self._run.whole = METHODS[self.method](moved, evidence(), remove), False
         self._run.tokens = moved
         self._run.counts.append(moved.x.shape[1])
         return moved
+
+    def evidence(self, heads: Heads, x: Float[Tensor, "b n c"], bias: Float[Tensor, "#b #h #n n"] | None) -> Evidence:
+        """What the method reads of a layer, given the bias of its scores; of the attention, only the class token's row is
+        computed."""
+        metric, scores = x, None
+        if self.method in MERGING and self.metric != "tokens":
+            metric = heads.given[METRICS[self.metric]].mean(1)
+        if self.method in ATTENDED:
+            query, key = heads.placed["q"], heads.placed["k"]
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+            scores = query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5
+            scores = (scores if bias is None else scores + bias[:, :, :1]).softmax(-1).mean(1)[:, 0]
+        return Evidence(metric, scores, self.generator)
 
     def passed_on(self, block: int, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b m c"]:
         """What a block outputs of its tokens; see `pooled`. Where some were dropped, the others count once."""
@@ -143,9 +175,10 @@ def reduce_tokens(
         keep: instead of `remove`, the share of patches to keep at each of `blocks`, rounded up.
         blocks: numbers of the blocks, from 0, at which `keep` applies; at a quarter, half and three quarters of the
             depth when None.
-        proportional: see the module; when None, True for Token Merging, which is defined so, and False for the others.
-        metric: what the similarity of merged tokens is computed from: ``keys``, ``queries``, or ``tokens``, the vectors
-            themselves.
+        proportional: see the module; when None, True for Token Merging, which is defined so, if all layers are softmax
+            attention, and False otherwise.
+        metric: what the similarity of merged tokens is computed from: ``keys`` or ``queries``, without positions, or
+            ``tokens``, the vectors themselves.
         generator: source of a method's random draws.
 
     Raises:
@@ -158,10 +191,16 @@ def reduce_tokens(
     layers, protected = blocks_of(model, class_token=method in ATTENDED)
     if any(hasattr(block, "reduction") for block in layers):
         raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
+    own = layers if isinstance(model, VisionTransformer) else []
+    _check_softmax(model, own, f"{method}, which reads the attention of the class token," if method in ATTENDED else "")
+    _check_softmax(model, own, "proportional=True" if proportional else "")
+    if method in MERGING:
+        _check_heads(own, method, metric)
     schedule = removals(len(layers), remove, keep, blocks)
-    counted = method.startswith("tome") if proportional is None else proportional
+    counted = method in MERGING and not any(map(_without_softmax, own)) if proportional is None else proportional
     pooled = model.global_pool not in ("token", "")
-    reduction = Reduction(method, schedule, counted, metric, generator, pooled)
+    grid = GridReader.among(own, model.config.grid) if own else None
+    reduction = Reduction(method, schedule, counted, metric, generator, pooled, grid)
     for number, block in enumerate(layers):
         reduction.enter(block, number, protected)
     return reduction
@@ -170,26 +209,22 @@ def reduce_tokens(
 def blocks_of(model: nn.Module, *, class_token: bool = True) -> tuple[list[Any], int]:
     """The blocks of a host, and its number of class tokens and registers; raises Unsupported for other models, and where
     a `class_token` is needed for models without one."""
-    timm = sys.modules.get("timm.models.vision_transformer")
     if isinstance(model, VisionTransformer):
         blocks: list[Any] = list(model.blocks)
         protected = model.config.class_tokens
         has_class = protected > 0
-        layers = map(attention_of, blocks)
-        placeless = [
-            layer is not None and layer.card.name == "softmax" and layer.positions.name == "none" for layer in layers
-        ]
-        wrong = [block for block, fits in zip(blocks, placeless, strict=True) if not fits]
-    elif timm is not None and isinstance(model, timm.VisionTransformer):
+        reason = next((why for block in blocks if (why := _why_not(block))), "")
+    elif timm_blocks.is_host(model):
         blocks, protected = list(model.blocks), model.num_prefix_tokens
-        has_class = model.has_class_token
-        wrong = [b for b in blocks if type(b) is not timm.Block and not isinstance(b, _reduced_timm_block())]
+        has_class = model.cls_token is not None
+        unchanged = (block for block in blocks if not hasattr(block, "reduction"))
+        reason = next((why for block in unchanged if (why := timm_blocks.why_not(block))), "")
     else:
         raise Unsupported(f"fewer tokens in {an_instance(model)}", supported=HOSTS)
-    if wrong:
+    if reason:
         raise Unsupported(
-            f"fewer tokens in {an_instance(model)} with {type(wrong[0]).__name__} of another kind of attention",
-            supported="softmax attention, also in a mixture of heads, without positions of its own in every block",
+            f"fewer tokens in {an_instance(model)} with {reason}",
+            supported="layers for sequences of any length, with no positions, rotary, lrpe or SeqPE's, and timm's plain blocks",
         )
     if class_token and not has_class:
         raise Unsupported(
@@ -197,6 +232,94 @@ def blocks_of(model: nn.Module, *, class_token: bool = True) -> tuple[list[Any],
             supported="vision transformers with a class token",
         )
     return blocks, protected
+
+
+@dataclass(frozen=True)
+class GridReader:
+    """The last block whose layer reads the grid of all patches, which must all be there.
+
+    Attributes:
+        number: its number.
+        name: the mechanism of its layer.
+        patches: number of patches.
+    """
+
+    number: int
+    name: str
+    patches: int
+
+    @classmethod
+    def among(cls, blocks: Sequence[VisionBlock], grid: tuple[int, int]) -> GridReader | None:
+        """The last reader among the blocks of a model; None if there is none."""
+        readers = [(number, _name(block)) for number, block in enumerate(blocks) if _reads_grid(block)]
+        return cls(*readers[-1], math.prod(grid)) if readers else None
+
+    def check(self, removed: Sequence[Removal]) -> None:
+        """Raise Unsupported if a schedule removes patches before this block."""
+        for block, removal in enumerate(removed[: self.number]):
+            if removal(self.patches) > 0:
+                raise Unsupported(
+                    f"fewer tokens after block {block}, before block {self.number} of {self.name}, which reads the grid of "
+                    "all patches",
+                    supported=f"fewer tokens after block {self.number} or later",
+                )
+
+
+def _card(block: VisionBlock) -> Mechanism | None:
+    return getattr(attention_of(block) or block.mixer, "card", None)  # blocks without heads have no mechanism
+
+
+def _name(block: VisionBlock) -> str:
+    card = _card(block)
+    return "no mixer" if card is None else card.name
+
+
+def _why_not(block: VisionBlock) -> str:
+    """What stands against fewer tokens in a block, in words that follow "with"; empty if nothing does."""
+    layer, card = attention_of(block), _card(block)
+    if layer is not None:
+        scheme = layer.positions
+        if scheme.bias is not None or (scheme.rotate is not None and layer.places_keys):
+            return f"{scheme.name} positions in a layer of {layer.card.name}, which count the tokens that are left"
+    if card is not None and card.knows_positions:
+        return f"a layer of {card.name}, whose own positions count the tokens that are left"
+    if card is not None and card.length not in ("any", "grid"):
+        return f"a layer of {card.name}, whose weights belong to the places of all tokens"
+    return ""
+
+
+def _without_softmax(block: VisionBlock) -> bool:
+    layer = attention_of(block)
+    return layer is None or layer.card.name != "softmax" or layer.config != layer.card.options()
+
+
+def _check_softmax(model: nn.Module, blocks: Sequence[VisionBlock], asked: str) -> None:
+    """Raise Unsupported if something is asked for that needs plain softmax weights, and a block has none."""
+    other = next((block for block in blocks if _without_softmax(block)), None)
+    if asked and other is not None:
+        raise Unsupported(
+            f"{asked} in {an_instance(model)} with a layer of {_name(other)}, which has no plain softmax weights",
+            supported="softmax attention, also in a mixture of heads, without options of its own",
+            nearest="stride, or tome with proportional=False",
+        )
+
+
+def _check_heads(blocks: Sequence[VisionBlock], method: str, metric: str) -> None:
+    """Raise Unsupported for a layer without the keys or queries that tokens are compared by."""
+    for block in blocks:
+        layer = attention_of(block)
+        usual = layer is not None and type(layer).forward is AttentionLayer.forward
+        if metric != "tokens" and not (usual and (layer.key if metric == "keys" else layer.query) is not None):
+            raise Unsupported(
+                f"{method} by the {metric} of a layer of {_name(block)}",
+                supported="layers that make queries and keys of their tokens",
+                nearest="metric='tokens'",
+            )
+
+
+def _reads_grid(block: VisionBlock) -> bool:
+    card = _card(block)
+    return card is not None and block.sees_grid and (card.keeps_places or bool(card.grid_variants))
 
 
 class ReducedBlock(VisionBlock):
@@ -207,89 +330,44 @@ class ReducedBlock(VisionBlock):
     protected: int
 
     def forward(self, x: Tensor, memory: Tensor | None = None, *, context: Context, state: Any = None) -> Result:
-        tokens = self.reduction.begin(self.number, x, self.protected)
-        bias, seen = self.reduction.bias(tokens), dict[str, Tensor]()
-        taken = context if x.shape[1] == tokens.places.shape[1] else Context(generator=context.generator)
+        reduction = self.reduction
+        tokens = reduction.begin(self.number, x, self.protected)
+        bias = reduction.bias(tokens)
+        seen = self.seen(x, context if reduction.whole else _placed(self, context, tokens))
         if bias is not None:
-            taken = taken.replace(mask=Mask(bias=bias.to(x.dtype)))
-        layer: Any = attention_of(self)
-        hooks = [
-            part.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output))
-            for name, part in (("query", layer.query), ("key", layer.key))
-        ]
-        try:
-            mixed = self.mix(x, memory, context=taken, state=state)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            seen = seen.replace(mask=Mask(bias=bias.to(x.dtype)))
+        with _watched(attention_of(self)) as heads:
+            mixed = self.mix(x, memory, context=seen, state=state)
         x = x + self.drop_path(mixed.output)
-
-        def evidence() -> Evidence:
-            query, key = (seen[name].unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for name in ("query", "key"))
-            query, key = (
-                part if norm is None else norm(part)
-                for part, norm in ((query, layer.query_norm), (key, layer.key_norm))
-            )
-            return _evidence(
-                self.reduction, query, key.repeat_interleave(layer.num_heads // layer.kv_heads, 1), x, bias
-            )
-
-        x = self.reduction.after(self.number, tokens, x, evidence).x
+        x = reduction.after(self.number, tokens, x, lambda: reduction.evidence(heads, x, bias)).x
         if self.feed_forward is not None:
-            x = x + self.drop_path(self.feed(x, context=Context(generator=context.generator)))
-        x = self.reduction.passed_on(self.number, x)
-        return Result(x, mixed.state, mixed.losses, mixed.extras)
+            fed = self.feed(x, context=Context(generator=context.generator), losses=mixed.losses)
+            x = x + self.drop_path(fed)
+        return Result(reduction.passed_on(self.number, x), mixed.state, mixed.losses, mixed.extras)
 
 
-@functools.cache
-def _reduced_timm_block() -> type[nn.Module]:
-    """A subclass of timm's `Block` that outputs fewer tokens."""
-    block_class: Any = importlib.import_module("timm.models.vision_transformer").Block
-
-    class ReducedTimmBlock(block_class):
-        """A block of timm's `VisionTransformer` that outputs fewer tokens."""
-
-        def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-            if attn_mask is not None:
-                raise Unsupported("attn_mask in a model with fewer tokens", supported="no mask")
-            tokens = self.reduction.begin(self.number, x, self.protected)
-            bias, seen = self.reduction.bias(tokens), []
-            hook = self.attn.qkv.register_forward_hook(lambda _, __, output: seen.append(output))
-            try:
-                mixed = self.attn(self.norm1(x), attn_mask=None if bias is None else bias.to(x.dtype))
-            finally:
-                hook.remove()
-            x = x + self.drop_path1(self.ls1(mixed))
-
-            def evidence() -> Evidence:
-                query, key, _ = seen[0].unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-                return _evidence(self.reduction, self.attn.q_norm(query), self.attn.k_norm(key), x, bias)
-
-            x = self.reduction.after(self.number, tokens, x, evidence).x
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-            return self.reduction.passed_on(self.number, x)
-
-    ReducedTimmBlock.__qualname__ = "ReducedTimmBlock"  # by which a saved model finds it, see __getattr__
-    return ReducedTimmBlock
+def _placed(block: VisionBlock, context: Context, tokens: Tokens) -> Context:
+    """A block's context for the tokens that are left."""
+    roles = context.roles
+    here = context.replace(roles=None if roles is None else roles.gather(1, tokens.origins))
+    return placed(block, here, tokens.origins)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "ReducedTimmBlock":
-        return _reduced_timm_block()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+@contextmanager
+def _watched(layer: AttentionLayer | None) -> Iterator[Heads]:
+    """The queries and keys of a layer's next call; none without a layer."""
+    heads = Heads()
+    if layer is None:
+        yield heads
+        return
 
+    def place(given: dict[str, Tensor], queries: Tensor | None, keys: Tensor | None) -> dict[str, Tensor]:
+        made = AttentionLayer.place(layer, given, queries, keys)
+        heads.given, heads.placed = given, made
+        return made
 
-def _evidence(
-    reduction: Reduction,
-    query: Float[Tensor, "b h n d"],
-    key: Float[Tensor, "b h n d"],
-    x: Float[Tensor, "b n c"],
-    bias: Float[Tensor, "b 1 1 n"] | None,
-) -> Evidence:
-    """The evidence of a layer; of the attention, only the class token's row is computed, for methods that read it."""
-    metric = x if reduction.metric == "tokens" else (key if reduction.metric == "keys" else query).mean(1)
-    if reduction.method not in ATTENDED:
-        return Evidence(metric, None, reduction.generator)
-    scores = query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5
-    scores = scores if bias is None else scores + bias
-    return Evidence(metric, scores.softmax(-1).mean(1)[:, 0], reduction.generator)
+    layer.place = place  # type: ignore[method-assign]
+    try:
+        yield heads
+    finally:
+        del layer.place

@@ -33,6 +33,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,7 +153,7 @@ class PrunedTokens(nn.Module):
             scores = scores / valid.sum(1, keepdim=True)
         else:
             scores = scores - weights.diagonal(dim1=-2, dim2=-1).mean(1)
-        tokens = Tokens(x, run.tokens.sizes, run.tokens.places, CLASS_TOKENS)
+        tokens = replace(run.tokens, x=x)
         first = torch.arange(x.shape[1], device=x.device) < CLASS_TOKENS
         if self.shares is not None or self.temperature is not None:
             factor = torch.where(first, 1.0, self._factor(layer, scores.masked_fill(~valid, -torch.inf)))
@@ -161,7 +162,7 @@ class PrunedTokens(nn.Module):
             if self.shares is None:
                 run.late, run.tokens = factor, tokens
             else:
-                run.tokens = Tokens(x * factor[..., None].to(x), tokens.sizes, tokens.places, CLASS_TOKENS)
+                run.tokens = replace(tokens, x=x * factor[..., None].to(x))
             return run.tokens.x
         order = scores.masked_fill(~valid, -torch.inf).masked_fill(first, torch.inf)
         if self.counts is not None:

@@ -145,4 +145,4 @@ class ChoosingTransformer(nn.Module, ABC):
         rank = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         found = torch.full((len(x), count + 1), DROPPED, device=x.device)
         found = found.scatter(1, torch.where(alive, places, count), rank)[:, :count]
-        self._last.tokens = Tokens(x.detach(), alive.to(x.dtype), found, self.host.protected)
+        self._last.tokens = Tokens(x.detach(), alive.to(x.dtype), found, places, self.host.protected)

@@ -387,14 +387,16 @@ class VisionBlock(Block):
         state: Any = None,
     ) -> Result:
         """Return the new tokens, with the layer's losses; a layer that cannot use the grid sees a sequence."""
-        seen = context if self.sees_grid else context.replace(grid=None, roles=None)
-        if self.turned_axes > 1:
-            seen = seen.replace(positions=self._coordinates(x, context))
-        mixed = self.add_mixed(x, memory, self.drop_path, context=seen, state=state)
+        mixed = self.add_mixed(x, memory, self.drop_path, context=self.seen(x, context), state=state)
         x = mixed.output
         if self.feed_forward is not None:
             x = self.add_fed(x, self.drop_path, context=context, losses=mixed.losses)
         return Result(x, mixed.state, mixed.losses, mixed.extras)
+
+    def seen(self, x: Float[Tensor, "b n c"], context: Context) -> Context:
+        """Return the mixer's context, given the model's with places of the tokens as positions, or None for ranks."""
+        seen = context if self.sees_grid else context.replace(grid=None, roles=None)
+        return seen if self.turned_axes == 1 else seen.replace(positions=self._coordinates(x, context))
 
     def _coordinates(self, x: Float[Tensor, "b n c"], context: Context) -> Int[Tensor, "b n axes"]:
         """Return the row and column of each token, whose place among all tokens is its rank or given; 0 for class tokens."""
