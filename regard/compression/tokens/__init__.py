@@ -8,7 +8,7 @@
     reduction.undo()
 
 Models: :class:`regard.models.vision.vit.VisionTransformer` with layers of any mechanism, and timm's `VisionTransformer` with
-plain blocks; `evit` and `attention` need a class token and softmax attention, also in a mixture of heads. Tokens are merged
+plain blocks, `Eva` (also eva02 and dinov3) and `Beit`; `evit` and `attention` need a class token and softmax attention, also in a mixture of heads. Tokens are merged
 or dropped between the attention and the feed-forward network of a block (methods in
 :mod:`regard.compression.tokens.reducers`). Rotary positions and SeqPE's stay with the tokens (`Tokens.origins`); layers that
 count tokens (windows, recurrences) count those that are left, and layers that read the grid of patches (agent attention)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regard.compression.tokens import timm_blocks
 from regard.compression.tokens.calls import PerThread
-from regard.compression.tokens.hosts import HOSTS, attention_of, placed
+from regard.compression.tokens.hosts import attention_of, placed
 from regard.compression.tokens.reducers import METHODS, Evidence, Heads, Tokens
 from regard.compression.tokens.schedules import Removal, removals
 from regard.contract import Context, Mask, Mechanism, Result, Unsupported, an_instance, one_of
@@ -23,6 +23,7 @@ from regard.models.vision.vit import VisionBlock, VisionTransformer
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+HOSTS = "regard's VisionTransformer, timm's VisionTransformer of plain blocks, Eva and Beit"
 ATTENDED = ("evit", "attention")
 """Methods that need a class token."""
 MERGING = ("tome", "tome_stride", "tome_random")
@@ -224,7 +225,7 @@ def blocks_of(model: nn.Module, *, class_token: bool = True) -> tuple[list[Any],
     if reason:
         raise Unsupported(
             f"fewer tokens in {an_instance(model)} with {reason}",
-            supported="layers for sequences of any length, with no positions, rotary, lrpe or SeqPE's, and timm's plain blocks",
+            supported="layers for sequences of any length, with no positions, rotary, lrpe or SeqPE's, and timm's pre-norm blocks",
         )
     if class_token and not has_class:
         raise Unsupported(
