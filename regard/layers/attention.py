@@ -421,7 +421,7 @@ class AttentionLayer(Layer):
             positions = torch.arange(n, device=tokens.device).expand(batch, n)  # padding leaves tokens in their places
         tokens = tokens if layout.whole else layout.gather(tokens, axis=1)
         where = self._positions(positions, layout, tokens, before)
-        return Side(tokens, layout, *self._prepare(where, context, movable=movable))
+        return Side(tokens, layout, *self._prepare(where, layout, context, movable=movable))
 
     def _project(
         self, heads: Tensors, call: LayerCall, state: LayerState | None
@@ -489,13 +489,15 @@ class AttentionLayer(Layer):
         return rank if layout.lengths is None else torch.where(valid_from_lengths(layout.lengths, x.shape[1]), rank, 0)
 
     def _prepare(
-        self, positions: Tensor | None, context: Context, *, movable: bool
+        self, positions: Tensor | None, layout: Gathering, context: Context, *, movable: bool
     ) -> tuple[Tensor | None, dict[str, Loss]]:
         """Position vectors, if the scheme makes them, and the scheme's losses."""
         if positions is None or self.positions.prepare is None:
             return positions, {}
-        if self.positions.shared and context.position_vectors is not None:
-            return context.position_vectors, {}
+        vectors = context.position_vectors
+        if self.positions.shared and vectors is not None:
+            moved = layout.dense_index is not None
+            return layout.gather(vectors.expand(layout.source_batch, -1, -1), axis=1) if moved else vectors, {}
         return self.positions.prepare(positions, context.grid, context.generator, movable=movable)
 
     def place(self, heads: dict[str, Tensor], queries: Tensor | None, keys: Tensor | None) -> dict[str, Tensor]:

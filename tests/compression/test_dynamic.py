@@ -33,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "a mixture of heads": {"plan": ROUTED, "num_heads": 4},
     "norms, and keys for two heads each": {"plan": [("softmax", {"query_key_norm": "rms", "num_kv_heads": 1})] * 4},
     "rotary": {"positions": "rotary"},
+    "rotary of rows and columns": {"positions": "rotary", "position_options": {"axes": 2}},
+    "encoded positions": {"positions": "seqpe_mul"},
     "distillation": {"distillation_token": True},
 }
 

@@ -35,6 +35,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "agents with biases": {"plan": [("agent", {"num_agents": 4, "agent_bias": "all"}), "softmax", "softmax"]},
     "linear and recurrent": {"plan": ["linear", "bidirectional_mamba", "softmax"]},
     "rotary": {"positions": "rotary"},
+    "rotary of rows and columns": {"positions": "rotary", "position_options": {"axes": 2}, "num_heads": 3},
+    "encoded positions": {"positions": "seqpe_mul"},
     "a bias for distances": {"positions": "alibi"},
     "distillation": {"distillation_token": True},
 }
@@ -148,13 +150,14 @@ def test_rows_of_unequal_lengths_are_packed_without_padding(kind: str, monkeypat
     assert seen[len(counts)] == (8, int(counts[0].max()), 12)
 
 
-def test_tokens_keep_their_rotary_positions() -> None:
-    model, x = interpreted({"positions": "rotary"}, groups=1), images()
+@pytest.mark.parametrize("kind", ["rotary", "rotary of rows and columns", "encoded positions"])
+def test_tokens_keep_their_positions(kind: str) -> None:
+    model, x = interpreted(KINDS[kind], groups=1), images()
     logits, (decision,) = model.forward_masked(x)
     hidden = torch.zeros(decision.stays.shape, dtype=torch.float64).masked_fill(~decision.stays, -torch.inf)
-    tokens = model.model.embed(x)
+    tokens, context, _ = model.model.place(x)
     for block in model.model.blocks:
-        tokens = block(tokens, context=Context(mask=Mask(bias=hidden[:, None, None]))).output
+        tokens = block(tokens, context=context.replace(mask=Mask(bias=hidden[:, None, None]))).output
     close(logits, model.model.forward_head(model.model.norm(tokens)))
     close(model(x), logits)
 
@@ -348,5 +351,3 @@ def test_models_and_groups_that_do_not_fit_are_refused() -> None:
     refused("query", interpreted, query="patch")
     other = VisionTransformer(VisionTransformerConfig(**{**SMALL, "pool": "mean"}))
     refused("class token", InterpretedTransformer, other)
-    other = VisionTransformer(VisionTransformerConfig(**{**SMALL, "positions": "seqpe_mul"}))
-    refused("encoded once for all layers", InterpretedTransformer, other)

@@ -47,7 +47,7 @@ def contexts(model: VisionTransformer, x: Tensor) -> Callable[[Tensor], Context]
     first = model.config.class_tokens
     scheme = model.config.positions
     if scheme == "seqpe_mul":
-        vectors = model._placed(x)[1].position_vectors
+        vectors = model.place(x)[1].position_vectors
         assert vectors is not None
         return lambda at: Context(position_vectors=vectors[0][at])
     if scheme == "rotary" and model.config.position_options:

@@ -159,7 +159,7 @@ class DynamicTransformer(ChoosingTransformer):
         self, images: Float[Tensor, "b c h w"]
     ) -> tuple[Float[Tensor, "b k"], list[Int[Tensor, "b m"]]]:
         """Logits, and the indices of the patches that each stage kept, in ascending order."""
-        x, grid, before = self.host.embed(images), self.host.grid(images), self.host.protected
+        (x, context), before = self.host.embed(images), self.host.protected
         first = x.shape[1] - before
         places, left = torch.arange(x.shape[1], device=x.device).expand(len(x), -1), []
         for number, block in enumerate(self.host.blocks):
@@ -172,7 +172,7 @@ class DynamicTransformer(ChoosingTransformer):
                 x, places = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2])), places.gather(1, chosen)
                 left.append(places[:, before:] - before)
             whole = x.shape[1] == before + first
-            x = self.host.run([block], x, grid, places=None if whole else places)
+            x = self.host.run([block], x, context, places=None if whole else places)
         self.keep(x, torch.ones_like(places, dtype=torch.bool), places, before + first)
         return self.host.logits(self.host.norm(x)), left
 
@@ -190,7 +190,7 @@ class DynamicTransformer(ChoosingTransformer):
             sampled: whether each patch's decision is drawn independently; only then do gradients reach the predictors.
             generator: source of random draws.
         """
-        x, grid, before = self.host.embed(images), self.host.grid(images), self.host.protected
+        (x, context), before = self.host.embed(images), self.host.protected
         kept = x.new_ones(x.shape[0], x.shape[1] - before)
         decisions: list[Tensor] = []
         for number, block in enumerate(self.host.blocks):
@@ -205,7 +205,7 @@ class DynamicTransformer(ChoosingTransformer):
                     kept = torch.zeros_like(kept).scatter(1, chosen, 1.0)
                 decisions.append(kept)
             policy = wide(F.pad(kept, (before, 0), value=1.0))
-            x = self.host.run_under(block, x, grid, partial(softmax_under, policy=policy))
+            x = self.host.run_under(block, x, context, partial(softmax_under, policy=policy))
         features = self.host.norm(x)
         return Pruned(self.host.logits(features), features[:, before:], decisions)
 

@@ -95,15 +95,16 @@ class Host(ABC):
         """Rows and columns of an image's patches."""
 
     @abstractmethod
-    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-        """All tokens, as the first block gets them."""
+    def embed(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n c"], Context]:
+        """All tokens, as the first block gets them, and what all blocks share: the grid of all patches, and the position
+        vectors of all tokens, if the model has them."""
 
     @abstractmethod
     def run(
         self,
         blocks: Sequence[Any],
         x: Float[Tensor, "b n c"],
-        grid: tuple[int, int],
+        context: Context,
         *,
         alive: Bool[Tensor, "b n"] | None = None,
         places: Int[Tensor, "b n"] | None = None,
@@ -113,14 +114,14 @@ class Host(ABC):
         Args:
             blocks: some of the host's, in order.
             x: tokens.
-            grid: rows and columns of all patches.
+            context: from :meth:`embed`.
             alive: tokens that attention sees, the others being masked; all when None.
             places: see the class; None while all tokens are there.
         """
 
     @abstractmethod
     def run_under(
-        self, block: Any, x: Float[Tensor, "b n c"], grid: tuple[int, int], attend: Attend
+        self, block: Any, x: Float[Tensor, "b n c"], context: Context, attend: Attend
     ) -> Float[Tensor, "b n c"]:
         """The output of a block whose softmax is replaced by `attend`; all tokens must be there."""
 
@@ -128,7 +129,7 @@ class Host(ABC):
         self,
         blocks: Sequence[Any],
         x: Float[Tensor, "b n c"],
-        grid: tuple[int, int],
+        context: Context,
         stays: Bool[Tensor, "b n"],
         places: Int[Tensor, "b n"],
     ) -> tuple[Float[Tensor, "b m c"], Bool[Tensor, "b m"], Int[Tensor, "b m"]]:
@@ -143,22 +144,22 @@ class Host(ABC):
         kept, where = x[stays], places[stays]
         places = _padded(where, alive)
         if bool(alive.all()):
-            whole = longest == math.prod(grid) + self.protected
+            whole = longest == math.prod(context.grid or ()) + self.protected
             left = kept.view(len(x), longest, x.shape[2])
-            return self.run(blocks, left, grid, places=None if whole else places), alive, places
-        return self.run_ragged(blocks, kept, grid, alive, places), alive, places
+            return self.run(blocks, left, context, places=None if whole else places), alive, places
+        return self.run_ragged(blocks, kept, context, alive, places), alive, places
 
     def run_ragged(
         self,
         blocks: Sequence[Any],
         kept: Float[Tensor, "tokens c"],
-        grid: tuple[int, int],
+        context: Context,
         alive: Bool[Tensor, "b m"],
         places: Int[Tensor, "b m"],
     ) -> Float[Tensor, "b m c"]:
         """:meth:`run` for rows of unequal lengths, given one after the other: padded and masked, unless a host can do
         better."""
-        return self.run(blocks, _padded(kept, alive), grid, alive=alive, places=places)
+        return self.run(blocks, _padded(kept, alive), context, alive=alive, places=places)
 
     def norm(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """The features of the last block's output."""
@@ -176,7 +177,8 @@ class Host(ABC):
 class OwnHost(Host):
     """A :class:`regard.models.vision.vit.VisionTransformer` with layers of any mechanism.
 
-    A layer whose position scheme takes positions (``rotary``) gets the places of the tokens; layers that count ranks
+    A layer whose position scheme takes positions (``rotary``) gets the places of the tokens, or the position vectors of
+    these places, which the model encodes once for all layers (``seqpe_mul``); layers that count ranks
     count the tokens that are left, and fill a grid with them row by row. Rows of unequal lengths are packed one after
     the other, which the layers of all mechanisms take.
     """
@@ -187,10 +189,6 @@ class OwnHost(Host):
         self.protected, self.width, self.heads = config.class_tokens, config.dim, config.num_heads
 
     def _why_not(self) -> str:
-        if self.model.class_positions is not None:
-            return (
-                f"with {self.model.config.positions} positions, which are encoded once for all layers and all patches"
-            )
         if not self.model.config.class_tokens:
             return "without a class token"
         return "" if self.model.global_pool == "token" else "whose head does not read a class token"
@@ -222,40 +220,41 @@ class OwnHost(Host):
     def grid(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
         return self.model.embedding.grid(*images.shape[2:])
 
-    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-        return self.model.embed(self.model.check_images(images))
+    def embed(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n c"], Context]:
+        x, context, _ = self.model.place(self.model.check_images(images))
+        return x, context
 
     def run(
         self,
         blocks: Sequence[VisionBlock],
         x: Float[Tensor, "b n c"],
-        grid: tuple[int, int],
+        context: Context,
         *,
         alive: Bool[Tensor, "b n"] | None = None,
         places: Int[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n c"]:
         if alive is None and places is not None and any(block.sees_grid for block in blocks):
             alive = torch.ones_like(places, dtype=torch.bool)  # without a mask, tokens would have to fill the grid
-        context = context_of(grid, self.protected, x)
-        return self._through(blocks, x, context.replace(mask=None if alive is None else Mask(valid=alive)), places)
+        context = self._context(context, x, None if alive is None else Mask(valid=alive))
+        return self._through(blocks, x, context, places)
 
     def run_ragged(
         self,
         blocks: Sequence[VisionBlock],
         kept: Float[Tensor, "tokens c"],
-        grid: tuple[int, int],
+        context: Context,
         alive: Bool[Tensor, "b m"],
         places: Int[Tensor, "b m"],
     ) -> Float[Tensor, "b m c"]:
         borders = F.pad(alive.sum(1).cumsum(0), (1, 0))
-        context = context_of(grid, self.protected, places)
+        context = self._context(context, places, Mask(cu_seqlens=borders, max_length=alive.shape[1]))
         assert context.roles is not None  # there are class tokens
-        mask, roles = Mask(cu_seqlens=borders, max_length=alive.shape[1]), context.roles[alive][None]
-        packed = self._through(blocks, kept[None], context.replace(mask=mask, roles=roles), places[alive][None])
+        context = context.replace(roles=context.roles[alive][None])
+        packed = self._through(blocks, kept[None], context, places[alive][None])
         return _padded(packed[0], alive)
 
     def run_under(
-        self, block: VisionBlock, x: Float[Tensor, "b n c"], grid: tuple[int, int], attend: Attend
+        self, block: VisionBlock, x: Float[Tensor, "b n c"], context: Context, attend: Attend
     ) -> Float[Tensor, "b n c"]:
         layer = attention_of(block)
         assert layer is not None
@@ -268,9 +267,15 @@ class OwnHost(Host):
 
         layer.mix = mix
         try:
-            return self.run([block], x, grid)
+            return self.run([block], x, context)
         finally:
             del layer.mix
+
+    def _context(self, context: Context, tokens: Tensor, mask: Mask | None) -> Context:
+        """The context of the tokens (B, N, ...) that are left."""
+        assert context.grid is not None
+        roles = context_of(context.grid, self.protected, tokens).roles
+        return context.replace(mask=mask, roles=roles)
 
     def _through(
         self, blocks: Sequence[VisionBlock], x: Tensor, context: Context, places: Tensor | None
@@ -315,14 +320,15 @@ class TimmHost(Host):
     def grid(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
         return self.model.patch_embed.dynamic_feat_size(tuple(images.shape[2:]))
 
-    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-        return self.model.norm_pre(self.model._pos_embed(self.model.patch_embed(images)))
+    def embed(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n c"], Context]:
+        x = self.model.norm_pre(self.model._pos_embed(self.model.patch_embed(images)))
+        return x, Context(grid=self.grid(images))
 
     def run(
         self,
         blocks: Sequence[Any],
         x: Float[Tensor, "b n c"],
-        grid: tuple[int, int],
+        context: Context,
         *,
         alive: Bool[Tensor, "b n"] | None = None,
         places: Int[Tensor, "b n"] | None = None,
@@ -333,7 +339,7 @@ class TimmHost(Host):
         return x
 
     def run_under(
-        self, block: Any, x: Float[Tensor, "b n c"], grid: tuple[int, int], attend: Attend
+        self, block: Any, x: Float[Tensor, "b n c"], context: Context, attend: Attend
     ) -> Float[Tensor, "b n c"]:
         layer, normed = block.attn, block.norm1(x)
         query, key, value = layer.qkv(normed).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)

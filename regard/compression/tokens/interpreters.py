@@ -24,7 +24,7 @@ and masked. :meth:`InterpretedTransformer.forward_masked` computes all tokens un
 give the same logits.
 
 Any layers can be inside, as all of them honour masks. The class token of the paper is the first of the model's class
-tokens; a distillation token stays too, and is no part of a decision. Rotary positions stay those of all tokens; layers
+tokens; a distillation token stays too, and is no part of a decision. Rotary positions and those of SeqPE stay with the tokens; layers
 that count ranks (``alibi``, windows, recurrences) count the tokens that are left, and agent attention fills its grid with
 them row by row.
 """
@@ -187,11 +187,11 @@ class InterpretedTransformer(ChoosingTransformer):
         return self.host.blocks[first : first + self.sizes[number]]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        x, grid = self.host.embed(x), self.host.grid(x)
+        x, context = self.host.embed(x)
         (alive, places), count = self._all_of(x), x.shape[1]
         for number in range(len(self.sizes)):
             stays = self.decide(number, x, alive).stays
-            x, alive, places = self.host.run_kept(self.group(number), x, grid, stays, places)
+            x, alive, places = self.host.run_kept(self.group(number), x, context, stays, places)
         self.keep(x, alive, places, count)
         return self.host.logits(self.host.norm(x))
 
@@ -213,7 +213,7 @@ class InterpretedTransformer(ChoosingTransformer):
             stays: for each deciding group, the tokens that stay, overriding its interpreter.
             generator: source of random draws.
         """
-        x, grid = self.host.embed(images), self.host.grid(images)
+        x, context = self.host.embed(images)
         alive, places = self._all_of(x)
         decisions = list[Decision]()
         deciding = len(self.sizes) if groups is None else groups
@@ -223,7 +223,7 @@ class InterpretedTransformer(ChoosingTransformer):
                 decisions.append(made if stays is None else replace(made, stays=stays[number] & alive))
                 alive = decisions[-1].stays
             kept = torch.where(alive[..., None], x, 0)
-            x = self.host.run(self.group(number), kept, grid, alive=alive, places=places)
+            x = self.host.run(self.group(number), kept, context, alive=alive, places=places)
         return self.host.logits(self.host.norm(x)), decisions
 
     def decide(

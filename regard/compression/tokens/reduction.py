@@ -192,7 +192,7 @@ def reduce_tokens(
     layers, protected = blocks_of(model, class_token=method in ATTENDED)
     if any(hasattr(block, "reduction") for block in layers):
         raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
-    own = layers if isinstance(model, VisionTransformer) else []
+    own: list[VisionBlock] = layers if isinstance(model, VisionTransformer) else []
     _check_softmax(model, own, f"{method}, which reads the attention of the class token," if method in ATTENDED else "")
     _check_softmax(model, own, "proportional=True" if proportional else "")
     if method in MERGING:
@@ -200,14 +200,14 @@ def reduce_tokens(
     schedule = removals(len(layers), remove, keep, blocks)
     counted = method in MERGING and not any(map(_without_softmax, own)) if proportional is None else proportional
     pooled = model.global_pool not in ("token", "")
-    grid = GridReader.among(own, model.config.grid) if own else None
+    grid = GridReader.among(model) if isinstance(model, VisionTransformer) else None
     reduction = Reduction(method, schedule, counted, metric, generator, pooled, grid)
     for number, block in enumerate(layers):
         reduction.enter(block, number, protected)
     return reduction
 
 
-def blocks_of(model: nn.Module, *, class_token: bool = True) -> tuple[list[Any], int]:
+def blocks_of(model: Any, *, class_token: bool = True) -> tuple[list[Any], int]:
     """The blocks of a host, and its number of class tokens and registers; raises Unsupported for other models, and where
     a `class_token` is needed for models without one."""
     if isinstance(model, VisionTransformer):
@@ -250,10 +250,11 @@ class GridReader:
     patches: int
 
     @classmethod
-    def among(cls, blocks: Sequence[VisionBlock], grid: tuple[int, int]) -> GridReader | None:
+    def among(cls, model: VisionTransformer) -> GridReader | None:
         """The last reader among the blocks of a model; None if there is none."""
+        blocks: list[Any] = list(model.blocks)
         readers = [(number, _name(block)) for number, block in enumerate(blocks) if _reads_grid(block)]
-        return cls(*readers[-1], math.prod(grid)) if readers else None
+        return cls(*readers[-1], math.prod(model.config.grid)) if readers else None
 
     def check(self, removed: Sequence[Removal]) -> None:
         """Raise Unsupported if a schedule removes patches before this block."""
@@ -309,8 +310,10 @@ def _check_heads(blocks: Sequence[VisionBlock], method: str, metric: str) -> Non
     """Raise Unsupported for a layer without the keys or queries that tokens are compared by."""
     for block in blocks:
         layer = attention_of(block)
-        usual = layer is not None and type(layer).forward is AttentionLayer.forward
-        if metric != "tokens" and not (usual and (layer.key if metric == "keys" else layer.query) is not None):
+        part = None
+        if layer is not None and type(layer).forward is AttentionLayer.forward:
+            part = layer.key if metric == "keys" else layer.query
+        if metric != "tokens" and part is None:
             raise Unsupported(
                 f"{method} by the {metric} of a layer of {_name(block)}",
                 supported="layers that make queries and keys of their tokens",
@@ -367,7 +370,7 @@ def _watched(layer: AttentionLayer | None) -> Iterator[Heads]:
         heads.given, heads.placed = given, made
         return made
 
-    layer.place = place  # type: ignore[method-assign]
+    layer.place = place  # type: ignore[method-assign, assignment]
     try:
         yield heads
     finally:

@@ -33,7 +33,7 @@ TABLES = {
 """Bias names of LeapLabTHU/Agent-Attention -> names in the layer of agent attention."""
 
 
-def context_of(grid: tuple[int, int], before: int, x: Float[Tensor, "b n c"]) -> Context:
+def context_of(grid: tuple[int, ...], before: int, x: Float[Tensor, "b n c"]) -> Context:
     """Return the context for a layer that honours roles: the grid, and the roles of `before` leading class tokens."""
     if not before:
         return Context(grid=grid)

@@ -229,7 +229,7 @@ class VisionTransformer(Backbone):
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
     ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]], dict[str, Loss]]:
         """Return the normed tokens (class tokens first), the maps of the levels in `keep`, and the layers' losses."""
-        x, context, losses = self._placed(images)
+        x, context, losses = self.place(images)
         maps: dict[int, Tensor] = {}
         found = None if keep else fused_blocks(self.blocks, x)
         if found is not None:
@@ -244,10 +244,10 @@ class VisionTransformer(Backbone):
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
         """Return the first block's input: class tokens and patches with their positions."""
-        return self._placed(images)[0]
+        return self.place(images)[0]
 
-    def _placed(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n c"], Context, dict[str, Loss]]:
-        """Return the first block's input, the layers' context, and the losses of positions."""
+    def place(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n c"], Context, dict[str, Loss]]:
+        """Return the first block's input, the blocks' context, and the losses of positions."""
         x, grid = self.embedding(images), self.embedding.grid(*images.shape[2:])
         if self.sinusoids is not None:
             rows, columns = (place.flatten()[None] for place in _places(grid, x.device))
