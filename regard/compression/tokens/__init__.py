@@ -7,7 +7,7 @@
     reduction.tokens.places                                     # where each patch went, to draw or spread outputs back
     reduction.undo()
 
-Models: :class:`regard.models.vision.vit.VisionTransformer` with layers of any mechanism, and timm's `VisionTransformer` with
+Models: :class:`regard.models.vision.vit.VisionTransformer` with layers of any mechanism, TNT, and timm's `VisionTransformer` with
 plain blocks, `Eva` (also eva02 and dinov3) and `Beit`; `evit` and `attention` need a class token and softmax attention, also in a mixture of heads. Tokens are merged
 or dropped between the attention and the feed-forward network of a block (methods in
 :mod:`regard.compression.tokens.reducers`). Rotary positions and SeqPE's stay with the tokens (`Tokens.origins`); layers that

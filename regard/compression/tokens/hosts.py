@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from regard.contract import Context, Mask, Mechanism, Result, Unsupported, an_instance, valid_from_lengths
 from regard.core.precision import wide
 from regard.layers.attention import AttentionLayer
+from regard.models.vision import tnt
 from regard.models.vision.patch_tokens import context_of
 from regard.models.vision.released import check_fit
 from regard.models.vision.vit import VisionBlock, VisionTransformer
@@ -352,13 +353,19 @@ class TimmHost(Host):
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-def attention_of(block: VisionBlock) -> AttentionLayer | None:
+def mixer_of(block: VisionBlock | tnt.Block) -> Any:
+    """The layer that mixes the tokens of patches in a block."""
+    return block.outer.attention if isinstance(block, tnt.Block) else block.mixer
+
+
+def attention_of(block: VisionBlock | tnt.Block) -> AttentionLayer | None:
     """The attention layer of a block, of a mixture of heads the one whose heads are routed; None if there is none."""
-    mixer = getattr(block.mixer, "attention", block.mixer)
-    return mixer if isinstance(mixer, AttentionLayer) else None
+    mixer = mixer_of(block)
+    attention = getattr(mixer, "attention", mixer)
+    return attention if isinstance(attention, AttentionLayer) else None
 
 
-def placed(block: VisionBlock, context: Context, places: Int[Tensor, "b n"]) -> Context:
+def placed(block: VisionBlock | tnt.Block, context: Context, places: Int[Tensor, "b n"]) -> Context:
     """A block's context for tokens of which others are gone, given their places among all tokens: with their positions
     and their rows of position vectors."""
     vectors = context.position_vectors
@@ -368,7 +375,7 @@ def placed(block: VisionBlock, context: Context, places: Int[Tensor, "b n"]) -> 
     return context.replace(positions=places) if _takes_positions(block) else context
 
 
-def _takes_positions(block: VisionBlock) -> bool:
+def _takes_positions(block: VisionBlock | tnt.Block) -> bool:
     layer = attention_of(block)
     if layer is None or layer.places_keys or layer.positions.bias is not None:
         return False

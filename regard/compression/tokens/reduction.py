@@ -6,24 +6,27 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.compression.tokens import timm_blocks
 from regard.compression.tokens.calls import PerThread
-from regard.compression.tokens.hosts import attention_of, placed
+from regard.compression.tokens.hosts import attention_of, mixer_of, placed
 from regard.compression.tokens.reducers import METHODS, Evidence, Heads, Tokens
 from regard.compression.tokens.schedules import Removal, removals
 from regard.contract import Context, Mask, Mechanism, Result, Unsupported, an_instance, one_of
 from regard.layers.attention import AttentionLayer
+from regard.layers.residual import add_feed_forward
+from regard.models.vision import tnt
 from regard.models.vision.vit import VisionBlock, VisionTransformer
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-HOSTS = "regard's VisionTransformer, timm's VisionTransformer of plain blocks, Eva and Beit"
+HOSTS = "regard's VisionTransformer and TNT, timm's VisionTransformer of plain blocks, Eva and Beit"
 ATTENDED = ("evit", "attention")
 """Methods that need a class token."""
 MERGING = ("tome", "tome_stride", "tome_random")
@@ -32,6 +35,7 @@ DROPPING = ("attention", "random", "stride")
 """Methods after which some patches are part of no token."""
 METRICS = {"keys": "k", "queries": "q", "tokens": ""}
 """What tokens are compared by, and its name among the heads of a layer."""
+OwnBlock = VisionBlock | tnt.Block
 
 
 class Reduction(PerThread):
@@ -101,7 +105,8 @@ class Reduction(PerThread):
     def enter(self, block: Any, number: int, protected: int) -> None:
         """Turn a block into one that outputs fewer tokens."""
         self._changed.append((block, type(block)))
-        block.__class__ = ReducedBlock if isinstance(block, VisionBlock) else timm_blocks.reduced(type(block))
+        own = OWN.get(type(block))
+        block.__class__ = timm_blocks.reduced(type(block)) if own is None else own
         block.reduction, block.number, block.protected = self, number, protected
 
     def begin(self, block: int, x: Float[Tensor, "b n c"], protected: int) -> Tokens:
@@ -192,7 +197,7 @@ def reduce_tokens(
     layers, protected = blocks_of(model, class_token=method in ATTENDED)
     if any(hasattr(block, "reduction") for block in layers):
         raise Unsupported("a second reduction of a model", supported="one at a time", nearest="undo() of the first")
-    own: list[VisionBlock] = layers if isinstance(model, VisionTransformer) else []
+    own: list[OwnBlock] = layers if isinstance(model, VisionTransformer | tnt.TNT) else []
     _check_softmax(model, own, f"{method}, which reads the attention of the class token," if method in ATTENDED else "")
     _check_softmax(model, own, "proportional=True" if proportional else "")
     if method in MERGING:
@@ -200,7 +205,7 @@ def reduce_tokens(
     schedule = removals(len(layers), remove, keep, blocks)
     counted = method in MERGING and not any(map(_without_softmax, own)) if proportional is None else proportional
     pooled = model.global_pool not in ("token", "")
-    grid = GridReader.among(model) if isinstance(model, VisionTransformer) else None
+    grid = GridReader.among(model) if isinstance(model, VisionTransformer | tnt.TNT) else None
     reduction = Reduction(method, schedule, counted, metric, generator, pooled, grid)
     for number, block in enumerate(layers):
         reduction.enter(block, number, protected)
@@ -210,9 +215,9 @@ def reduce_tokens(
 def blocks_of(model: Any, *, class_token: bool = True) -> tuple[list[Any], int]:
     """The blocks of a host, and its number of class tokens and registers; raises Unsupported for other models, and where
     a `class_token` is needed for models without one."""
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer | tnt.TNT):
         blocks: list[Any] = list(model.blocks)
-        protected = model.config.class_tokens
+        protected = model.prefix if isinstance(model, tnt.TNT) else model.config.class_tokens
         has_class = protected > 0
         reason = next((why for block in blocks if (why := _why_not(block))), "")
     elif timm_blocks.is_host(model):
@@ -250,7 +255,7 @@ class GridReader:
     patches: int
 
     @classmethod
-    def among(cls, model: VisionTransformer) -> GridReader | None:
+    def among(cls, model: VisionTransformer | tnt.TNT) -> GridReader | None:
         """The last reader among the blocks of a model; None if there is none."""
         blocks: list[Any] = list(model.blocks)
         readers = [(number, _name(block)) for number, block in enumerate(blocks) if _reads_grid(block)]
@@ -267,16 +272,16 @@ class GridReader:
                 )
 
 
-def _card(block: VisionBlock) -> Mechanism | None:
-    return getattr(attention_of(block) or block.mixer, "card", None)  # blocks without heads have no mechanism
+def _card(block: OwnBlock) -> Mechanism | None:
+    return getattr(attention_of(block) or mixer_of(block), "card", None)  # blocks without heads have no mechanism
 
 
-def _name(block: VisionBlock) -> str:
+def _name(block: OwnBlock) -> str:
     card = _card(block)
     return "no mixer" if card is None else card.name
 
 
-def _why_not(block: VisionBlock) -> str:
+def _why_not(block: OwnBlock) -> str:
     """What stands against fewer tokens in a block, in words that follow "with"; empty if nothing does."""
     layer, card = attention_of(block), _card(block)
     if layer is not None:
@@ -290,12 +295,12 @@ def _why_not(block: VisionBlock) -> str:
     return ""
 
 
-def _without_softmax(block: VisionBlock) -> bool:
+def _without_softmax(block: OwnBlock) -> bool:
     layer = attention_of(block)
     return layer is None or layer.card.name != "softmax" or layer.config != layer.card.options()
 
 
-def _check_softmax(model: nn.Module, blocks: Sequence[VisionBlock], asked: str) -> None:
+def _check_softmax(model: nn.Module, blocks: Sequence[OwnBlock], asked: str) -> None:
     """Raise Unsupported if something is asked for that needs plain softmax weights, and a block has none."""
     other = next((block for block in blocks if _without_softmax(block)), None)
     if asked and other is not None:
@@ -306,7 +311,7 @@ def _check_softmax(model: nn.Module, blocks: Sequence[VisionBlock], asked: str) 
         )
 
 
-def _check_heads(blocks: Sequence[VisionBlock], method: str, metric: str) -> None:
+def _check_heads(blocks: Sequence[OwnBlock], method: str, metric: str) -> None:
     """Raise Unsupported for a layer without the keys or queries that tokens are compared by."""
     for block in blocks:
         layer = attention_of(block)
@@ -321,9 +326,10 @@ def _check_heads(blocks: Sequence[VisionBlock], method: str, metric: str) -> Non
             )
 
 
-def _reads_grid(block: VisionBlock) -> bool:
+def _reads_grid(block: OwnBlock) -> bool:
     card = _card(block)
-    return card is not None and block.sees_grid and (card.keeps_places or bool(card.grid_variants))
+    sees = not block.prefix if isinstance(block, tnt.Block) else block.sees_grid
+    return card is not None and sees and (card.keeps_places or bool(card.grid_variants))
 
 
 class ReducedBlock(VisionBlock):
@@ -350,7 +356,42 @@ class ReducedBlock(VisionBlock):
         return Result(reduction.passed_on(self.number, x), mixed.state, mixed.losses, mixed.extras)
 
 
-def _placed(block: VisionBlock, context: Context, tokens: Tokens) -> Context:
+class ReducedTNTBlock(tnt.Block):
+    """A block of :class:`regard.models.vision.tnt.TNT` that outputs fewer sentences, each with its words.
+
+    The words of a patch go where its sentence goes: they are dropped with it, or merged to the same mean.
+    """
+
+    reduction: Reduction
+    number: int
+    protected: int
+
+    def forward(self, words: Tensor, sentences: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        reduction, outer = self.reduction, cast("Any", self.outer)
+        tokens = reduction.begin(self.number, sentences, self.protected)
+        bias = reduction.bias(tokens)
+        words, sentences = self.read(words, sentences)
+        seen = context if reduction.whole else _placed(self, context, tokens)
+        if bias is not None:
+            seen = seen.replace(mask=Mask(bias=bias.to(sentences.dtype)))
+        with _watched(attention_of(self)) as heads:
+            mixed = mixer_of(self)(outer.norm1(sentences), context=seen).output
+        sentences = sentences + outer.drop_path(outer.dropout(mixed))
+        own = F.pad(words.unflatten(0, (len(sentences), -1)).flatten(2), (0, 0, self.prefix, 0))
+        joined = torch.cat([sentences, own], -1)  # (B, prefix + n, C + m * c)
+        moved = reduction.after(self.number, tokens, joined, lambda: reduction.evidence(heads, sentences, bias)).x
+        sentences, own = moved.split([sentences.shape[2], own.shape[2]], -1)
+        words = own[:, self.prefix :].flatten(0, 1).unflatten(1, words.shape[1:])
+        end = outer.dropout, outer.excitation, outer.drop_path
+        sentences = add_feed_forward(sentences, outer.norm2, outer.mlp, *end)
+        return words, reduction.passed_on(self.number, sentences)
+
+
+OWN: dict[type, type] = {VisionBlock: ReducedBlock, tnt.Block: ReducedTNTBlock}
+"""Blocks of this project, and those that output fewer tokens."""
+
+
+def _placed(block: OwnBlock, context: Context, tokens: Tokens) -> Context:
     """A block's context for the tokens that are left."""
     roles = context.roles
     here = context.replace(roles=None if roles is None else roles.gather(1, tokens.origins))

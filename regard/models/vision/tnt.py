@@ -272,11 +272,18 @@ class Block(nn.Module):
     def forward(
         self, words: Float[Tensor, "bn m i"], sentences: Float[Tensor, "b n c"], context: Context
     ) -> tuple[Float[Tensor, "bn m i"], Float[Tensor, "b n c"]]:
-        if self.inner is not None and self.fusion is not None:
-            words = self.inner(words)
-            added = self.fusion(words, (sentences.shape[0], sentences.shape[1] - self.prefix))
-            sentences = sentences + F.pad(added, (0, 0, self.prefix, 0))
+        words, sentences = self.read(words, sentences)
         return words, self.outer(sentences, context)
+
+    def read(
+        self, words: Float[Tensor, "bn m i"], sentences: Float[Tensor, "b n c"]
+    ) -> tuple[Float[Tensor, "bn m i"], Float[Tensor, "b n c"]]:
+        """Mix the words of each patch, and add what its sentence reads of them."""
+        if self.inner is None or self.fusion is None:
+            return words, sentences
+        words = self.inner(words)
+        added = self.fusion(words, (sentences.shape[0], sentences.shape[1] - self.prefix))
+        return words, sentences + F.pad(added, (0, 0, self.prefix, 0))
 
 
 class Fusion(nn.Module):
