@@ -7,14 +7,14 @@
     reduction.tokens.places                                     # where each patch went, to draw or spread outputs back
     reduction.undo()
 
-Models: :class:`regard.models.vision.vit.VisionTransformer` with layers of any mechanism, TNT, and timm's `VisionTransformer` with
-plain blocks, `Eva` (also eva02 and dinov3) and `Beit`; `evit` and `attention` need a class token and softmax attention, also in a mixture of heads. Tokens are merged
-or dropped between the attention and the feed-forward network of a block (methods in
-:mod:`regard.compression.tokens.reducers`). Rotary positions and SeqPE's stay with the tokens (`Tokens.origins`); layers that
-count tokens (windows, recurrences) count those that are left, and layers that read the grid of patches (agent attention)
-must come before the first removal. A token that stands for several counts that many times in later softmax attention, by
-adding log(size) to the scores of its key (`proportional`), and in a model that averages its patches: the last block
-outputs it in the place of each.
+Models: :class:`regard.models.vision.vit.VisionTransformer` with layers of any mechanism, :class:`regard.models.vision.tnt.TNT`,
+and timm's `VisionTransformer` of plain blocks, `Eva` (also eva02 and dinov3) and `Beit`; `evit` and `attention` need a class
+token and softmax attention, also in a mixture of heads. Tokens are merged or dropped between the attention and the
+feed-forward network of a block (methods in :mod:`regard.compression.tokens.reducers`). Rotary positions and SeqPE's stay
+with the tokens (`Tokens.origins`); layers that count tokens (windows, recurrences) count those that are left, and layers
+that read the grid of patches (agent attention) must come before the first removal. A token that stands for several counts
+that many times in later softmax attention, by adding log(size) to the scores of its key (`proportional`), and in a model
+that averages its patches: the last block outputs it in the place of each.
 
 Trained methods: :mod:`regard.compression.tokens.dynamic` (DynamicViT) and :mod:`regard.compression.tokens.interpreters`
 (IA-RED²), around vision transformers of this project and of timm whose head reads a class token;

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -367,7 +367,8 @@ class ReducedTNTBlock(tnt.Block):
     protected: int
 
     def forward(self, words: Tensor, sentences: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        reduction, outer = self.reduction, cast("Any", self.outer)
+        reduction = self.reduction
+        outer: Any = self.outer
         tokens = reduction.begin(self.number, sentences, self.protected)
         bias = reduction.bias(tokens)
         words, sentences = self.read(words, sentences)
