@@ -48,6 +48,12 @@ def count(value: float) -> str:
     return f"{value:.3g}"
 
 
+def counted(number: int, what: str) -> str:
+    """Format a number of things, given the word for one of them: 1 image, 2 classes, 2 series, 1,000 files."""
+    ending = "" if number == 1 else "es" if what.endswith("ss") else "" if what.endswith("s") else "s"
+    return f"{number:,} {what}{ending}"
+
+
 def tokens(value: float) -> str:
     """Format a number of tokens, in units of 1024 if it is a multiple: 512, 1k, 1,000."""
     if value >= 1024 and value % 1024 == 0:

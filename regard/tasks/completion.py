@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Pattern, Unsupported
+from regard.measurement.units import counted
 from regard.tasks.documents import Paths, one_folder, walk
 from regard.tasks.protocol import (
     EVALUATION,
@@ -180,7 +181,9 @@ def _sphere(count: int) -> Float[Tensor, "n 3"]:
 def _read_folder(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
     files = sorted(path for path in walk(folder)[0] if path.suffix.lower() in MESHES)
     if len(files) < 2:
-        raise Unsupported(f"{folder} with {len(files)} meshes", supported="two or more files: " + " ".join(MESHES))
+        raise Unsupported(
+            f"{folder} with {counted(len(files), 'mesh file')}", supported="two or more files: " + " ".join(MESHES)
+        )
     meshes = [read_mesh(path) for path in files]
     held_out = set(range(0, len(meshes), 10))
     return (

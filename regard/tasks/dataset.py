@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from regard.contract import Pattern, Unsupported, one_of
+from regard.measurement.units import counted
 from regard.tasks.protocol import (
     IGNORED,
     Batch,
@@ -140,7 +141,7 @@ class DatasetTask(Task):
         return "\n".join(
             [
                 f"{self.name}: {type(self._training).__name__}, {self.length} tokens, {self.objective}",
-                f"training: {len(self._training):,} items; held out: {len(self._held_out):,} items, "
+                f"training: {counted(len(self._training), 'item')}; held out: {counted(len(self._held_out), 'item')}, "
                 f"{len(self._scored):,} of them scored in {self.metric}{chance}",
                 "split: as the data sets come",
                 f"sample: {shapes}",

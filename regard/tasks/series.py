@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regard.contract import Unsupported
+from regard.measurement.units import counted
 from regard.tasks.tables import Table
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def read_series(
         _refuse_twice(table, times, order, name, time, groups)
         if len(order) < FEWEST:
             raise Unsupported(
-                f"{_called(table, name)} of {len(order)} rows",
+                f"{_called(table, name)} of {counted(len(order), 'row')}",
                 supported=f"{FEWEST} or more, for training and held-out data",
             )
         rows_of[name] = order
@@ -129,7 +130,9 @@ def read_series(
         rows = np.flatnonzero(np.isnan(cells))
         if len(rows):
             first = table.places[rows[0]]
-            notes.append(f"{len(rows)} empty cells of {column} filled with the value before, the first: {first}")
+            notes.append(
+                f"{counted(len(rows), 'empty cell')} of {column} filled with the value before, the first: {first}"
+            )
     return series, interval, notes
 
 

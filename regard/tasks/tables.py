@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regard.contract import Unsupported, closest
+from regard.measurement.units import counted
 from regard.tasks.documents import JSON_LINES, Paths, file_name, json_objects, names_of, nearest_path
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Table:
         if all(kept):
             return []
         count, first = len(kept) - sum(kept), self.places[list(kept).index(False)]
-        return [f"{self.name}: {count} rows without {lacking} left out, the first: {first}"]
+        return [f"{self.name}: {counted(count, 'row')} without {lacking} left out, the first: {first}"]
 
     def numbers(self, name: Any, option: str) -> Float[np.ndarray, " n"]:
         """A column of numbers, nan where a cell is empty; refuses text and infinities, naming the line."""

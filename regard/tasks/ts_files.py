@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regard.contract import Unsupported
+from regard.measurement.units import counted
 from regard.tasks.documents import nearest_path, printable
 from regard.tasks.packaged import package_folder
 
@@ -91,7 +92,7 @@ def read_ts(path: Path) -> list[Measured]:
                 )
             if series[-1].values.shape[1] != series[0].values.shape[1]:
                 raise Unsupported(
-                    f"{place}, with {series[-1].values.shape[1]} channels",
+                    f"{place}, with {counted(series[-1].values.shape[1], 'channel')}",
                     supported=f"{series[0].values.shape[1]}, as the first series has",
                 )
             continue

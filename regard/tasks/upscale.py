@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported
+from regard.measurement.units import counted
 from regard.tasks.documents import Paths, one_folder, walk
 from regard.tasks.image_files import images_among, read_image, require_pillow
 from regard.tasks.protocol import (
@@ -127,7 +128,7 @@ class UpscaleTask(Task):
             [
                 f"upscale: patches of {self.size} x {self.size} pixels from {self.size // self.factor} x "
                 f"{self.size // self.factor}, of {self._named}",
-                f"training: patches anywhere in {len(self._training)} photos, half of them mirrored; held out: "
+                f"training: patches anywhere in {counted(len(self._training), 'photo')}, half of them mirrored; held out: "
                 f"{len(self._held_out)} of {self._count} patches of other photos",
                 f"scored in PSNR (dB); {self.baseline.name}: {self.baseline.score:.2f}",
             ]

@@ -33,6 +33,14 @@ def test_numbers_read_as_a_person_writes_them(form, value, text):
     assert form(value) == text
 
 
+@pytest.mark.parametrize(
+    ("number", "what", "text"),
+    [(1, "image", "1 image"), (0, "class", "0 classes"), (1, "series", "1 series"), (1200, "series", "1,200 series")],
+)
+def test_things_are_counted_in_words(number, what, text):
+    assert units.counted(number, what) == text
+
+
 def test_value_and_error_share_their_digits():
     assert units.with_error(0.98765, 0.0123) == ("0.988", "0.012")
     assert units.with_error(123.4, 17.0) == ("123", "17")

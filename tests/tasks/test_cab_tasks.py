@@ -124,7 +124,7 @@ def test_meshes_are_read_and_points_lie_on_their_triangles(tmp_path):
     (tmp_path / "b.stl").write_bytes(b"solid")
     refused(lambda: create_task("completion", data=tmp_path), "b.stl, which cannot be read as a mesh")
     (tmp_path / "b.stl").unlink()
-    refused(lambda: create_task("completion", data=tmp_path), "with 1 meshes")
+    refused(lambda: create_task("completion", data=tmp_path), "with 1 mesh file")
 
 
 def test_warping_finds_the_cheapest_path():

@@ -117,7 +117,7 @@ def test_gaps_are_counted_named_filled_from_before_and_not_scored(make):
     task = make(rows[:870] + rows[873:])
     first = "the first in the series of a.csv at 2024-02-06T06:00:00: filled with the value before"
     assert f"note: 3 missing rows, {first}" in task.describe()
-    assert "note: 1 empty cells of wind filled with the value before, the first: a.csv, line 32" in task.describe()
+    assert "note: 1 empty cell of wind filled with the value before, the first: a.csv, line 32" in task.describe()
     assert held_out(task, "targets").flatten().isnan().nonzero().flatten().tolist() == [22, 23, 24]
     memory = held_out(task, "memory")
     assert not memory.isnan().any()

@@ -22,6 +22,7 @@ from regard.contract import Result, Unsupported, an_instance, at_least, check_ty
 from regard.core.grids import image_of
 from regard.layers.checks import check_repeatable
 from regard.layers.linear import make_linear
+from regard.measurement.units import counted
 from regard.models.vision.blocks import Blocks
 from regard.models.vision.released import HEADS, load_released
 
@@ -410,7 +411,7 @@ class Backbone(nn.Module):
             raise Unsupported(f"images as {what}", supported="floats of shape (B, channels, height, width)")
         if images.shape[1] != self.config.channels:
             raise Unsupported(
-                f"images of {images.shape[1]} channels",
+                f"images of {counted(images.shape[1], 'channel')}",
                 supported=f"{self.config.channels}",
                 nearest=f"channels={images.shape[1]}",
             )

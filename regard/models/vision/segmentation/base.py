@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, at_least
+from regard.measurement.units import counted
 from regard.models.vision.backbone import check_network
 from regard.models.vision.released import load_encoder, load_released
 
@@ -131,7 +132,9 @@ class Segmenter(nn.Module):
             sides = "height, width" if axes == 2 else "depth, height, width"
             raise Unsupported(f"images of {images.dtype} and shape {shape}", supported=f"floats (B, channels, {sides})")
         if shape[1] != config.channels:
-            raise Unsupported(f"images of {shape[1]} channels", supported=f"{config.channels}", nearest="channels=")
+            raise Unsupported(
+                f"images of {counted(shape[1], 'channel')}", supported=f"{config.channels}", nearest="channels="
+            )
         self.check_size(config, shape[2:])
 
     @classmethod
