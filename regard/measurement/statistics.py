@@ -88,6 +88,11 @@ class Comparison:
             residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
             self.training_variance = float((residual**2).sum() / self.degrees)
 
+    @property
+    def few_items(self) -> bool:
+        """Whether there are fewer than FEWEST_ITEMS held-out items, so that nothing can be told from a rule."""
+        return any(len(items) < FEWEST_ITEMS for scores in self.scores.values() for items in scores.items.values())
+
     def difference(self, first: str, second: str) -> Difference:
         """Return the difference of two mechanisms, paired over seeds and items."""
         a, b = self.scores[first], self.scores[second]

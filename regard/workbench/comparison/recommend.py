@@ -116,8 +116,14 @@ def recommend(
     rest = [task for task in summary if task not in solved]
     quality = _equal_quality(kept, solved, rest, comparisons)
     text = f"Take {winner}: " + _headline(scored, kept, alike, quality, cost, why, len(summary), proven=not unproven)
+    standings = {task: _entry(summary, task, winner).get("beside_baseline") for task in rest}
+    few = [task for task in rest if standings[task] == "level" and comparisons[task].few_items]
+    if few:
+        text += (
+            f" On {listed(few)} so few items are held out that nothing can be shown to beat a rule without training."
+        )
     for standing, words in (("level", "is not clearly beaten"), ("behind", "is better")):
-        if tasks := [task for task in rest if _entry(summary, task, winner).get("beside_baseline") == standing]:
+        if tasks := [task for task in rest if standings[task] == standing and task not in few]:
             text += f" But on {listed(tasks)} a rule without training {words}: it may have learned nothing there."
     at_edge = {task: rate for (task, name), rate in (edges or {}).items() if name == winner}
     if at_edge:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from regard.measurement.statistics import Comparison, Scores, items_array, pareto_front
+from regard.measurement.statistics import FEWEST_ITEMS, Comparison, Scores, items_array, pareto_front
 from regard.tasks import Baseline
 from regard.training.loop import History, Point
 from regard.workbench.comparison.recommend import listed
@@ -145,7 +145,9 @@ def beside_baseline(task: str, entries: Sequence[Mapping[str, Any]], baseline: B
         if names or standing == "ahead":
             said += f" {words}: {', '.join(names) or 'none'}."
         if winner in names and standing != "ahead":
-            said += f" So {winner} is not shown to beat it: a larger --budget, or more held-out items, may help."
+            few = len(baseline.items) < FEWEST_ITEMS
+            help_ = "that takes more held-out items" if few else "a larger --budget, or more held-out items, may help"
+            said += f" So {winner} is not shown to beat it: {help_}."
     return said
 
 

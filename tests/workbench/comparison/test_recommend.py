@@ -83,6 +83,11 @@ def test_what_is_not_shown_to_beat_the_rule_is_not_taken_where_others_are():
     found = advise(text=(summary, comparison))
     assert found.winner == "toy"
     assert "on text a rule without training is not clearly beaten: it may have learned nothing there." in found.text
+    few = Comparison({n: Scores({s: x[:3] for s, x in each.items.items()}) for n, each in comparison.scores.items()})
+    text = advise(text=(summary, few)).text
+    assert (
+        "On text so few items are held out that nothing can be shown to beat a rule" in text and "learned" not in text
+    )
     for entry in summary:
         entry["beside_baseline"] = "behind"
     assert "on text a rule without training is better" in advise(text=(summary, comparison)).text
