@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -15,6 +15,10 @@ from regard.cli.progress import progress
 from regard.contract import Unsupported
 from regard.measurement import units
 from regard.workbench.plugins import enter_plugins
+
+if TYPE_CHECKING:
+    from regard.tasks import Task
+    from regard.workbench.trained.folder import TrainedModel
 
 
 def evaluate(
@@ -116,9 +120,12 @@ def evaluate(
     shared = 0 if chosen is None else getattr(task, "shared", 0)
     if shared:
         result["shared"] = shared
+    notes = [] if own or not data else _of_training(trained, task)
     if skip_unreadable:
         told_of_task = task.describe().splitlines()
-        result["notes"] = [line.removeprefix("note: ") for line in told_of_task if line.startswith("note: ")]
+        notes += [line.removeprefix("note: ") for line in told_of_task if line.startswith("note: ")]
+    if notes:
+        result["notes"] = notes
     if fewer is not None:
         again = trained.score(task, own=chosen is None, device=device, model=fewer.model)
         batch = next(iter(task.evaluation_batches(AT_ONCE)))
@@ -131,12 +138,13 @@ def evaluate(
         emit(result)
         return
     beside = "" if baseline is None else f"; without training, {baseline.name} has {baseline.score:.4g}"
-    console.print(
-        Text(f"{found.score:.4g} {task.metric} on {len(found.items)} item{'s' * (len(found.items) != 1)}{beside}.")
-    )
+    console.print(Text(f"{found.score:.4g} {task.metric} on {units.counted(len(found.items), 'item')}{beside}."))
     if shared:
+        are = "is" if shared == 1 else "are"
         console.print(
-            Text(f"{shared} of the items are among the data of its training: what was learnt by heart counts as known.")
+            Text(
+                f"{shared} of the items {are} among the data of its training: what was learnt by heart counts as known."
+            )
         )
     for name, (mean, error) in figures.items():
         console.print(Text(f"{name}: {units.told(mean, error)} over the items"))
@@ -144,8 +152,17 @@ def evaluate(
         console.print(Text(f"{again.score:.4g} {task.metric} with {reduce}: {told(speeds)}."))
     for one in early:
         console.print(Text(one.told(task.metric)))
-    for note in result.get("notes", ()):
+    for note in notes:
         console.print(Text(f"note: {note}", style="dim"))
+
+
+def _of_training(trained: TrainedModel, task: Task) -> list[str]:
+    """Notes on what is known about other data and the data of the training."""
+    missing = trained.missing_data()
+    if missing is not None:
+        return [f"the data of its training, {missing}, are not there any more: which items it knows is not known"]
+    overlap = getattr(task, "overlap", None)
+    return [str(overlap)] if overlap is not None and overlap.much and not task.shared else []
 
 
 def _of_other_libraries(folder: Path, data: list[str] | None, device: str, as_json: bool) -> None:
@@ -164,7 +181,9 @@ def _of_other_libraries(folder: Path, data: list[str] | None, device: str, as_js
         emit({"folder": str(folder), **found.as_dict()})
         return
     said = units.told(found.score, found.standard_error)
-    console.print(Text(f"{said} {found.metric} on {found.items} items; loss {units.number(found.loss)} nats."))
+    console.print(
+        Text(f"{said} {found.metric} on {units.counted(found.items, 'item')}; loss {units.number(found.loss)} nats.")
+    )
     times = ", ".join(f"{name} {units.milliseconds(value)}" for name, value in found.milliseconds.items())
     console.print(Text(f"{units.size(found.bytes)} of weights; {times}."))
     console.print(Text(found.described, style="dim"))

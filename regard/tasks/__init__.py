@@ -30,6 +30,7 @@ from regard.tasks.protocol import (
     Baseline,
     Batch,
     Objective,
+    Scored,
     Task,
     absolute_error,
     accuracy,
@@ -94,6 +95,7 @@ def create_task(
     validation: Paths | None = None,
     tokenizer: str = "bytes",
     seed: int = 0,
+    scored: Scored | None = None,
     **options: Any,
 ) -> Task:
     """Create a task by name. Nothing is downloaded.
@@ -105,6 +107,7 @@ def create_task(
         validation: held-out data, given explicitly.
         tokenizer: tokenizer of the text task: ``bytes``, ``bpe:SIZE`` or a saved ``.json``.
         seed: seed of splits and held-out items; training has its own seed.
+        scored: a trained model, if the task is made to score it on `validation`.
         **options: options of the task (see its class).
 
     Raises:
@@ -124,7 +127,12 @@ def create_task(
                 supported=", ".join(accepted),
                 nearest=closest(option, accepted),
             )
-    task: Task = TASKS[name](**given)
+    if not (scored is None or isinstance(scored, Scored)):
+        raise Unsupported(f"scored={scored!r} of the task {name}", supported="a regard.tasks.Scored, in Python")
+    kind = TASKS[name]
+    task: Task = kind.__new__(kind)
+    task.scored = scored  # before its data are read
+    task.__init__(**given)  # type: ignore[misc]
     task.registered = name
     task.origin = {option: _lasting(option, value, TASKS[name].named) for option, value in given.items()}
     return task
@@ -148,6 +156,7 @@ __all__ = [
     "Batch",
     "DatasetTask",
     "Objective",
+    "Scored",
     "Task",
     "absolute_error",
     "accuracy",

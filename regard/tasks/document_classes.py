@@ -106,11 +106,11 @@ def read_items(
 
 def _read_folder(folder: Path, field: str) -> tuple[list[Labelled], list[str]]:
     classes = class_folders(folder)
-    if len(classes) < 2:
+    if not classes:
         raise Unsupported(
-            f"{folder} with {len(classes)} sub-folders",
+            f"{folder} with 0 sub-folders",
             supported="a folder with a sub-folder of text files for each class, 2 or more of them",
-            nearest="--task text, which needs no classes" if not classes else "",
+            nearest="--task text, which needs no classes",
         )
     items, said = list[Labelled](), list[str]()
     for path in classes:

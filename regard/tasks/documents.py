@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported, closest
+from regard.measurement.units import counted
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -149,12 +150,13 @@ def overlap_note(count: int, what: str, validation: Paths | None, first: str) ->
 
     Args:
         count: number of training items that are also held out.
-        what: what the items are, in the plural.
+        what: what one of the items is.
         validation: the held-out data; None for those of a packaged data set.
         first: the first of these items.
     """
     named = "the held-out data" if validation is None else f"the held-out data ({names_of(validation)})"
-    return f"{count} {what} of {named} are also in the training data: not trained on; the first: {shortened(first)}"
+    told = f"{counted(count, what)} of {named} also in the training data"
+    return f"{told}: not trained on; the first: {shortened(first)}"
 
 
 def nearest_path(path: Path) -> str:
@@ -217,7 +219,7 @@ def walk(root: Path, without: frozenset[str] = frozenset()) -> tuple[list[Path],
             elif not entry.is_dir():
                 files.append(Path(entry.path))
         waiting += reversed(inside)
-    return files, [f"{names_of(root)}: {outside} links that lead out of it not followed"] if outside else []
+    return files, [f"{names_of(root)}: {counted(outside, 'link')} out of it not followed"] if outside else []
 
 
 def leads_inside(path: str | Path, root: Path) -> bool:
@@ -255,19 +257,23 @@ def _read_folder(root: Path, field: str) -> tuple[list[Document], list[str]]:
         found = _read_file(_existing(path), file_name(path.relative_to(root)), field)
         empty += not found
         documents += found
-    counted = ", ".join(f"{suffix}: {count}" for suffix, count in others.most_common(5))
+    listed = ", ".join(f"{suffix}: {count}" for suffix, count in others.most_common(5))
     if not documents:
         raise Unsupported(
-            f"the folder {root}, which holds no text" + (f" (other files: {counted})" if others else ""),
+            f"the folder {root}, which holds no text" + (f" (other files: {listed})" if others else ""),
             supported="UTF-8 text, best in files ending in " + " ".join(sorted(TEXT_SUFFIXES)),
         )
     if not by_suffix:
         notes.append(f"{names_of(root)}: no file has a suffix of text, so that all were read which are UTF-8 text")
     if others:
-        what = "files with other suffixes" if by_suffix else "other files"
-        notes.append(f"{names_of(root)}: {others.total()} {what} not read ({counted})")
+        what = (
+            counted(others.total(), "file") + " with other suffixes"
+            if by_suffix
+            else counted(others.total(), "other file")
+        )
+        notes.append(f"{names_of(root)}: {what} not read ({listed})")
     if empty:
-        notes.append(f"{names_of(root)}: {empty} empty files left out")
+        notes.append(f"{names_of(root)}: {counted(empty, 'empty file')} left out")
     return documents, notes
 
 

@@ -6,14 +6,15 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, closest
+from regard.measurement.units import counted
 from regard.tasks.documents import class_folders, file_name, names_of, nearest_path, walk
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Images:
         classes: names of the classes.
         held_out: indices of images that must not be trained on; None if the data set has no split of its own.
         notes: notes on what was left out.
-        shared: number of other images that are also among the held-out ones, and were therefore left out.
+        shared: number of held-out images that are also among the others, which are not trained on.
         span: least and greatest value of images with more than 8 bits, which become black and white; None without such
             images.
     """
@@ -102,6 +103,7 @@ def load_folders(
     *,
     skip_unreadable: bool = False,
     span: tuple[float, float] | None = None,
+    known: Sequence[str] | None = None,
 ) -> Images:
     """Load the images of a folder with a sub-folder per class, and those of a second folder as held-out images.
 
@@ -110,11 +112,20 @@ def load_folders(
         channels: 3 or 1.
         skip_unreadable: whether unreadable files are reported in the notes instead of refused.
         span: as in :class:`Images`; by default that of the images that are not held out.
+        known: the classes of a trained model that is scored, of which the folders may have any; None for those of
+            `folder`, of which the second may have any.
 
     Raises:
         Unsupported: for folders and files that cannot be used.
     """
-    classes, paths, labels, notes = _list_folders(folder)
+    listed, notes = _list_folders(folder)
+    classes = list(listed) if known is None else list(known)
+    if len(classes) < 2:
+        raise Unsupported(
+            f"{folder} with {counted(len(classes), 'sub-folder')}",
+            supported="a folder with one sub-folder per class, 2 or more of them",
+        )
+    paths, labels = _labelled(folder, listed, classes)
     held = 0
     if validation is not None:
         if not validation.is_dir():
@@ -123,13 +134,8 @@ def load_folders(
                 supported="a folder like data",
                 nearest="" if validation.exists() else nearest_path(validation),
             )
-        others, more, their_labels, more_notes = _list_folders(validation)
-        if others != classes:
-            odd = sorted(set(others) ^ set(classes))
-            raise Unsupported(
-                f"validation={validation}, whose classes differ from those of data ({', '.join(odd[:5])})",
-                supported="the same sub-folders: " + ", ".join(classes),
-            )
+        others, more_notes = _list_folders(validation)
+        more, their_labels = _labelled(validation, others, classes)
         held = len(more)
         paths, labels, notes = paths + more, labels + their_labels, notes + more_notes
     check_memory(folder, len(paths), size, channels)
@@ -150,20 +156,25 @@ def load_folders(
         moving += frames > 1
     notes += left_out(unread)
     if moving:
-        notes.append(f"{moving} files of several pictures: the first of each")
+        notes.append(f"{counted(moving, 'file')} of several pictures: the first of each")
     training = len(paths) - held
     counts = Counter(labels[i] for i in kept if i < training)
-    for i, name in enumerate(classes):
+    for i, name in enumerate(classes if known is None else ()):
         if counts[i] < (2 if validation is None else 1):
             raise Unsupported(
-                f"{folder / name} with {counts[i]} image" + "s" * (counts[i] != 1) + " that can be read" * bool(unread),
+                f"{folder / name} with {counted(counts[i], 'image')}" + " that can be read" * bool(unread),
                 supported="2 or more images in each class's folder" if validation is None else "images of each class",
             )
-    pixels, span, count = stacked(images, span, training=sum(i < training for i in kept))
+    first = sum(i < training for i in kept)
+    for place, number in ((folder, first), (validation, len(kept) - first)):
+        if place is not None and not number:
+            raise Unsupported(f"{place}, in which no image can be read", supported="one image or more")
+    pixels, span, count = stacked(images, span, training=first)
     if span is not None:
         low, high = span
         notes.append(
-            f"{count} images of more than 8 bits a pixel: values from {low:g} to {high:g} are taken as dark to light"
+            f"{counted(count, 'image')} of more than 8 bits a pixel: values from {low:g} to {high:g} are taken as dark to "
+            "light"
         )
     even = all(image.shape[:2] == size for image in pixels)
     return Images(
@@ -189,40 +200,42 @@ def several_pictures(paths: Sequence[Path]) -> list[str]:
                 moving.append(path)
     if len(moving) == 1:
         return [f"{moving[0]} holds several pictures: the first is read"]
-    return [f"{len(moving)} files of several pictures: the first of each is read"] if moving else []
+    return [f"{counted(len(moving), 'file')} of several pictures: the first of each is read"] if moving else []
 
 
 def left_out(unread: Sequence[str]) -> list[str]:
     """Notes on unreadable files: what is wrong with the first ones, and how many there are."""
     notes = [f"left out: {said}" for said in unread[:TOLD]]
-    return notes + [f"{len(unread)} files that cannot be read left out"] * (len(unread) > TOLD)
+    return notes + [f"{counted(len(unread), 'file')} that cannot be read left out"] * (len(unread) > TOLD)
 
 
-def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[str]]:
-    folders = class_folders(folder)
-    classes, listed, notes = [file_name(one.name) for one in folders], [], []
-    for one in folders:
-        files, note = walk(one)
-        listed.append(files)
-        notes += note
-    if len(classes) < 2:
-        raise Unsupported(
-            f"{folder} with {len(classes)} sub-folders",
-            supported="a folder with one sub-folder per class, 2 or more of them",
-        )
-    paths: list[Path] = []
-    labels: list[int] = []
-    others = 0
-    for i, files in enumerate(listed):
-        kept = images_among(files, folders[i])
+def _list_folders(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The images of each class, by its name, and notes."""
+    found, notes, others = dict[str, list[Path]](), list[str](), 0
+    for one in class_folders(folder):
+        files, links = walk(one)
+        kept = images_among(files, one)
+        found.setdefault(file_name(one.name), []).extend(kept)
+        notes += links
         others += len(files) - len(kept)
-        paths += kept
-        labels += [i] * len(kept)
-    if classes == ["images", "masks"]:
+    if list(found) == ["images", "masks"]:
         notes.append("classes named images and masks: where these belong together, --task segmentation reads them")
     if others:
-        notes.append(f"{names_of(folder)}: {others} files that are not images not read")
-    return classes, paths, labels, notes
+        notes.append(f"{names_of(folder)}: {counted(others, 'file')} of other kinds than images not read")
+    return found, notes
+
+
+def _labelled(folder: Path, listed: Mapping[str, list[Path]], classes: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """The images of a folder, and the index of the class of each."""
+    odd = [name for name in listed if name not in classes]
+    if odd or not listed:
+        raise Unsupported(
+            f"{folder} with the unknown class {odd[0]}" if odd else f"{folder} with 0 sub-folders",
+            supported="sub-folders of the classes " + ", ".join(classes),
+            nearest=closest(odd[0], classes) if odd else "",
+        )
+    paths = [path for files in listed.values() for path in files]
+    return paths, [classes.index(name) for name, files in listed.items() for _ in files]
 
 
 def machine_memory() -> float:
@@ -239,7 +252,7 @@ def check_memory(folder: Path, count: int, size: tuple[int, int], channels: int)
     if needed > memory / 2:
         side = int((memory / 2 / count / channels) ** 0.5)
         raise Unsupported(
-            f"{count:,} images of {folder} at {size[0]}x{size[1]} pixels, {needed / 1e9:.0f} GB, which are held in memory",
+            f"{counted(count, 'image')} of {folder} at {size[0]}x{size[1]} pixels, {needed / 1e9:.0f} GB, which are held in memory",
             supported=f"up to half of this machine's {memory / 1e9:.0f} GB",
             nearest=f"size={side}",
         )

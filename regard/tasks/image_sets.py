@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from regard.contract import Unsupported, closest
+from regard.measurement.units import counted
 from regard.tasks.documents import nearest_path
 from regard.tasks.idx import FASHION_MNIST, has_idx, load_fashion_mnist, load_idx
 from regard.tasks.image_files import Images, load_folders
 from regard.tasks.protocol import SPLIT, check_sides, counter_generator, in_batches
+from regard.tasks.sampling import without_repetitions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
@@ -36,6 +38,7 @@ def load_images(
     *,
     skip_unreadable: bool,
     span: Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Images:
     """Load the images that a task's options name. Unless they are from a folder, they are bytes of one shape.
 
@@ -46,6 +49,7 @@ def load_images(
         channels: 3 or 1, for images from a folder.
         skip_unreadable: whether unreadable files in a folder are left out and reported, instead of refused.
         span: least and greatest value of images with more than 8 bits, from a folder.
+        classes: the classes that a model knows, of which a folder may have any; None for those of `data`.
 
     Raises:
         Unsupported: for data that cannot be used.
@@ -79,7 +83,13 @@ def load_images(
     held_out = None if validation is None else Path(validation)
     height, width = sides or (FOLDER_SIDE,) * 2
     return load_folders(
-        folder, held_out, (height, width), depth, skip_unreadable=skip_unreadable, span=check_span(span)
+        folder,
+        held_out,
+        (height, width),
+        depth,
+        skip_unreadable=skip_unreadable,
+        span=check_span(span),
+        known=classes,
     )
 
 
@@ -128,42 +138,39 @@ def _resized(images: Images, sides: tuple[int, ...] | None) -> Images:
     )
 
 
-def distinct(images: Images) -> Images:
-    """Leave out exact duplicates. A duplicate of a held-out image is left out of the training images."""
-    order = np.arange(len(images.pixels))
-    if images.held_out is not None:
-        order = np.concatenate([images.held_out, np.setdiff1d(order, images.held_out)])
+def distinct(images: Images, *, scored: bool = False) -> Images:
+    """Leave out exact duplicates.
+
+    Args:
+        scored: as for :func:`regard.tasks.sampling.without_repetitions`.
+    """
     digests = [hashlib.blake2b(one.tobytes(), digest_size=16).digest() for one in images.pixels]
-    first: dict[bytes, int] = {}
-    for i in order:
-        first.setdefault(digests[i], int(i))
-    kept = np.array(sorted(first.values()))
-    repeated = len(images.pixels) - len(kept)
-    if not repeated:
+    apart = () if images.held_out is None else images.held_out.tolist()
+    kept, shared = without_repetitions(digests, apart, scored=scored)
+    repeated = len(digests) - len(kept)
+    if not (repeated or shared):
         return images
     held_out = None if images.held_out is None else np.flatnonzero(np.isin(kept, images.held_out))
-    notes = [*images.notes, f"{repeated} exact repetitions left out"]
-    shared = 0
-    if images.held_out is not None:
-        taken = {digests[i] for i in images.held_out}
-        shared = sum(digests[i] in taken for i in np.setdiff1d(order, images.held_out))
-        if shared:
-            notes.append(f"{shared} images of the held-out data are also in the training data: not trained on")
+    notes = [*images.notes, f"{counted(repeated, 'exact repetition')} left out"] if repeated else images.notes
+    if shared and not scored:
+        notes = [*notes, f"{counted(shared, 'image')} of the held-out data also in the training data: not trained on"]
     pixels = images.pixels[kept] if isinstance(images.pixels, np.ndarray) else [images.pixels[i] for i in kept]
     return replace(images, pixels=pixels, labels=images.labels[kept], held_out=held_out, notes=notes, shared=shared)
 
 
-def split_images(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+def split_images(
+    images: Images, share: float, seed: int, *, scored: bool = False
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
     """Indices of training and held-out images: the data set's own split, or `share` of each class held out.
 
     Raises:
-        Unsupported: if a class has no images on one of the two sides.
+        Unsupported: if a class has no images to train on, unless a trained model is `scored`, or none to hold out.
     """
     everything = np.arange(len(images.labels))
     if images.held_out is not None:
         training = np.setdiff1d(everything, images.held_out)
         missing = [name for i, name in enumerate(images.classes) if not (images.labels[training] == i).any()]
-        if missing:
+        if missing and not scored:
             raise Unsupported(
                 f"held-out images that include every training image of the class {missing[0]}",
                 supported="other images to score on than to train on",
@@ -174,7 +181,7 @@ def split_images(images: Images, share: float, seed: int) -> tuple[Int[np.ndarra
         members = np.flatnonzero(images.labels == label)
         if len(members) < 2:
             raise Unsupported(
-                f"the class {name} with {len(members)} different images",
+                f"the class {name} with {counted(len(members), 'different image')}",
                 supported="2 or more different images in each class",
             )
         order = counter_generator(seed, label, SPLIT).permutation(members)

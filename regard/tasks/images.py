@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Pattern, Unsupported, one_of
+from regard.measurement.units import counted
 from regard.tasks.augmentation import AUGMENTATIONS, Augmentation
 from regard.tasks.image_files import Images, centre, read_image, stacked
 from regard.tasks.image_sets import DIGITS, NAMED, distinct, drawn, load_images, split_images
@@ -141,7 +142,7 @@ class ImagesTask(Task):
     Args:
         data: ``digits`` (8x8, from scikit-learn; the default), ``fashion-mnist`` (28x28, if Debian's
             dataset-fashion-mnist is installed), a folder with one sub-folder per class, or one with MNIST's IDX files.
-        validation: a folder with the same sub-folders, if `data` is a folder; its images are held out.
+        validation: a folder with the same sub-folders, or some of them, if `data` is a folder; its images are held out.
         length: number of patches, as an alternative to `patch`.
         patch: side of a patch in pixels, a divisor of height and width; by default 1 for images up to 8x8, else close
             to 4.
@@ -188,9 +189,16 @@ class ImagesTask(Task):
         check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         one_of("augment", augment, AUGMENTATIONS)
         loaded = load_images(
-            "digits" if data is None else data, validation, size, channels, skip_unreadable=skip_unreadable, span=span
+            "digits" if data is None else data,
+            validation,
+            size,
+            channels,
+            skip_unreadable=skip_unreadable,
+            span=span,
+            classes=None if self.scored is None else self.scored.reader.classes,
         )
-        self._images = images = distinct(loaded)
+        scored = self.scored is not None
+        self._images = images = distinct(loaded, scored=scored)
         self.shared: int = images.shared
         self.num_classes: int = len(images.classes)
         height, width, depth = images.shape
@@ -205,7 +213,7 @@ class ImagesTask(Task):
         self.length = self.grid[0] * self.grid[1]
         self.features: int = self.patch**2 * depth
 
-        self._training, self._held_out = split_images(images, held_out, seed)
+        self._training, self._held_out = split_images(images, held_out, seed, scored=scored)
         self._scored = one_of_each_in_turn(self._held_out, images.labels)[:evaluation_items]
         mean, deviation = _statistics(images, self._training)
         self.reader = ImageReader(
@@ -245,9 +253,10 @@ class ImagesTask(Task):
         lines = [
             f"images: {images.source}, {height}x{width} pixels, {'grey' if depth == 1 else 'colour'}",
             f"{self.length} tokens ({self.grid[0]}x{self.grid[1]}), patches of {self.patch}x{self.patch} pixels",
-            f"training: {len(self._training):,} images of {self.num_classes} classes ({named}"
+            f"training: {counted(len(self._training), 'image')} of {self.num_classes} classes ({named}"
             + (", ...)" if self.num_classes > 20 else ")"),
-            f"held out: {len(self._held_out):,} images, {len(self._scored):,} of them scored; chance {self.chance:.3f}",
+            f"held out: {counted(len(self._held_out), 'image')}, {len(self._scored):,} of them scored; chance "
+            f"{self.chance:.3f}",
             "split: by image, "
             + (
                 "as the data set comes"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from regard.contract import Pattern, Unsupported
+from regard.measurement.units import counted
 from regard.tasks.documents import Paths, names_of, overlap_note, printable
 from regard.tasks.overlap import overlap
 from regard.tasks.protocol import (
@@ -69,7 +70,7 @@ class LabelledTask(Task):
             members = [i for i, item in enumerate(distinct) if item.label == label]
             if len(members) < 2:
                 raise Unsupported(
-                    f"the class {label} of {named} with {len(members)} different item",
+                    f"the class {label} of {named} with {counted(len(members), 'different item')}",
                     supported="2 or more in each class, to train on and to hold out",
                 )
             order = counter_generator(self.seed, number, SPLIT).permutation(members)
@@ -81,22 +82,24 @@ class LabelledTask(Task):
     def _use_validation(
         self, training: list[Labelled], held_out: list[Labelled], validation: Paths | None = None
     ) -> tuple[list[Labelled], list[Labelled]]:
-        """Remove training items that are also held out."""
+        """Remove training items that are also held out, unless a trained model is scored; repeated texts count once."""
         if validation is not None and not held_out:
             raise Unsupported(f"{names_of(validation)}, which holds no items", supported="held-out items")
         scored = self._distinct(held_out)
         taken = {item.texts for item in scored}
-        kept = [item for item in self._distinct(training) if item.texts not in taken]
-        shared = len({item.texts for item in training}) - len(kept)
-        if shared and not kept:
+        kept = self._distinct(training)
+        self.shared: int = sum(item.texts in taken for item in kept)
+        if self.scored is None:
+            kept = [item for item in kept if item.texts not in taken]
+        if self.shared and not kept:
             raise Unsupported(
                 "held-out data that holds all of the training data"
                 + (f": {names_of(validation)}" if validation else ""),
                 supported="separate held-out items, or no validation: a part is then split off",
             )
-        if shared:
+        if self.shared and self.scored is None:
             first = next(item for item in training if item.texts in taken)
-            self._notes.append(overlap_note(shared, "items", validation, first.texts[0]))
+            self._notes.append(overlap_note(self.shared, "item", validation, first.texts[0]))
         unknown = sorted({item.label for item in scored} - {item.label for item in kept})
         if unknown:
             raise Unsupported(
@@ -111,7 +114,7 @@ class LabelledTask(Task):
         for item in items:
             conflicts += first.setdefault(item.texts, item).label != item.label
         if repeated := len(items) - len(first):
-            told = f"{repeated} repeated items left out"
+            told = f"{counted(repeated, 'repeated item')} left out"
             self._notes.append(told + (f", {conflicts} of them with another class" if conflicts else ""))
         return list(first.values())
 
@@ -121,7 +124,7 @@ class LabelledTask(Task):
         self._named = named
         self.classes = tuple(sorted({item.label for item in training}))
         if len(self.classes) < 2:
-            raise Unsupported(f"{named} with {len(self.classes)} class", supported="2 or more classes")
+            raise Unsupported(f"{named} with {counted(len(self.classes), 'class')}", supported="2 or more classes")
         if not held_out:
             raise Unsupported(f"{named} without held-out items", supported="some items to score")
         self.num_classes: int = len(self.classes)
@@ -173,10 +176,10 @@ class LabelledTask(Task):
         named = ", ".join(f"{name} {counts[i]}" for i, name in enumerate(self.classes[:20]))
         lines = [
             f"{self.name}: {self._named}, up to {self.length} tokens, tokenizer {self.tokenizer.name}{tokens}",
-            f"training: {len(self._training):,} items of {self.num_classes} classes ({printable(named)}"
+            f"training: {counted(len(self._training), 'item')} of {self.num_classes} classes ({printable(named)}"
             + (", ...)" if self.num_classes > 20 else ")")
             + ("; each class is shown as often as the largest" if self._balance else ""),
-            f"held out: {len(self._held_out):,} items, {len(self._scored):,} of them scored"
+            f"held out: {counted(len(self._held_out), 'item')}, {len(self._scored):,} of them scored"
             + (", the same number of each class" if self._balance else "")
             + f"; chance {self.chance:.3f}",
             f"split: {self._rule}",
@@ -199,7 +202,8 @@ class LabelledTask(Task):
                 pieces += [[self._separator], text[: self._share_of_text]] if pieces else [text[: self._share_of_text]]
             sequences.append(np.concatenate([np.asarray(piece, dtype=dtype) for piece in pieces]))
         if cut := sum(any(len(text) > self._share_of_text for text in texts) for texts in zip(*columns, strict=True)):
-            self._notes.append(f"{cut} {part} items cut: texts after {self._share_of_text} tokens")
+            told = counted(cut, f"{part} item")
+            self._notes.append(f"{told} cut: texts after {self._share_of_text} tokens")
         number = {label: i for i, label in enumerate(self.classes)}
         return sequences, np.array([number[item.label] for item in items], dtype=np.int64)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from regard.contract import Pattern, Unsupported
+from regard.measurement.units import counted
 from regard.tasks.documents import Paths, names_of, overlap_note, printable
 from regard.tasks.overlap import overlap
 from regard.tasks.protocol import (
@@ -156,7 +157,7 @@ class TextPairsTask(Task):
         lines = [
             f"{self.name}: {self._named}, tokenizer {self.tokenizer.name}{tokens}",
             f"up to {self.length} tokens are written from up to {self.memory_length} of the source",
-            f"training: {len(self._training):,} pairs; held out: {len(self._held_out):,}, {len(self._scored)} of them "
+            f"training: {counted(len(self._training), 'pair')}; held out: {len(self._held_out):,}, {len(self._scored)} of them "
             "scored",
             f"split: {self._rule}",
             str(self.overlap),
@@ -184,11 +185,12 @@ class TextPairsTask(Task):
     ) -> tuple[list[Pair], list[Pair]]:
         distinct = list({(pair.source, pair.target): pair for pair in reversed(pairs)}.values())[::-1]
         if repeated := len(pairs) - len(distinct):
-            self._notes.append(f"{repeated} repeated pairs left out")
+            self._notes.append(f"{counted(repeated, 'repeated pair')} left out")
         if validation is not None:
             scored = self._read_table(validation, source, target)
-            sources = {pair.source for pair in scored}
-            training = [pair for pair in distinct if pair.source not in sources]
+            known, sources = {pair.source for pair in distinct}, {pair.source for pair in scored}
+            self.shared: int = sum(pair.source in known for pair in scored)
+            training = [pair for pair in distinct if self.scored is not None or pair.source not in sources]
             self._rule = "held-out pairs as given"
             if not scored:
                 raise Unsupported(f"{names_of(validation)}, which holds no pairs", supported="held-out pairs")
@@ -197,20 +199,21 @@ class TextPairsTask(Task):
                     f"held-out data that holds all of the training data: {names_of(validation)}",
                     supported="separate held-out pairs, or no validation: a part is then split off",
                 )
-            if overlap := [pair for pair in distinct if pair.source in sources]:
-                self._notes.append(overlap_note(len(overlap), "pairs", validation, overlap[0].source))
+            if self.scored is None and (shared := [pair for pair in distinct if pair.source in sources]):
+                self._notes.append(overlap_note(len(shared), "pair", validation, shared[0].source))
             return training, scored
         sizes = Counter(pair.group for pair in distinct)
         if len(sizes) < 2:
             raise Unsupported(
-                f"{self._named} with {len(sizes)} different sources", supported="2 or more, to train on and to hold out"
+                f"{self._named} with {counted(len(sizes), 'different source')}",
+                supported="2 or more, to train on and to hold out",
             )
         groups = held_out_groups(sizes, share, self.seed)
         scored = [pair for pair in distinct if pair.group in groups]
         sources = {pair.source for pair in scored}
         training = [pair for pair in distinct if pair.group not in groups and pair.source not in sources]
-        if shared := len(distinct) - len(scored) - len(training):
-            self._notes.append(f"{shared} training pairs whose source is also held out left out")
+        if left := len(distinct) - len(scored) - len(training):
+            self._notes.append(f"{counted(left, 'training pair')} whose source is also held out left out")
         by = "source text" if self._own else self.by
         named = "" if self._own or len(groups) > 8 else f": {', '.join(sorted(groups))}"
         self._rule = f"by {by}, {len(scored) / len(distinct):.1%} of the pairs held out (seed {self.seed}){named}"
@@ -232,9 +235,11 @@ class TextPairsTask(Task):
                 nearest=f"length={max(map(len, targets)) + 1}",
             )
         if left := len(pairs) - len(kept):
-            self._notes.append(f"{left} {part} pairs whose target has {self.length} tokens or more left out")
+            told = counted(left, f"{part} pair")
+            self._notes.append(f"{told} whose target has {self.length} tokens or more left out")
         if cut := sum(len(s) > self.memory_length for s in sources):
-            self._notes.append(f"{cut} {part} sources cut after {self.memory_length} tokens")
+            told = counted(cut, f"{part} source")
+            self._notes.append(f"{told} cut after {self.memory_length} tokens")
         return kept
 
     def _batch(self, chosen: list[tuple[Pair, np.ndarray, np.ndarray]]) -> Batch:

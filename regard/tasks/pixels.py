@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported
+from regard.measurement.units import counted
 from regard.tasks.image_files import require_pillow
 from regard.tasks.image_sets import NAMED, distinct, drawn, load_images, split_images
 from regard.tasks.protocol import (
@@ -54,7 +55,7 @@ class PixelsTask(Task):
     Args:
         data: ``digits`` (8x8, from scikit-learn; the default), ``fashion-mnist`` (28x28, if Debian's
             dataset-fashion-mnist is installed), a folder with one sub-folder per class, or one with MNIST's IDX files.
-        validation: a folder with the same sub-folders, if `data` is a folder; its images are held out.
+        validation: a folder with the same sub-folders, or some of them, if `data` is a folder; its images are held out.
         size: side to which images are resized, 4 to 256; by default 32 for images from a folder, while other data keep
             their size.
         channels: 3 (colour) or 1 (grey), for images from a folder.
@@ -97,7 +98,9 @@ class PixelsTask(Task):
         loaded = load_images(
             "digits" if data is None else data, validation, size, channels, skip_unreadable=skip_unreadable
         )
-        self._images = images = distinct(loaded)
+        scored = self.scored is not None
+        self._images = images = distinct(loaded, scored=scored)
+        self.shared: int = images.shared
         height, width, depth = images.shape
         self.sides = height, width, depth if palette is None else 1
         self.length = math.prod(self.sides)
@@ -107,7 +110,7 @@ class PixelsTask(Task):
                 supported=f"up to {LONGEST:,} tokens",
                 nearest=f"size={math.isqrt(LONGEST // self.sides[2])}",
             )
-        self._training, self._held_out = split_images(images, held_out, seed)
+        self._training, self._held_out = split_images(images, held_out, seed, scored=scored)
         self._scored = one_of_each_in_turn(self._held_out, images.labels)[:evaluation_items]
         fitted = self._training[spread(len(self._training), FITTED)]
         self.palette = None if palette is None else _palette(self._bytes(fitted), palette)
@@ -134,7 +137,7 @@ class PixelsTask(Task):
         told = f"{what}, {VALUES} of each" if self.palette is None else f"{self.vocab_size} colours"
         lines = [
             f"pixels: {images.source}, {height}x{width} pixels row by row, {self.length} tokens, {told}",
-            f"training: {len(self._training):,} images; held out: {len(self._held_out):,}, {len(self._scored):,} of them "
+            f"training: {counted(len(self._training), 'image')}; held out: {len(self._held_out):,}, {len(self._scored):,} of them "
             "scored, in bits per dimension",
             f"all values alike: {self.chance:.3f}; {rule.name}: {rule.score:.3f}",
             "split: by image, "

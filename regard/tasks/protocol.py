@@ -115,6 +115,18 @@ class Baseline:
         return cls(name, np.stack([right, np.ones_like(right)], -1).astype(np.float64))
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A trained model that a task is made to score.
+
+    Attributes:
+        reader: the model's reader of images or volumes, with the classes that it was trained on; None for a model that
+            reads none.
+    """
+
+    reader: Any = None
+
+
 class Task(Protocol):
     """Data on which a model is trained and evaluated.
 
@@ -162,7 +174,9 @@ class Task(Protocol):
         baseline: a simple rule that a model should beat, and its score on each held-out item.
         repeats: whether training items come again unchanged in every epoch, so that what a teacher says about them can be
             kept.
-        shared: number of training items that are also held out, and that are therefore not trained on.
+        shared: number of held-out items that are also among the training data; these are not trained on.
+        scored: the trained model that the task is made to score: its training items may all be held out too. None for a
+            task to train on.
         runner: the :class:`regard.training.runner.Runner` that trains and scores the task's models; None for gradient
             steps on its batches.
         registered: name under which :func:`regard.tasks.create_task` made it; None for other tasks.
@@ -193,6 +207,7 @@ class Task(Protocol):
     baseline: Baseline | None = None
     repeats: bool = False
     shared: int = 0
+    scored: Scored | None = None
     runner: Any = None
     registered: str | None = None
     origin: Mapping[str, Any] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,3 +58,24 @@ def spread(count: int, kept: int) -> Int[np.ndarray, " k"]:
     """At most `kept` of the numbers 0 to `count` - 1, evenly spread."""
     kept = min(count, kept)
     return np.arange(kept) * count // max(kept, 1)
+
+
+def without_repetitions(
+    digests: Sequence[bytes], held_out: Collection[int] = (), *, scored: bool = False
+) -> tuple[list[int], int]:
+    """Choose items without exact repetitions: of a training item and a held-out one that are the same, the held-out one.
+
+    Args:
+        digests: a hash of each item.
+        held_out: indices of the held-out items.
+        scored: whether a trained model is scored on the held-out items: training items that are held out too then stay.
+
+    Returns:
+        The indices of the chosen items, ascending, and the number of held-out ones that are training items too.
+    """
+    apart = set(held_out)
+    first: dict[tuple[bytes, bool], int] = {}
+    for i in [*sorted(apart), *(i for i in range(len(digests)) if i not in apart)]:
+        first.setdefault((digests[i], scored and i in apart), i)
+    trained = {digest for i, digest in enumerate(digests) if i not in apart}
+    return sorted(first.values()), sum(i in apart and digests[i] in trained for i in first.values())

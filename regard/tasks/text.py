@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Pattern, Unsupported
+from regard.measurement.units import counted
 from regard.tasks.documents import (
     Document,
     Paths,
@@ -86,7 +87,7 @@ class TextTask(Task):
         documents, self._notes = read_standard_library() if data is None else read_documents(data, field)
         documents, repeated = _distinct(documents)
         if repeated:
-            self._notes.append(f"{repeated} repeated documents left out")
+            self._notes.append(f"{counted(repeated, 'repeated document')} left out")
         if validation is None:
             self.training_documents, self.held_out_documents, self._split = split(documents, held_out, seed)
         else:
@@ -129,7 +130,7 @@ class TextTask(Task):
         ):
             size = sum(len(document.text) for document in documents)
             each = "" if self.vocab_size == BYTES else f", {len(tokens):,} tokens of {size / len(tokens):.2f} bytes"
-            lines.append(f"{name}: {len(documents):,} documents, {size:,} bytes{each}")
+            lines.append(f"{name}: {counted(len(documents), 'document')}, {counted(size, 'byte')}{each}")
         lines += [f"split: {self._split}", str(self.overlap)]
         lines.append(f"scored on {len(self._starts)} held-out windows that predict no token twice, in bits per byte")
         lines += [f"note: {note}" for note in self._notes]
@@ -141,10 +142,12 @@ class TextTask(Task):
         return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
 
     def _use_validation(self, training: list[Document], held_out: list[Document], validation: Paths) -> None:
+        self.training_documents, self.held_out_documents = training, held_out
+        self._split = "held-out documents as given"
+        if self.scored is not None:
+            return
         taken = {document.digest for document in held_out}
         self.training_documents = [document for document in training if document.digest not in taken]
-        self.held_out_documents = held_out
-        self._split = "held-out documents as given"
         shared = [document for document in training if document.digest in taken]
         if not self.training_documents:
             raise Unsupported(
@@ -152,7 +155,7 @@ class TextTask(Task):
                 supported="separate held-out text, or no validation: a part is then split off",
             )
         if shared:
-            self._notes.append(overlap_note(len(shared), "documents", validation, shared[0].name))
+            self._notes.append(overlap_note(len(shared), "document", validation, shared[0].name))
 
     def _check_length(self) -> None:
         shorter = min(("training", self._training), ("held-out", self._held_out), key=lambda part: len(part[1]))

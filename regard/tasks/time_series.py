@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from regard.contract import Pattern, Unsupported, closest
+from regard.measurement.units import counted
 from regard.tasks.documents import Paths, names_of, overlap_note, printable
 from regard.tasks.protocol import (
     SPLIT,
@@ -120,7 +121,7 @@ class TimeSeriesTask(Task):
         for item in items:
             first.setdefault(item.values.tobytes(), item)
         if repeated := len(items) - len(first):
-            self._notes.append(f"{repeated} repeated series left out")
+            self._notes.append(f"{counted(repeated, 'repeated series')} left out")
         return list(first.values())
 
     def _split(self, items: list[Measured], share: float) -> tuple[list[Measured], list[Measured]]:
@@ -141,19 +142,22 @@ class TimeSeriesTask(Task):
     def _apart(
         self, training: list[Measured], held_out: list[Measured], validation: Paths | None = None
     ) -> tuple[list[Measured], list[Measured]]:
-        """Remove training series that are also held out."""
+        """Remove training series that are also held out, unless a trained model is scored."""
         scored = self._distinct(held_out)
         taken = {item.values.tobytes() for item in scored}
         distinct = self._distinct(training)
         kept = [item for item in distinct if item.values.tobytes() not in taken]
+        self.shared: int = len(distinct) - len(kept)
+        if self.scored is not None:
+            return distinct, scored
         if not kept:
             raise Unsupported(
                 "held-out data that holds all of the training data",
                 supported="separate held-out series, or no validation: a part is then split off",
             )
-        if shared := len(distinct) - len(kept):
+        if self.shared:
             first = next(item for item in distinct if item.values.tobytes() in taken)
-            self._notes.append(overlap_note(shared, "series", validation, f"class {first.label}"))
+            self._notes.append(overlap_note(self.shared, "series", validation, f"class {first.label}"))
         return kept, scored
 
     def _prepare(
@@ -161,7 +165,9 @@ class TimeSeriesTask(Task):
     ) -> None:
         self.classes = tuple(sorted({item.label for item in training}))
         if len(self.classes) < 2:
-            raise Unsupported(f"{self._named} with {len(self.classes)} class", supported="2 or more classes")
+            raise Unsupported(
+                f"{self._named} with {counted(len(self.classes), 'class')}", supported="2 or more classes"
+            )
         self.num_classes: int = len(self.classes)
         self.features: int = training[0].values.shape[1]
         for item in (*training, *scored):

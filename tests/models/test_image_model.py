@@ -104,10 +104,18 @@ def test_train_evaluate_and_predict_from_the_command_line(
             picture = (photographs / name / f"{number}.png").read_bytes()
             (tmp_path / "more" / name / f"{number}.png").write_bytes(picture)
     assert answer(capsys, f"evaluate {folder} {tmp_path / 'more'}")["shared"] == 6
-    assert (
-        "held-out images that include every training image of the class"
-        in run(capsys, f"evaluate {folder} {photographs}")[2]
-    )
+    assert answer(capsys, f"evaluate {folder} {photographs}")["shared"] == 24
+    code, out, _ = run(capsys, f"evaluate {folder} {tmp_path / 'more'}")
+    assert code == 0 and "6 of the items are among the data of its training" in " ".join(out.split())
+    record = folder / "training.json"
+    record.write_text(record.read_text().replace(str(photographs), str(tmp_path / "gone")))
+    told = answer(capsys, f"evaluate {folder} {photographs}")
+    assert "shared" not in told and told["items"] == 24 and told["baseline"] is None
+    assert told["notes"] == [
+        f"the data of its training, {tmp_path / 'gone'}, are not there any more: which items it knows is not known"
+    ]
+    assert "without the data of its training" in run(capsys, f"evaluate {folder}")[2]
+    record.write_text(record.read_text().replace(str(tmp_path / "gone"), str(photographs)))
     (tmp_path / "broken.png").write_text("no picture")
     above, broken = photographs / "above" / "0.png", tmp_path / "broken.png"
     told = answer(capsys, f"predict {folder} {above} {broken} --skip-unreadable")

@@ -216,7 +216,7 @@ def test_documents_are_compared_from_the_command_line(tmp_path, capsys):
     assert row["mean"] > 0.8
     assert found["baselines"]["documents"]["name"] == "majority class"
     assert row["beside_baseline"] == "ahead"
-    warned = "10 items of the held-out data (b.jsonl) are also in the training data: not trained on"
+    warned = "10 items of the held-out data (b.jsonl) also in the training data: not trained on"
     assert warned in found["tasks"]["documents"]
     assert warned in (tmp_path / "run" / "report.html").read_text()
 

@@ -11,7 +11,7 @@ import torch
 from task_data import SMALL, for_any_task, items, made, refused, save_json, words
 
 from regard.contract import Unsupported
-from regard.tasks import TASKS, check_task, create_task, list_tasks
+from regard.tasks import TASKS, Scored, check_task, create_task, list_tasks
 
 READERS = [
     "text",
@@ -85,10 +85,13 @@ def test_what_is_also_held_out_is_not_trained_on(tmp_path, name):
         training, held_out = items([task.training_batch(0, 0, 15)]), items(task.evaluation_batches(4))
     assert (len(set(training)), len(set(held_out))) == (15, len(held_out))
     assert not set(training) & set(held_out)
-    told = f"5 {TEXTS[name]} of the held-out data (b.jsonl) are also in the training data: not trained on; the first: '"
+    told = f"5 {TEXTS[name]} of the held-out data (b.jsonl) also in the training data: not trained on; the first: '"
     assert told in task.describe()
     with pytest.raises(Unsupported, match="holds all of the training data"):
         create_task(name, data=data, validation=data, length=16)
+    found = create_task(name, data=data, validation=data, length=32, scored=Scored())
+    assert found.shared == (0 if name == "text" else 20), "of a trained model what it was trained on is scored too"
+    assert "not trained on" not in found.describe()
 
 
 @pytest.mark.parametrize("name", ["documents", "matching", "summarize", "forecast"])

@@ -61,7 +61,7 @@ def test_of_several_pictures_in_a_file_the_first_is_read_and_the_file_is_counted
     frames[0].save(folder / "cat" / "moving.gif", save_all=True, append_images=frames[1:])
     image, count = read_image(folder / "cat" / "moving.gif", (8, 8), 1)
     assert count == 2 and image.min() == 200
-    assert "1 files of several pictures: the first of each" in create_task("images", data=folder).describe()
+    assert "1 file of several pictures: the first of each" in create_task("images", data=folder).describe()
 
 
 def empty(path):

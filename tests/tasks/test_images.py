@@ -96,10 +96,10 @@ def test_folder_reads_every_mode_and_sub_folder_and_leaves_out_repetitions_and_o
     task = check_task(images(folder))
     assert (task.num_classes, task.length, task.features) == (3, 64, 48)
     for told in (
-        "1 files that are not images not read",
+        "1 file of other kinds than images not read",
         "training: 26 images of 3 classes (cat 10, dog 8, newt 8)",
         "2 exact repetitions left out",
-        "cat: 1 links that lead out of it not followed",
+        "cat: 1 link out of it not followed",
     ):
         assert told in task.describe()
     assert len(task._training) + len(task._held_out) == 33
@@ -169,9 +169,12 @@ def test_validation_folder_is_what_is_held_out(folder, tmp_path):
     held_out, training = items(task.evaluation_batches(64)), items([task.training_batch(0, 0, 29)])
     assert (len(held_out), len(set(training))) == (7, 29)
     assert not set(held_out) & set(training)
-    assert "1 images of the held-out data are also in the training data: not trained on" in task.describe()
+    assert "1 image of the held-out data also in the training data: not trained on" in task.describe()
     photo(valid / "toad" / "x.png", 7)
-    refused(lambda: images(folder, validation=valid), "classes differ", "toad")
+    refused(
+        lambda: images(folder, validation=valid),
+        "valid with the unknown class toad; supported: sub-folders of the classes cat, dog, newt",
+    )
 
 
 @pytest.fixture
@@ -316,7 +319,7 @@ def linked(folder):
         (cut, "0.png, which cannot be read as an image"),
         (not_numbers, "deep.tif, which cannot be read as an image (it holds values that are no"),
         (lambda folder: photo(folder / "eel" / "1.png", 99).parents[1], "eel with 1 image"),
-        (twins, "eel with 1 different images"),
+        (twins, "eel with 1 different image"),
         (lambda folder: put(folder / "eel" / "a.txt", b"x"), "eel, which holds no image"),
         (linked, "eel, a link that leads out of"),
         (lambda folder: folder / "cat", "with 0 sub-folders"),

@@ -90,7 +90,7 @@ def test_long_documents_are_cut_and_counted(tmp_path, documents):
     rows = [("x" * 100, "a"), *letters({"a": 5, "b": 5})]
     other = save(tmp_path / "b.tsv", letters({"a": 2, "b": 1}, 9), ("text", "label"))
     task = documents(rows, length=80, validation=other)
-    assert "1 training items cut: texts after 80 tokens" in task.describe()
+    assert "1 training item cut: texts after 80 tokens" in task.describe()
     assert ("x" * 80, "a") in trained_on(task)
 
 
@@ -131,7 +131,7 @@ def test_reviews_keep_the_split_that_they_come_with(packages):
         columns = {"rownames": list(range(count)), "review": [r[0] for r in rows], "score": [r[1] for r in rows]}
         packages.table("modeldata", item, columns)
     task = check_task(create_task("documents"))
-    assert "5 items of the held-out data are also in the training data: not trained on" in task.describe()
+    assert "5 items of the held-out data also in the training data: not trained on" in task.describe()
     assert len(held_out(task)) == 8
     assert task.chance == 0.5
 

@@ -76,7 +76,7 @@ def test_pairs_with_the_same_source_stay_together_and_repeated_ones_count_once(s
     assert "3 repeated pairs left out" in task.describe()
     assert (len(trained_on(task)), len(held_out(task))) == (28, 12)
     assert not {source for source, _ in held_out(task)} & {source for source, _ in trained_on(task)}
-    refused(lambda: summarize([("same", "one"), ("same", "two")]), "a.tsv with 1 different sources")
+    refused(lambda: summarize([("same", "one"), ("same", "two")]), "a.tsv with 1 different source")
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5])
@@ -96,8 +96,8 @@ def test_long_sources_are_cut_and_long_targets_left_out_and_both_counted(tmp_pat
     pairs[3:6] = [(pairs[3][0], "x" * 31), (pairs[4][0], "y" * 32), ("z" * 51, pairs[5][1])]
     other = save(tmp_path / "b.tsv", pairs[20:], HEADER)
     task = summarize(pairs[:20], validation=other, length=32, source_length=50)
-    assert "1 training pairs whose target has 32 tokens or more left out" in task.describe()
-    assert "1 training sources cut after 50 tokens" in task.describe()
+    assert "1 training pair whose target has 32 tokens or more left out" in task.describe()
+    assert "1 training source cut after 50 tokens" in task.describe()
     sources, targets = zip(*trained_on(task), strict=True)
     assert "x" * 31 in targets
     assert "z" * 50 in sources

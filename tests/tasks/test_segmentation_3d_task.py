@@ -161,7 +161,7 @@ def test_a_folder_is_listed_and_split_by_volume(tmp_path):
     (folder / "masks" / "copy.nii.gz").write_bytes((folder / "masks" / "1.nii.gz").read_bytes())
     one = check_task(task(folder, held_out=0.4))
     told = one.describe()
-    assert "1 exact repetitions left out" in told and "crops of 3 volumes; held out: 2 volumes" in told
+    assert "1 exact repetition left out" in told and "crops of 3 volumes; held out: 2 volumes" in told
     assert one.reader.values == (0, 3, 9) and "ignored: " in told
     assert task(folder, ignore=None).reader.values == (0, 3, 9, 255)
     assert task(folder, classes=1).num_classes == 2
@@ -280,7 +280,7 @@ def test_volumes_that_cannot_be_read_are_left_out_where_that_is_asked(tmp_path):
     (tmp_path / "images" / "1.nii.gz").write_bytes(b"no volume")
     refused(lambda: task(tmp_path), "1.nii.gz, which cannot be read", "--skip-unreadable")
     one = task(tmp_path, skip_unreadable=True)
-    assert "left out: images/1.nii.gz" in one.describe() and "crops of 3 volumes; held out: 1 volumes" in one.describe()
+    assert "left out: images/1.nii.gz" in one.describe() and "crops of 3 volumes; held out: 1 volume" in one.describe()
     save_scan(tmp_path / "masks" / "2.nii.gz", np.zeros((9, 10, 10), np.uint8))
     told = task(tmp_path, skip_unreadable=True).describe()
     assert (

@@ -172,7 +172,7 @@ def test_a_folder_says_what_is_repeated_empty_or_not_read(corpus):
     write(corpus / ".hidden.txt", b"hidden")
     task = text(corpus)
     assert len(documents(task)) == 20
-    for told in ("1 repeated documents", "1 files with other suffixes not read (.png: 1)", "1 empty files left out"):
+    for told in ("1 repeated document", "1 file with other suffixes not read (.png: 1)", "1 empty file left out"):
         assert told in task.describe()
 
 
@@ -196,8 +196,8 @@ def test_what_a_folder_links_to_elsewhere_is_not_read(corpus):
     (corpus / "inside.txt").symlink_to("part0/00.txt")
     task = text(corpus)
     assert not any(b"secret" in d.text for d in documents(task))
-    assert "corpus: 2 links that lead out of it not followed" in task.describe()
-    assert "1 repeated documents left out" in task.describe()
+    assert "corpus: 2 links out of it not followed" in task.describe()
+    assert "1 repeated document left out" in task.describe()
 
 
 def test_folders_may_be_deeper_than_the_stack(corpus):

@@ -35,7 +35,7 @@ def test_a_file_is_read_as_it_is_written(tmp_path):
     [
         (HEADER, "", "made.ts without series"),
         (HEADER, "1,2:3,4:c\n", "line 7, with the class c; supported: the classes that @classLabel names: a, b"),
-        (HEADER, "1,2:3,4:a\n1,2:b\n", "line 8, with 1 channels; supported: 2"),
+        (HEADER, "1,2:3,4:a\n1,2:b\n", "line 8, with 1 channel; supported: 2"),
         (HEADER, "1,2:3,4,5:a\n", "line 7, with channels of 2 to 3 values"),
         (HEADER, "1,two:3,4:a\n", "line 7: 'two'; supported: numbers, and ?"),
         (HEADER, "1,inf:3,4:a\n", "line 7: 'inf'"),
@@ -82,7 +82,7 @@ def test_what_is_also_held_out_is_not_trained_on(tmp_path):
     training = [task.training_batch(step, 0, 51) for step in range(2)]
     assert len(set(items(training))) == 51
     assert not set(items(training)) & set(items(task.evaluation_batches(64)))
-    assert "9 series of the held-out data (other.ts) are also in the training data: not trained on" in task.describe()
+    assert "9 series of the held-out data (other.ts) also in the training data: not trained on" in task.describe()
     refused(lambda: create_task("time_series", data=path, validation=path), "holds all of the training data")
 
 

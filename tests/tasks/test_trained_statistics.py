@@ -7,16 +7,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from task_data import masked, photo, photos, scans
+from task_data import masked, photo, photos, scans, words
 
 from regard import Unsupported
-from regard.tasks import create_task
+from regard.tasks import IGNORED, create_task
 from regard.workbench.trained.folder import TrainedModel
 
 
 def trained(folder, name, **options):
     task = create_task(name, **options)
-    reader = task.reader.as_record()
+    reader = None if name == "text" else task.reader.as_record()
     record = {"task": {"name": name, "options": options}, "tokenizer": None, "reader": reader}
     return task, TrainedModel(folder, record)
 
@@ -32,7 +32,10 @@ def of(name, folder):
     return {"data": str(scans(folder / "a")), "size": 8, "normalise": "data"}, str(scans(folder / "b", seed=50))
 
 
-@pytest.mark.parametrize("name", ["images", "segmentation", "segmentation_3d"])
+IMAGES = ["images", "segmentation", "segmentation_3d"]
+
+
+@pytest.mark.parametrize("name", IMAGES)
 def test_new_data_are_normalised_as_in_training(name, tmp_path):
     pytest.importorskip("PIL" if name != "segmentation_3d" else "nibabel")
     options, others = of(name, tmp_path)
@@ -76,14 +79,75 @@ def test_brighter_and_darker_pixels_of_new_data_are_as_the_ends_of_the_trained_r
         model.task(str(tmp_path / "c"))
 
 
-def test_data_that_have_moved_are_named_though_others_are_given(tmp_path):
-    pytest.importorskip("PIL")
-    options, others = of("images", tmp_path)
-    _, model = trained(tmp_path, "images", **options)
+def scored(task):
+    """The inputs and the targets of all scored items."""
+    batches = list(task.evaluation_batches(64))
+    return [x for one in batches for x in one.inputs], [x for one in batches for x in one.targets]
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_what_a_model_was_trained_on_is_scored_too_and_counted(name, tmp_path):
+    pytest.importorskip("PIL" if name != "segmentation_3d" else "nibabel")
+    options, _ = of(name, tmp_path)
+    task, model = trained(tmp_path, name, **options, held_out=0.5)
+    found = model.task(options["data"])
+    count = 2 * len(scored(task)[0])
+    assert len(scored(found)[0]) == found.shared == count and found.reader == task.reader
+    with pytest.raises(Unsupported, match="that include every training"):
+        create_task(name, **options, validation=options["data"])
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_other_data_are_scored_alike_when_those_of_the_training_are_gone(name, tmp_path):
+    pytest.importorskip("PIL" if name != "segmentation_3d" else "nibabel")
+    options, others = of(name, tmp_path)
+    task, model = trained(tmp_path, name, **options)
+    before = model.task(others)
+    assert model.missing_data() is None
     (tmp_path / "a").rename(tmp_path / "moved")
-    for data in (others, None):
-        with pytest.raises(Unsupported, match=f"the data of its training, {tmp_path / 'a'}.*try ln -s"):
-            model.task(data)
+    assert model.missing_data() == options["data"]
+    found = model.task(others)
+    assert (found.reader, found.shared, found.baseline) == (task.reader, 0, None)
+    for one, other in zip(scored(found), scored(before), strict=True):
+        assert len(one) == len(other) and all(map(torch.equal, one, other))
+    with pytest.raises(Unsupported, match=f"the data of its training, {tmp_path / 'a'}.*try ln -s"):
+        model.task()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_some_of_the_classes_are_scored_as_the_model_numbers_them(gone, tmp_path):
+    pytest.importorskip("PIL")
+    options, _ = of("images", tmp_path)
+    _, images = trained(tmp_path, "images", **options)
+    places = {"data": str(masked(tmp_path / "c" / "a", values=(0, 3, 7, 255))), "size": 16}
+    task, masks = trained(tmp_path, "segmentation", **places)
+    if gone:
+        (tmp_path / "a").rename(tmp_path / "moved")
+        (tmp_path / "c").rename(tmp_path / "moved too")
+    for i in range(2):
+        photo(tmp_path / "new" / "dog" / f"{i}.png", 70 + i)
+    assert [int(label) for label in scored(images.task(str(tmp_path / "new")))[1]] == [1, 1]
+    photo(tmp_path / "new" / "dogs" / "0.png", 80)
+    with pytest.raises(Unsupported, match=r"new with the unknown class dogs; supported.*cat, dog, newt; try dog"):
+        images.task(str(tmp_path / "new"))
+
+    some = masked(tmp_path / "some", count=3, seed=60, values=(0, 7, 255))
+    found = masks.task(str(some))
+    assert found.reader == task.reader and found.reader.classes == ("0", "3", "7")
+    assert {int(label) for mask in scored(found)[1] for label in mask.unique()} == {0, 2, IGNORED}
+    with pytest.raises(Unsupported, match=r"unknown class 5, which the model was not trained on; supported: [^;]*$"):
+        masks.task(str(masked(tmp_path / "other", count=3, values=(0, 5))))
+
+
+def test_a_model_of_text_reads_other_text_when_its_own_is_gone(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(words(400, ord(name)))
+    data, others = (str(tmp_path / f"{name}.txt") for name in "ab")
+    _, model = trained(tmp_path, "text", data=data, length=16)
+    before = scored(model.task(others))
+    (tmp_path / "a.txt").unlink()
+    for one, other in zip(scored(model.task(others)), before, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_data_whose_classes_have_changed_since_are_refused(tmp_path):

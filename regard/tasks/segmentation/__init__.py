@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Unsupported
+from regard.measurement.units import counted
 from regard.tasks.image_sets import check_span, distinct
 from regard.tasks.images import choose_patch
 from regard.tasks.protocol import (
@@ -127,7 +128,7 @@ class SegmentationTask(MaskTask):
         self._masked = (
             None
             if self._scene
-            else _read(chosen, validation, self.size, channels, values_of_masks, held_out, seed, skip_unreadable, span)
+            else self._read(chosen, validation, channels, values_of_masks, held_out, skip_unreadable, span, classes)
         )
         if self._masked is not None and classes is not None:
             self._masked = self._masked.largest(check_integer("classes", classes, 1, 255))
@@ -143,7 +144,8 @@ class SegmentationTask(MaskTask):
             images: Any = self._masked.images  # its pixels are a single array
             parts = self._masked.split
             if parts is None:
-                images = distinct(images)
+                images = distinct(images, scored=self.scored is not None)
+                self.shared: int = images.shared
                 everything, held = np.arange(len(images.pixels)), images.held_out
                 if held is not None:
                     parts = np.setdiff1d(everything, held), held, "by image, as the data set comes"
@@ -217,17 +219,41 @@ class SegmentationTask(MaskTask):
             split = f"held-out scenes are drawn from a seed of their own ({self.seed})"
         else:
             source, notes, split = self._images.source, self._images.notes, self._split
-            training = f"{len(self._training):,} images"
+            training = counted(len(self._training), "image")
         size = "x".join(map(str, self.size))
         lines = [
             f"segmentation: {source}, {size} pixels, {'grey' if self.reader.channels == 1 else 'colour'}",
             f"{self.length} tokens ({self.grid[0]}x{self.grid[1]}), patches of {self.patch}x{self.patch} pixels",
             self.classes_told(shares, self._seen, self._measured),
-            f"training: {training}; held out: {self._held_out:,} images, {scored:,} of them scored",
+            f"training: {training}; held out: {counted(self._held_out, 'image')}, {scored:,} of them scored",
             *([] if self._masked is None else self.varied_told("training images")),
             *self.rest_told(split, self._ignored, notes),
         ]
         return "\n".join([*lines, "sample of a mask:", *letters(self._example, self.reader.background)])
+
+    def _read(
+        self,
+        data: str,
+        validation: str | Path | None,
+        channels: int | None,
+        values: Mapping[str, int | str | None],
+        held_out: float,
+        skip_unreadable: bool,
+        span: Sequence[float] | None,
+        classes: int | None,
+    ) -> Masked:
+        if is_head(data):
+            return read_slices(data, self.size, held_out, self.seed)
+        return read_masked(
+            Path(data),
+            None if validation is None else Path(validation),
+            self.size,
+            3 if channels is None else channels,
+            **values,
+            skip_unreadable=skip_unreadable,
+            span=check_span(span),
+            known=None if self.scored is None or classes is not None else self.scored.reader,
+        )
 
     def _drawn(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         assert self._scene is not None
@@ -245,24 +271,6 @@ class SegmentationTask(MaskTask):
         targets = torch.from_numpy(self._scored[1]).flatten(1)
         each = self.of_images(best.expand_as(targets), targets)
         return Baseline("the commonest class of each place", torch.stack([each, torch.ones_like(each)], -1).numpy())
-
-
-def _read(
-    data: str,
-    validation: str | Path | None,
-    size: tuple[int, int],
-    channels: int | None,
-    values: Mapping[str, int | str | None],
-    held_out: float,
-    seed: int,
-    skip_unreadable: bool,
-    span: Sequence[float] | None,
-) -> Masked:
-    if is_head(data):
-        return read_slices(data, size, held_out, seed)
-    other = None if validation is None else Path(validation)
-    depth = 3 if channels is None else channels
-    return read_masked(Path(data), other, size, depth, **values, skip_unreadable=skip_unreadable, span=check_span(span))
 
 
 __all__ = ["METRICS", "MaskReader", "MaskTask", "SegmentationTask"]

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from regard.contract import Pattern, Unsupported, closest, one_of
+from regard.measurement.units import counted
 from regard.tasks.augmentation import AUGMENTATIONS
 from regard.tasks.protocol import IGNORED, SPLIT, Batch, Task, check_fraction, check_integer, counter_generator
 from regard.tasks.segmentation.augmentation import MaskAugmentation
@@ -103,16 +104,21 @@ class MaskTask(Task):
         Raises:
             Unsupported: if no items are left for training.
         """
-        if parts is None:
-            order = counter_generator(self.seed, 0, SPLIT).permutation(count)
-            held = max(1, round(share * count))
-            parts = np.sort(order[held:]), np.sort(order[:held]), f"by {self.kind.word} (seed {self.seed})"
-        if not len(parts[0]):
+        what = f"different {self.kind.word}"
+        if parts is not None:
+            if not len(parts[0]):
+                raise Unsupported(
+                    f"held-out {self.kind.word}s that include every training {self.kind.word} of {source}",
+                    supported=f"other {self.kind.word}s to hold out than to train on",
+                )
+            return parts
+        order = counter_generator(self.seed, 0, SPLIT).permutation(count)
+        held = max(1, round(share * count))
+        if held >= count:
             raise Unsupported(
-                f"{source} with {count} different {self.kind.word}" + "s" * (count != 1),
-                supported=f"2 or more different {self.kind.word}s, one of which is held out",
+                f"{source} with {counted(count, what)}", supported=f"2 or more {what}s, one of which is held out"
             )
-        return parts
+        return np.sort(order[held:]), np.sort(order[:held]), f"by {self.kind.word} (seed {self.seed})"
 
     def varied_told(self, what: str) -> list[str]:
         """A line that describes how items are augmented."""

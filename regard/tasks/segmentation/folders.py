@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regard.contract import Unsupported
+from regard.measurement.units import counted
 from regard.tasks.documents import file_name, names_of, nearest_path, walk
 from regard.tasks.image_files import IMAGE_SUFFIXES
 
@@ -147,9 +148,9 @@ def pairs_of(folder: Path, kind: Kind) -> tuple[list[tuple[Path, Path]], list[st
         )
     alone = len(found["masks"]) - len(found["images"])
     if alone:
-        notes.append(f"{names_of(folder)}: {alone} masks without their {kind.word} not read")
+        notes.append(f"{names_of(folder)}: {counted(alone, 'mask')} without {kind.word} not read")
     if left:
-        notes.append(f"{names_of(folder)}: {left} files that are no {kind.word}s or masks not read")
+        notes.append(f"{names_of(folder)}: {counted(left, 'file')} of other kinds than {kind.word}s and masks not read")
     return [(path, found["masks"][name]) for name, path in sorted(found["images"].items())], notes
 
 
@@ -182,6 +183,7 @@ def classes_among(
     names: Mapping[int, str],
     background: int | str | None,
     ignore: int | str | None,
+    known: Mapping[int, str] | None = None,
 ) -> tuple[list[int], int | None]:
     """The values in masks that are classes, and which of them is the background.
 
@@ -192,16 +194,18 @@ def classes_among(
         background: value of points that are not scored; None for none, ``auto`` for 0 if masks have it.
         ignore: value of points without loss and score; None for none, ``auto`` for 255 if there are more than two
             values.
+        known: names of the classes of a trained model, of which masks may have any, in place of `names`.
 
     Raises:
         Unsupported: for values that are not classes, and for too many or too few classes.
     """
-    values = sorted({int(value) for mask in found[:training] for value in mask})
-    void = (VOID if len(values) > 2 and VOID not in names else None) if ignore == "auto" else ignore
-    values = sorted(names) or [value for value in values if value != void]
+    named = names if known is None else known
+    values = sorted({*named, *(int(value) for mask in found[:training] for value in mask)})
+    void = (VOID if len(values) > 2 and VOID not in named else None) if ignore == "auto" else ignore
+    values = sorted(named) or [value for value in values if value != void]
     quiet = (0 if 0 in values else None) if background == "auto" else background
     assert not isinstance(void, str) and not isinstance(quiet, str)  # "auto" is the only string
-    _check_values(paths, found, values, bool(names), void, quiet)
+    _check_values(paths, found, values, bool(names), void, quiet, of_model=known is not None)
     return values, quiet
 
 
@@ -212,6 +216,8 @@ def _check_values(
     named: bool,
     ignore: int | None,
     background: int | None,
+    *,
+    of_model: bool,
 ) -> None:
     """Raise Unsupported for values in masks that are not classes, and for too many or too few classes.
 
@@ -219,25 +225,27 @@ def _check_values(
         values: values of the classes.
         named: whether the values are from a file of names.
         ignore, background: as for :func:`read_masked`, with ``auto`` resolved.
+        of_model: whether the values are those of a trained model.
     """
     listed = ", ".join(map(str, values[:20])) + (", ..." if len(values) > 20 else "")
+    lacking = "no training mask has" if not named else f"{CLASSES} does not name"
     for path, mask in zip(paths, found, strict=True):
         odd = sorted({int(value) for value in mask} - {*values, ignore})
         if odd:
             raise Unsupported(
                 f"{path} with the unknown class {odd[0]}, which "
-                + (f"{CLASSES} does not name" if named else "no training mask has"),
+                + ("the model was not trained on" if of_model else lacking),
                 supported=f"classes {listed}" + ("" if ignore is None else f", and {ignore} for ignored pixels"),
-                nearest=f"ignore={odd[0]}",
+                nearest="" if of_model else f"ignore={odd[0]}",
             )
     if len(values) < 2:
         raise Unsupported(
-            f"masks with {len(values)} class"
+            f"masks with {counted(len(values), 'class')}"
             + ("" if ignore is None else f" in addition to the ignored value {ignore}"),
             supported="masks with two classes or more, such as background and one other",
             nearest="" if ignore is None else "ignore=None",
         )
-    if not named and len(values) > MOST_CLASSES:
+    if len(values) > MOST_CLASSES and not (named or of_model):
         raise Unsupported(
             f"{paths[0].parent} with {len(values)} values of pixels, as smoothed or lossy masks have",
             supported=f"up to {MOST_CLASSES} classes, or a file {CLASSES} with a line `value name` for each",

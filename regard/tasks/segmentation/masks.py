@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regard.contract import Unsupported
+from regard.measurement.units import counted
 from regard.tasks.documents import file_name, names_of
 from regard.tasks.image_files import WITHOUT, Images, Unreadable, left_out, read_image, stacked, unreadable
 from regard.tasks.images import ImageReader
@@ -106,6 +107,7 @@ def read_masked(
     *,
     skip_unreadable: bool = False,
     span: tuple[float, float] | None = None,
+    known: MaskReader | None = None,
 ) -> Masked:
     """Read the images and masks of a folder, resized to a height and width, masks by nearest neighbour.
 
@@ -118,6 +120,7 @@ def read_masked(
             values.
         skip_unreadable: whether unreadable images or masks are reported in the notes instead of refused.
         span: as for :func:`regard.tasks.image_files.load_folders`.
+        known: the reader of a trained model that is scored, of whose classes the masks may have any.
 
     Raises:
         Unsupported: for files that are missing, unreadable or do not belong together, naming the first one.
@@ -145,17 +148,24 @@ def read_masked(
     notes += left_out([file_name(one) for one in unread])
     training = sum(i < training for i in kept)
     pairs = [pairs[i] for i in kept]
-    if not training:
-        raise Unsupported(
-            f"{names_of(folder)}, in which no image and mask can be read", supported="2 or more images and masks"
-        )
+    for place, number in ((folder, training), (validation, len(kept) - training)):
+        if place is not None and not number:
+            raise Unsupported(
+                f"{names_of(place)}, in which no image and mask can be read", supported="images and masks"
+            )
     values, quiet = classes_among(
-        [path for _, path in pairs], [np.unique(mask) for mask in masks], training, names, background, ignore
+        [path for _, path in pairs],
+        [np.unique(mask) for mask in masks],
+        training,
+        names,
+        background,
+        ignore,
+        None if known is None else dict(zip(known.values, known.classes, strict=True)),
     )
     pixels, span, count = stacked(given, span, training=training)
     if span is not None:
         notes.append(
-            f"{count} images of more than 8 bits a pixel: {span[0]:g} to {span[1]:g} are taken as dark to light"
+            f"{counted(count, 'image')} of more than 8 bits a pixel: {span[0]:g} to {span[1]:g} are taken as dark to light"
         )
     table = np.full(256, IGNORED)
     table[values] = np.arange(len(values))
@@ -165,12 +175,15 @@ def read_masked(
         (*size, channels),
         np.stack(pixels),
         labels,
-        tuple(names.get(value, str(value)) for value in values),
+        tuple(names.get(value, str(value)) for value in values) if known is None else known.classes,
         None if validation is None else np.arange(training, len(pairs)),
         notes,
         span,
     )
-    drawn = colours_of(len(values)) if palette is None else tuple(palette[value] for value in values)
+    if known is not None:
+        drawn = known.colours
+    else:
+        drawn = colours_of(len(values)) if palette is None else tuple(palette[value] for value in values)
     return Masked(images, tuple(values), drawn, None if quiet is None else values.index(quiet))
 
 

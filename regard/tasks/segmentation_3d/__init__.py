@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regard.contract import Unsupported, one_of
 from regard.core.patches import cut, joined
+from regard.measurement.units import counted
 from regard.tasks.images import choose_patch
 from regard.tasks.protocol import (
     AUGMENTATION,
@@ -151,7 +152,8 @@ class Segmentation3DTask(MaskTask):
             split = f"held-out scenes are drawn from a seed of their own ({seed})"
             self._held_out = evaluation_items
         else:
-            volumes = self._read(chosen, validation, spacing, values_of_masks, held_out, skip_unreadable)
+            volumes = self._read(chosen, validation, spacing, values_of_masks, held_out, skip_unreadable, classes)
+            self.shared: int = volumes.shared
             volumes = volumes if classes is None else volumes.largest(check_integer("classes", classes, 1, 255))
             source, notes = volumes.source, volumes.notes
             training, apart, split = self.told_apart(source, len(volumes.voxels), volumes.split, held_out)
@@ -233,7 +235,7 @@ class Segmentation3DTask(MaskTask):
     def describe(self) -> str:
         scored = len(self._scored)
         (source, split), size = self._told, "x".join(map(str, self.size))
-        training = "drawn afresh at each step" if self._scene else f"crops of {len(self._seen):,} volumes"
+        training = "drawn afresh at each step" if self._scene else f"crops of {counted(len(self._seen), 'volume')}"
         smallest, largest = (how([labels.shape for _, labels in self._scored], key=np.prod) for how in (min, max))
         sides = " to ".join(dict.fromkeys("x".join(map(str, each)) for each in (smallest, largest)))
         lines = [
@@ -242,8 +244,8 @@ class Segmentation3DTask(MaskTask):
             + (f" of {self.reader.spacing:g} mm" if self.reader.spacing else "")
             + f": {self.length} tokens ({'x'.join(map(str, self.grid))}), cubes of {self.patch} voxels a side",
             self.classes_told(self._shares, self._having, self._measured),
-            f"training: {training}; held out: {self._held_out:,} volumes, {scored:,} of them scored whole ({sides} voxels), in "
-            f"windows that overlap by {self.reader.overlap:.0%}",
+            f"training: {training}; held out: {counted(self._held_out, 'volume')}, {scored:,} of them scored whole ({sides} "
+            f"voxels), in windows that overlap by {self.reader.overlap:.0%}",
             *([] if self._scene else self.varied_told("crops")),
             *self.rest_told(split, self._ignored, self._notes),
         ]
@@ -258,12 +260,19 @@ class Segmentation3DTask(MaskTask):
         values: Mapping[str, int | str | None],
         share: float,
         skip_unreadable: bool,
+        classes: int | None,
     ) -> Volumes:
         if is_head(data):
             return read_blocks(data, self.size, spacing, share, self.seed)
-        other = None if validation is None else Path(validation)
         return read_volumes(
-            Path(data), other, self.size, self.patch, spacing, **values, skip_unreadable=skip_unreadable
+            Path(data),
+            None if validation is None else Path(validation),
+            self.size,
+            self.patch,
+            spacing,
+            **values,
+            skip_unreadable=skip_unreadable,
+            known=None if self.scored is None or classes is not None else self.scored.reader,
         )
 
     def _drawn(self, rng: np.random.Generator, count: int) -> list[Labelled]:

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from regard.contract import Unsupported
 from regard.core.patches import cut
+from regard.measurement.units import counted
 from regard.tasks.documents import file_name, names_of
 from regard.tasks.image_files import Unreadable, left_out, machine_memory
 from regard.tasks.images import as_tuples
 from regard.tasks.protocol import IGNORED
+from regard.tasks.sampling import without_repetitions
 from regard.tasks.segmentation.folders import CLASSES, VOLUMES, class_names, classes_among, largest_classes, pairs_of
 from regard.tasks.segmentation.masks import Colour
 from regard.tasks.segmentation.nifti import Scan, read_mask, read_scan
@@ -127,6 +129,7 @@ class Volumes:
         background: index of the class that is not scored; None for none.
         split: indices of the training and held-out volumes, and the rule in words; None to draw held-out volumes.
         notes: notes on what was left out.
+        shared: as in :class:`regard.tasks.image_files.Images`.
     """
 
     source: str
@@ -137,6 +140,7 @@ class Volumes:
     background: int | None
     split: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"], str] | None = None
     notes: list[str] = field(default_factory=list)
+    shared: int = 0
 
     def counts(self, chosen: Sequence[int]) -> Int[np.ndarray, "v k"]:
         """Number of voxels of each class in each of the chosen volumes."""
@@ -169,6 +173,7 @@ def read_volumes(
     ignore: int | str | None,
     *,
     skip_unreadable: bool = False,
+    known: VolumeReader | None = None,
 ) -> Volumes:
     """Read the volumes and masks of a folder.
 
@@ -177,7 +182,7 @@ def read_volumes(
             :func:`regard.tasks.segmentation.masks.read_masked`, but of NIfTI files.
         validation: another such folder, whose volumes are held out.
         size, patch, spacing: as in :class:`VolumeReader`.
-        background, ignore, skip_unreadable: as for :func:`regard.tasks.segmentation.masks.read_masked`.
+        background, ignore, skip_unreadable, known: as for :func:`regard.tasks.segmentation.masks.read_masked`.
 
     Raises:
         Unsupported: for files that are missing, unreadable or do not belong together, naming the first one.
@@ -216,12 +221,19 @@ def read_volumes(
     notes += left_out([file_name(one) for one in unread])
     training = sum(i < training for i in kept)
     pairs = [pairs[i] for i in kept]
-    if not training:
-        raise Unsupported(
-            f"{names_of(folder)}, in which no volume and mask can be read", supported="2 or more volumes and masks"
-        )
+    for place, number in ((folder, training), (validation, len(kept) - training)):
+        if place is not None and not number:
+            raise Unsupported(
+                f"{names_of(place)}, in which no volume and mask can be read", supported="volumes and masks"
+            )
     values, quiet = classes_among(
-        [path for _, path in pairs], [np.unique(mask) for mask in masks], training, names, background, ignore
+        [path for _, path in pairs],
+        [np.unique(mask) for mask in masks],
+        training,
+        names,
+        background,
+        ignore,
+        None if known is None else dict(zip(known.values, known.classes, strict=True)),
     )
     table = np.full(256, IGNORED, dtype=np.int16)
     table[values] = np.arange(len(values))
@@ -232,12 +244,12 @@ def read_volumes(
         names_of(folder),
         voxels,
         [table[mask] for mask in masks],
-        tuple(names.get(value, str(value)) for value in values),
+        tuple(names.get(value, str(value)) for value in values) if known is None else known.classes,
         tuple(values),
         None if quiet is None else values.index(quiet),
         notes=notes,
     )
-    return _distinct(found, None if validation is None else training)
+    return _distinct(found, None if validation is None else training, scored=known is not None)
 
 
 def check_channels(path: Path, scan: Scan, channels: int, why: str) -> None:
@@ -245,8 +257,8 @@ def check_channels(path: Path, scan: Scan, channels: int, why: str) -> None:
     found = scan.voxels.shape[3]
     if found != channels:
         raise Unsupported(
-            f"{path} of {found} channel" + "s" * (found != 1),
-            supported=f"volumes of {channels} channel" + "s" * (channels != 1) + f", {why}",
+            f"{path} of {counted(found, 'channel')}",
+            supported=f"volumes of {counted(channels, 'channel')}, {why}",
         )
 
 
@@ -281,15 +293,16 @@ def resampled(
     return F.interpolate(means, sides, mode="trilinear", align_corners=False)[0].movedim(0, -1).numpy()
 
 
-def _distinct(volumes: Volumes, training: int | None) -> Volumes:
-    """Leave out exact duplicates. Volumes after the first `training` are held out; of duplicates, these are kept."""
+def _distinct(volumes: Volumes, training: int | None, *, scored: bool) -> Volumes:
+    """Leave out exact duplicates. Volumes after the first `training` are held out.
+
+    `scored` is as for :func:`regard.tasks.sampling.without_repetitions`.
+    """
     count = len(volumes.voxels)
-    order = range(count) if training is None else [*range(training, count), *range(training)]
-    first: dict[bytes, int] = {}
-    for i in order:
-        first.setdefault(hashlib.blake2b(volumes.voxels[i].tobytes(), digest_size=16).digest(), i)
-    kept = sorted(first.values())
-    notes = [f"{count - len(kept)} exact repetitions left out"] if len(kept) < count else []
+    digests = [hashlib.blake2b(voxels.tobytes(), digest_size=16).digest() for voxels in volumes.voxels]
+    kept, shared = without_repetitions(digests, () if training is None else range(training, count), scored=scored)
+    repeated = count - len(kept)
+    notes = [f"{counted(repeated, 'exact repetition')} left out"] if repeated else []
     new = np.array(kept)
     split = None
     if training is not None:
@@ -300,6 +313,7 @@ def _distinct(volumes: Volumes, training: int | None) -> Volumes:
         labels=[volumes.labels[i] for i in kept],
         split=split,
         notes=[*volumes.notes, *notes],
+        shared=shared,
     )
 
 

@@ -18,11 +18,12 @@ from regard.compression.folders import copy_training, load_own
 from regard.contract import Unsupported
 from regard.core.files import write_text_atomically
 from regard.models import save_pretrained
-from regard.tasks import TASKS, Task, create_task
+from regard.tasks import TASKS, Scored, Task, create_task
 from regard.tasks.documents import nearest_path
 from regard.tasks.images import ImageReader
 from regard.tasks.segmentation import MaskReader
 from regard.tasks.segmentation_3d import VolumeReader
+from regard.tasks.text import TextTask
 from regard.tasks.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 from regard.training import Evaluation, runner_of
 
@@ -82,7 +83,9 @@ class TrainedModel:
     def task(self, data: str | list[str] | None = None, *, skip_unreadable: bool = False) -> Task:
         """The task that the model was trained on, with `data` in place of its held-out items if given.
 
-        `skip_unreadable` leaves out images that cannot be read, in training data and new data.
+        If the data of the training are missing, new images, volumes or text are read without them: the task then has no
+        `shared` items and no `baseline`. `skip_unreadable` leaves out images that cannot be read, in training data and
+        new data.
 
         Raises:
             Unsupported: for a plugin's task, for data that have moved, and for new data if the task generates its own.
@@ -90,7 +93,17 @@ class TrainedModel:
         name, options = self.record["task"]["name"], self.record["task"]["options"]
         if options is None:
             raise Unsupported(f"the task {name} of a plugin", supported="the plugin's task, given to `score`")
-        self._check_data_present(name, options, ("data",) if data is not None else ("data", "validation"))
+        reader = None if self.record.get("reader") is None else self.reader
+        missing = self.missing_data(("data",) if data is not None else ("data", "validation"))
+        if missing is not None and (data is None or not (reader or issubclass(TASKS[name], TextTask))):
+            raise Unsupported(
+                f"{self.folder} without the data of its training, {missing}, which are not there any more",
+                supported="data in their old place"
+                + ("" if data is None else ": what of other data was trained on is looked for there"),
+                nearest=f"ln -s WHERE_THEY_ARE_NOW {missing}",
+            )
+        if data is not None:
+            options = {**options, "validation": data} | ({} if missing is None else {"data": data})
         if self.record["tokenizer"] not in (None, ByteTokenizer.name):
             options = {**options, "tokenizer": str(self.folder / TOKENIZER)}
         if skip_unreadable:
@@ -100,23 +113,25 @@ class TrainedModel:
         span = (self.record.get("reader") or {}).get("span")
         if span is not None:
             options = {**options, "span": span}
-        task = create_task(name, **(options if data is None else {**options, "validation": data}))
-        if self.record.get("reader") is not None:
+        task = create_task(name, scored=None if data is None else Scored(reader), **options)
+        if missing is not None:  # the new data stand in for those of the training
+            task.shared, task.baseline = 0, None
+        if reader is not None:
             self._read_as_trained(task)
         return task
 
-    def _check_data_present(self, name: str, options: Mapping[str, Any], parts: Sequence[str]) -> None:
-        """Raise Unsupported for training data that are not where they were, even if other data are to be read: what is
-        repeated in those is looked for among them."""
+    def missing_data(self, parts: Sequence[str] = ("data",)) -> str | None:
+        """The first path among the data of the training that is not there any more; None if all are.
+
+        `parts` are ``data``, ``validation`` or both.
+        """
+        name, options = self.record["task"]["name"], self.record["task"]["options"] or {}
         for part in parts:
             given = options.get(part)
             for path in [given] if isinstance(given, str) else given or ():
                 if path not in TASKS[name].named and os.path.isabs(path) and not os.path.exists(path):
-                    raise Unsupported(
-                        f"{self.folder} without the data of its training, {path}, which are not there any more",
-                        supported="data in their old place: what of other data was trained on is looked for there",
-                        nearest=f"ln -s WHERE_THEY_ARE_NOW {path}",
-                    )
+                    return str(path)
+        return None
 
     def _read_as_trained(self, task: Any) -> None:
         """Make a task normalise as in training, since the split into training and held-out data may differ now."""
