@@ -952,7 +952,7 @@ def landmark_attention(
     group_dropout: float = ...,
     softmax: str = ...,
     position_jump: int = ...,
-    selection: str = ...,
+    selection: str | None = ...,
     offload: str | None = ...,
     chunk: int | None = ...,
     miss_share: float = ...,

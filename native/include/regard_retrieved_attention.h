@@ -3,8 +3,9 @@
  * tokens, at most `block`, since the previous landmark. For a query i and its chosen blocks c, with s_ij = scale q_i .
  * k_j:
  *   u_i^c = softmax of s_i over the tokens of c,   out_i = sum over c of softmax_c(s_i,landmark(c)) sum_j u_ij^c v_j.
- * The `top_k` blocks whose landmarks score highest are chosen, unless `chosen` is given. The output of a query without
- * blocks is 0.
+ * The `top_k` blocks whose landmarks score highest are chosen, unless `chosen` is given; among ties the newest. Scores
+ * are ties if they differ from the lowest one that is high enough by at most `tolerance` times the scale and the lengths
+ * of the query and of the longest landmark key. The output of a query without blocks is 0.
  *
  * With `turns` keys are rotated by the position of their block. A block in slot p has its landmark at position
  * p (block + 1) + block and its tokens right before. For scoring, the newest top_k blocks have the slots 1 to top_k and
@@ -43,6 +44,7 @@ typedef struct {
                   itself and the tokens after the last landmark before it, each next to the chosen landmarks */
   int64_t *found; /* (B, 2) with `own`: the tokens after the last landmark before it, and whether it is a landmark itself */
   float scale;
+  float tolerance;
 } regard_retrieved_attention_args;
 REGARD_API int regard_retrieved_attention(const regard_retrieved_attention_args *args);
 

@@ -97,8 +97,8 @@ struct Worker {
   float* queries;  // (COLUMNS, line)
   float* values;   // (block, value_line)
   float* found;    // (COLUMNS, value_line)
-  float* best;     // (picks, COLUMNS)
-  int32_t* index;  // (picks, COLUMNS)
+  float* best;     // (picks + 1, COLUMNS)
+  int32_t* index;  // (picks + 1, COLUMNS)
 };
 
 struct Retrieval {
@@ -155,10 +155,33 @@ void load_queries(const Retrieval& all, int64_t unit) {
 
 // --- choosing
 
-// Inserts a landmark's scores into the best ones of each lane; ties keep the earlier one. NaN counts as largest, so it
-// shows.
+float length(const float* x, int64_t line) {
+  Vec total = zero();
+  for (int64_t i = 0; i < line; i += LANES) total = fma(load(x + i), load(x + i), total);
+  return __builtin_sqrtf(sum(total));
+}
+
+// Scores of `count` landmarks from `first` on, by landmark and column.
+template <class T>
+void score_marks(const Retrieval& all, const Worker& worker, int64_t unit, int64_t first, int count, int lanes) {
+  const Args& args = *all.args;
+  const int64_t b = unit / args.kv_heads;
+  const T* marks = head_of<T>(args.marks, args.marks_strides, b, unit % args.kv_heads);
+  for (int r = 0; r < count; ++r)
+    all.load_row(marks + (first + r) * args.marks_strides[2],
+                 all.rows[b].scored_at(args, first + r) * (args.block + 1) + args.block, worker.keys + r * all.line);
+  product<Into::ZERO>(count, lanes, static_cast<int>(args.width), worker.keys, all.line, 1, worker.turned, COLUMNS,
+                      worker.scores, COLUMNS);
+}
+
+// NaN counts as largest, so it shows.
+REGARD_INLINE Vec load_scores(const float* p) {
+  const Vec score = load(p);
+  return select(reinterpret_cast<IntVec>(score == score), score, broadcast(infinity()));
+}
+
+// Inserts a landmark's scores into the best ones of each lane; equal ones keep the earlier one.
 REGARD_INLINE void enter(Vec score, int32_t number, int64_t count, float* best, int32_t* index) {
-  score = select(reinterpret_cast<IntVec>(score == score), score, broadcast(infinity()));
   if (!any(reinterpret_cast<IntVec>(score > load(best + (count - 1) * COLUMNS)))) return;
   IntVec at = number - IntVec{};
   for (int64_t j = 0; j < count; ++j) {
@@ -180,31 +203,72 @@ void sort(int32_t* numbers, int64_t count) {
   }
 }
 
+// In columns whose picks tie with landmarks that they left out, replaces these picks by the newest of the ties, searched
+// from the last landmark back. `longest` is the greatest length of a landmark's key.
+template <class T>
+void settle_ties(const Retrieval& all, const Worker& worker, int64_t unit, int64_t column, int count, int lanes,
+                 float longest) {
+  const Args& args = *all.args;
+  const int64_t picks = args.picks, oldest = args.blocks - all.rows[unit / args.kv_heads].count;
+  float lowest[COLUMNS], highest[COLUMNS];
+  int64_t taken[COLUMNS], open = 0;
+  for (int i = 0; i < lanes; ++i) {
+    lowest[i] = highest[i] = __builtin_nanf("");  // no score is a tie
+    if (i >= count) continue;
+    const auto best = [&](int64_t j) { return worker.best[j * COLUMNS + i]; };
+    const float* query = all.query(unit, column + i);
+    const float margin = args.tolerance * longest * length(query, all.line), least = best(picks - 1);
+    if (best(picks) == -infinity() || !(best(picks) >= least - margin)) continue;
+    lowest[i] = least - margin;
+    highest[i] = least + margin;
+    for (taken[i] = 0; best(taken[i]) > highest[i];) ++taken[i];
+    for (int64_t j = taken[i]; j < picks; ++j) worker.index[j * COLUMNS + i] = NONE;
+    open += picks - taken[i];
+  }
+  for (int64_t end = args.blocks; open > 0 && end > oldest; end -= MARKS) {
+    const int64_t first = most(end - MARKS, oldest);
+    score_marks<T>(all, worker, unit, first, static_cast<int>(end - first), lanes);
+    for (int64_t c = end - 1; c >= first && open > 0; --c)
+      for (int v = 0; v < lanes; v += LANES) {
+        const Vec score = load_scores(worker.scores + (c - first) * COLUMNS + v);
+        const IntVec tied = reinterpret_cast<IntVec>(score >= load(lowest + v)) &
+                            reinterpret_cast<IntVec>(score <= load(highest + v));
+        if (!any(tied)) continue;
+        for (int i = 0; i < LANES; ++i) {
+          if (tied[i] == 0) continue;
+          worker.index[taken[v + i]++ * COLUMNS + v + i] = static_cast<int32_t>(c);
+          if (taken[v + i] == picks) lowest[v + i] = __builtin_nanf("");
+          --open;
+        }
+      }
+  }
+}
+
 template <class T>
 void choose(const Retrieval& all, const Worker& worker, int64_t unit, int64_t first) {
   const Args& args = *all.args;
-  const int64_t b = unit / args.kv_heads, picks = args.picks;
-  const Row& row = all.rows[b];
+  const int64_t picks = args.picks;
   const int count = static_cast<int>(least<int64_t>(COLUMNS, all.columns - first));
   const int lanes = static_cast<int>(round_up(count, LANES));
   transpose_padded(lanes, static_cast<int>(all.line), all.query(unit, first), all.line, worker.turned, COLUMNS);
-  for (int64_t j = 0; j < picks * COLUMNS; j += LANES) {
+  for (int64_t j = 0; j < (picks + 1) * COLUMNS; j += LANES) {
     store(worker.best + j, broadcast(-infinity()));
     store(worker.index + j, NONE - IntVec{});
   }
-  const T* marks = head_of<T>(args.marks, args.marks_strides, b, unit % args.kv_heads);
-  for (int64_t c = args.blocks - row.count; c < args.blocks; c += MARKS) {
+  float longest = 0;
+  for (int64_t c = args.blocks - all.rows[unit / args.kv_heads].count; c < args.blocks; c += MARKS) {
     const int here = static_cast<int>(least<int64_t>(MARKS, args.blocks - c));
-    for (int r = 0; r < here; ++r)
-      all.load_row(marks + (c + r) * args.marks_strides[2],
-                   row.scored_at(args, c + r) * (args.block + 1) + args.block, worker.keys + r * all.line);
-    product<Into::ZERO>(here, lanes, static_cast<int>(args.width), worker.keys, all.line, 1, worker.turned, COLUMNS,
-                        worker.scores, COLUMNS);
+    score_marks<T>(all, worker, unit, c, here, lanes);
+    for (int r = 0; r < here; ++r) {
+      const float size = length(worker.keys + r * all.line, all.line);
+      if (size > longest && size < infinity()) longest = size;
+    }
     for (int v = 0; v < lanes; v += LANES)
       for (int r = 0; r < here; ++r)
-        enter(load(worker.scores + r * COLUMNS + v), static_cast<int32_t>(c + r), picks, worker.best + v,
+        enter(load_scores(worker.scores + r * COLUMNS + v), static_cast<int32_t>(c + r), picks + 1, worker.best + v,
               worker.index + v);
   }
+  settle_ties<T>(all, worker, unit, first, count, lanes, longest);
   for (int i = 0; i < count; ++i) {
     int32_t* to = all.chosen + (unit * all.columns + first + i) * picks;
     for (int64_t j = 0; j < picks; ++j) to[j] = worker.index[j * COLUMNS + i];
@@ -475,8 +539,8 @@ int run(const Args& args) {
                            COLUMNS * all.line,
                            (args.block + 1) * all.value_line,
                            COLUMNS * all.value_line,
-                           args.picks * COLUMNS,
-                           args.picks * COLUMNS};
+                           (args.picks + 1) * COLUMNS,
+                           (args.picks + 1) * COLUMNS};
   size_t each = 0;
   for (const int64_t size : sizes) each += floats(size);
   // full vectors of columns are read

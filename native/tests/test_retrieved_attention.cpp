@@ -11,9 +11,11 @@ struct Case {
   int64_t heads, kv_heads, n, m, width, value_width, block, top_k;
   bool turned, given, own, half;
   int64_t threads;
+  bool tied = false;
 };
 
 constexpr int64_t B = 2;
+constexpr double TOLERANCE = 1e-4;
 
 void check(const Case& c) {
   now("%s", c.name);
@@ -41,10 +43,15 @@ void check(const Case& c) {
       const int64_t number = j - blocks + held[b];
       closed[b * blocks + j] = number < 0 ? -1 : number * size + c.block;
       if (number < 0) continue;
-      for (int64_t g = 0; g < G; ++g)
+      for (int64_t g = 0; g < G; ++g) {
+        for (int64_t i = 0; c.tied && i < D; ++i) {  // but for rounding all landmarks are the first one
+          const int64_t row = ((b * G + g) * m + first + c.block) * D + i;
+          k.set(row + number * size * D, static_cast<float>(k[row]) * (1 + 1e-6f * uniform()));
+        }
         for (int64_t i = 0; i < D; ++i)
           marks.set(((b * G + g) * blocks + j) * D + i,
                     static_cast<float>(k[((b * G + g) * m + first + number * size + c.block) * D + i]));
+      }
     }
   }
 
@@ -97,8 +104,21 @@ void check(const Case& c) {
           const double score = c.given ? uniform() : key(first + j * size + c.block, slot * size + c.block);
           order.push_back({-score, j});
         }
+        const size_t count = static_cast<size_t>(std::min(total, c.top_k));
         std::sort(order.begin(), order.end());
-        order.resize(std::min(total, c.top_k));
+        if (count > 0) {
+          double longest = 0;
+          for (int64_t j = 0; j < total; ++j) {
+            const Doubles mark = row(k, (b * G + g) * m + first + j * size + c.block, D);
+            longest = std::max(longest, dot(mark, mark) / 0.7);
+          }
+          const double margin = TOLERANCE * sqrt(0.7 * longest * dot(raw, raw)), least = order[count - 1].first;
+          for (auto& pair : order)
+            pair = {pair.first < least - margin ? 0 : pair.first <= least + margin ? 1 : 2, -pair.second};
+          std::sort(order.begin(), order.end());
+          for (auto& pair : order) pair.second = -pair.second;
+        }
+        order.resize(count);
         std::vector<int64_t> taken;
         for (const auto& pair : order) taken.push_back(pair.second);
         std::sort(taken.begin(), taken.end());
@@ -149,6 +169,7 @@ void check(const Case& c) {
   if (c.turned) a.turns = turns.data(), a.positions = positions, a.rotated = rotated;
   a.own = c.own, a.found = c.own ? found_of.data() : nullptr;
   a.scale = 0.7f;
+  a.tolerance = TOLERANCE;
   must("taken", regard_retrieved_attention(&a));
   compare("output", out, expected, 2e-5, 1);
   compare("lse", lse, expected_lse, 1e-5, 1);
@@ -170,6 +191,9 @@ int main() {
       {"a step that is not turned", 2, 1, 1, 57, 5, 3, 9, 3, false, false, true, false, 1},
       {"a step in bfloat16", 2, 1, 1, 104, 16, 16, 9, 3, true, true, true, true, 1},
       {"a step without blocks", 2, 1, 1, 4, 16, 16, 9, 3, true, false, true, false, 1},
+      {"ties", 4, 2, 37, 1200, 8, 6, 5, 4, false, false, false, false, 3, true},
+      {"ties, turned", 2, 1, 70, 1200, 16, 16, 5, 3, true, false, false, false, 2, true},
+      {"a step among ties", 6, 2, 1, 400, 16, 16, 3, 3, true, false, true, false, 1, true},
       {"no queries", 2, 1, 0, 40, 4, 4, 3, 2, false, false, false, false, 1},
   };
   return on_every_instruction_set([&] {

@@ -342,6 +342,40 @@ def test_rows_that_advance_unequally_retrieve_what_they_retrieve_alone(selection
         close(torch.cat(outputs[r], 2), expected)
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-15), (torch.float32, 2e-7), (torch.bfloat16, 0.0)])
+def test_the_newest_of_blocks_that_tie_are_read(selection, dtype, apart):
+    """All landmarks have the same key but for rounding: a cache of two blocks holds what retrieval of two blocks reads."""
+    inputs, roles, options = sample(300), regular(300, 3), {"block": 3, "selection": selection}
+    same = inputs["k"][:, :, :1] * (1 + apart * torch.randn_like(inputs["k"]))
+    inputs["k"] = torch.where(roles[:, None, :, None] == Role.LANDMARK, same, inputs["k"])
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    past, (q, k, v) = cut(inputs, slice(0, 280)), (inputs[name][:, :, 280:] for name in "qkv")
+    for new in (1, 20):
+        found, expected = (
+            run(
+                {"q": q[:, :, :new], "k": k[:, :, :new], "v": v[:, :, :new]},
+                each,
+                roles=roles[:, 280 : 280 + new],
+                state=run(past, each, roles=roles[:, :280], return_state=True, chunk_size=280).state,
+            ).output
+            for each in ({**options, "top_k": 2}, {"block": 3, "cache_blocks": 2})
+        )
+        close(found, expected, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype])
+
+
+@pytest.mark.parametrize("pattern", ["noncausal-cross", "causal-cross"])
+@pytest.mark.parametrize("selection", SELECTIONS[:2])
+def test_the_newest_of_blocks_that_tie_are_read_across(pattern, selection):
+    inputs, roles = sample(60), regular(60, 3)
+    same = inputs["k"][:, :, :1] * (1 + 1e-15 * torch.randn_like(inputs["k"]))
+    inputs["k"] = torch.where(roles[:, None, :, None] == Role.LANDMARK, same, inputs["k"])
+    options = {"block": 3, "top_k": 2, "selection": selection}
+    expected = run(inputs, {"block": 3, "cache_blocks": 2}, roles=roles, pattern=pattern, form="reference").output
+    for form in ("reference", "parallel"):
+        close(run(inputs, options, roles=roles, pattern=pattern, form=form).output, expected)
+
+
 def test_a_retrieving_state_keeps_as_many_numbers_as_the_card_says():
     inputs, roles = sample(30, batch=1), regular(30, 3, batch=1)  # seven whole blocks of four
     state = run(inputs, {"block": 3, "top_k": 2}, pattern="causal-self", roles=roles, return_state=True).state

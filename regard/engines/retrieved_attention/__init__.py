@@ -7,10 +7,14 @@ K^T:
     u_i^c = softmax of S_i over the tokens of block c
     o_i   = sum over c of softmax over the chosen blocks of S_i,landmark(c), times sum_j u_ij^c v_j
 
-The `top_k` blocks whose landmarks score highest are chosen. With rotary positions, blocks are assigned to slots of
-`block` + 1 positions, with the landmark at the last one. For scoring, the `top_k` newest blocks have the slots 1 to
-`top_k`, and older ones slot 0; for reading, the m-th chosen block in order of time (from 0) has slot m, or m + 1 if it
-is one of the newest. As long as a row has no more than `top_k` blocks, their numbers are their slots.
+The `top_k` blocks whose landmarks score highest are chosen; among ties the newest. Scores are ties if they differ from
+the lowest score that is high enough by no more than rounding may, see :func:`tolerance`: landmarks may have equal keys,
+and rounding depends on the other rows and tokens that are computed with them.
+
+With rotary positions, blocks are assigned to slots of `block` + 1 positions, with the landmark at the last one. For
+scoring, the `top_k` newest blocks have the slots 1 to `top_k`, and older ones slot 0; for reading, the m-th chosen block
+in order of time (from 0) has slot m, or m + 1 if it is one of the newest. As long as a row has no more than `top_k`
+blocks, their numbers are their slots.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from torch import Tensor
 from regard.backends import Engine, add_engine, execute, prefers_native
 from regard.engines.retrieved_attention import native_form, torch_form
 from regard.engines.retrieved_attention.native_form import Step
-from regard.engines.retrieved_attention.problem import Problem
-from regard.engines.retrieved_attention.torch_form import best, blocks_of, landmark_scores
+from regard.engines.retrieved_attention.problem import Problem, tolerance
+from regard.engines.retrieved_attention.torch_form import best, blocks_of, landmark_scores, margin_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -59,4 +63,14 @@ def retrieving_step(
 
 add_engine("retrieved_attention", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
-__all__ = ["Problem", "Step", "best", "blocks_of", "landmark_scores", "retrieved_attention", "retrieving_step"]
+__all__ = [
+    "Problem",
+    "Step",
+    "best",
+    "blocks_of",
+    "landmark_scores",
+    "margin_of",
+    "retrieved_attention",
+    "retrieving_step",
+    "tolerance",
+]

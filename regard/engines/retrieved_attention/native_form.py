@@ -14,7 +14,7 @@ from regard.backends.native import library
 from regard.backends.operators import Packed, operator, runs_plainly
 from regard.contract import Unsupported
 from regard.engines.heads import HEADS, Strides, by_row, heads_arguments
-from regard.engines.retrieved_attention.problem import Problem
+from regard.engines.retrieved_attention.problem import Problem, tolerance
 
 NUMBERS_AT_ONCE = 1 << 24
 """Number of elements for pairs of a query and a block above which queries are processed in parts: 64 MiB."""
@@ -47,6 +47,7 @@ class RetrievedAttention(library.Arguments):
         ("own", ctypes.c_int64),
         ("found", ctypes.c_void_p),
         ("scale", ctypes.c_float),
+        ("tolerance", ctypes.c_float),
     )
 
 
@@ -193,6 +194,7 @@ def _arguments(p: PackedProblem, out: Tensor, lse: Tensor) -> tuple[RetrievedAtt
         blocks=closed.shape[1],
         picks=p.picks,
         scale=p.scale,
+        tolerance=tolerance(k.dtype),
     )
     if chosen is not None:
         arguments.chosen = library.pointer(chosen)

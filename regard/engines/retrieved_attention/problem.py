@@ -6,12 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from regard.core.precision import wide_dtype
 from regard.engines.grouped_attention import Dropout
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The difference up to which scores with keys of this dtype are ties, relative to the lengths of the query and of the
+    longest key, and to the scale.
+
+    Keys of equal landmarks differ by rounding, which depends on what else is computed with them: by the errors of a sum in
+    their wide dtype, after which a few numbers may be rounded to another neighbour in their own.
+    """
+    return 16 * torch.finfo(wide_dtype(dtype)).eps + torch.finfo(dtype).eps / 8
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regard.core.precision import wide
 from regard.engines.grouped_attention import log_sum, normalized, product
-from regard.engines.retrieved_attention.problem import Problem
+from regard.engines.retrieved_attention.problem import Problem, tolerance
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -56,17 +56,35 @@ def landmark_scores(q: Float[Tensor, "b h n d"], p: Problem, blocks: Blocks) -> 
     return scores.masked_fill(~blocks.exists[:, None, None], -torch.inf)
 
 
-def best(scores: Float[Tensor, "b h n blocks"], top_k: int) -> Int[Tensor, "b h n picks"]:
-    """Columns with the highest scores, in order of time; -1 if there are fewer."""
-    found = scores.topk(min(top_k, scores.shape[-1]), -1)
-    return torch.where(found.values != -torch.inf, found.indices, -1).sort(-1).values
+def margin_of(q: Float[Tensor, "b h n d"], p: Problem, blocks: Blocks) -> Float[Tensor, "b h n 1"]:
+    """How far landmark scores may be apart as ties, see :func:`tolerance`; without gradients."""
+    q, sizes = wide(q.detach()), wide(p.marks.detach()).norm(dim=-1)
+    sizes = torch.where(sizes.isfinite() & blocks.exists[:, None], sizes, 0)
+    longest = F.pad(sizes, (0, 1)).amax(-1).repeat_interleave(q.shape[1] // sizes.shape[1], 1)
+    return tolerance(p.marks.dtype) * abs(p.scale) * q.norm(dim=-1, keepdim=True) * longest[..., None, None]
+
+
+def best(
+    scores: Float[Tensor, "b h n blocks"], margin: Float[Tensor, "b h n 1"], top_k: int
+) -> Int[Tensor, "b h n picks"]:
+    """Columns with the highest scores, in order of time; -1 if there are fewer. Scores no further than `margin` from the
+    lowest one that is high enough are ties: of these the last columns are taken. NaN is the highest score."""
+    scores = torch.where(scores.isnan(), torch.inf, scores)
+    blocks = scores.shape[-1]
+    picks = min(top_k, blocks)
+    last = scores.topk(picks, -1).values[..., -1:]
+    column = torch.arange(blocks, device=scores.device)
+    order = torch.where(scores > last + margin, blocks + column, column).masked_fill(scores < last - margin, -1)
+    found = order.topk(picks, -1).indices
+    return torch.where(scores.gather(-1, found) != -torch.inf, found, -1).sort(-1).values
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """See :func:`regard.engines.retrieved_attention.retrieved_attention`."""
     q, blocks, chosen = wide(q), blocks_of(problem), problem.chosen
     if chosen is None:
-        chosen = best(landmark_scores(q, problem, blocks), problem.top_k)
+        scores = landmark_scores(q, problem, blocks)
+        chosen = best(scores, margin_of(q, problem, blocks), problem.top_k)
     n, shared = q.shape[2], chosen.shape[2] == 1
     numbers = q.shape[0] * q.shape[1] * chosen.shape[3] * (problem.block + 1) * max(q.shape[3], v.shape[3])
     step = max(1, n if shared else min(n, NUMBERS_AT_ONCE // max(numbers, 1)))

@@ -35,9 +35,14 @@ one sees; `offload` needs it, so that few blocks are moved per chunk. With rotar
 `block` + 1 positions instead of their distant true positions: for scoring, the k newest blocks have slots 1 to k and
 older ones slot 0; the m-th chosen block in temporal order (from 0) has slot m, or m + 1 if it is one of the k newest;
 the incomplete block follows at slot k + 1. While no more than k blocks are cached, slots are true positions. So
-positions never exceed (k + 1)(`block` + 1) + `block` + chunk. In the first layer of a model all landmarks have the same
-embedding and so the same key before rotation: older blocks, which share slot 0, tie there, and rounding, which depends on
-the batch, decides among them.
+positions never exceed (k + 1)(`block` + 1) + `block` + chunk.
+
+Ties: in the first layer of a model all landmarks have the same embedding and so, but for rounding, the same key before
+rotation, and older blocks share slot 0. Among blocks that tie, the newest are chosen. Scores are ties if they differ from
+the lowest one that is high enough by no more than rounding may: 16 units in the last place of the product of the lengths
+of the query and of the longest landmark key (:func:`regard.engines.retrieved_attention.problem.tolerance`), in joint choices
+of the logarithms of the shares likewise. So neither the other rows of a batch nor padding nor the engine decides.
+
 In cross patterns each query and head chooses k blocks of the memory (of its newest `cache_blocks`), both in whole calls
 and from a state, by keys at their true positions. `max_over_tokens` is refused there: queries read one by one would see
 other blocks than queries read together.
@@ -70,6 +75,7 @@ of the layer; in the original it is the key of a token that attends to nothing i
 The original may also control landmarks of the chunk outside training. Models always exclude inserted tokens from the
 loss; the original has an option. Models initialise the embedding of a landmark like any other; the new token that
 `regard retrofit` adds to a pretrained vocabulary starts as the mean of the existing embeddings, as the authors' does.
+The authors leave ties to the order in which scores are sorted.
 `group_dropout` drops gates (except that of the own block), and `position_jump` adds a random number below it to the
 positions after each landmark; both act in training only.
 """

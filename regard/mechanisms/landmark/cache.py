@@ -72,8 +72,8 @@ def past_of(call: Call, k: Tensor, v: Tensor) -> LandmarkState:
 
 def _moved(x: Tensor, call: Call) -> Tensor:
     """Move a tensor to the device of the cache."""
-    offload = call.config.offload
-    return x if offload is None else x.to("cpu" if offload == DISK else offload)
+    device = call.config.cache_device
+    return x if device is None else x.to(device)
 
 
 def extended(

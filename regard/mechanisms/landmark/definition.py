@@ -12,6 +12,7 @@ from regard.contract import Call, Role, Unsupported, at_least, one_of
 from regard.core.draws import uniform
 from regard.core.precision import wide
 from regard.core.visibility import Ranks, Visibility, masked_scores_bias, ranks
+from regard.engines import retrieved_attention as retrieved
 from regard.engines.grouped_attention import Dropout, product
 from regard.mechanisms.landmark.checks import check
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
-DISK = "disk"
+DISK, MEMORY = "disk", "memory"
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 
 
@@ -35,12 +36,13 @@ class Config:
         softmax: ``grouped``, ``ignore`` (softmax over normal tokens) or ``plain`` (landmarks are treated as normal
             tokens).
         position_jump: in training, positions after a landmark grow by a random integer below this value; 0 for none.
-        selection: how the retrieved blocks are chosen: ``per_token_and_head``, ``max_over_heads`` (one set for all
-            heads of a token) or ``max_over_tokens`` (one set for all tokens of a chunk, for each head), by the largest
-            share that a block's landmark has in the softmax over landmarks.
-        offload: device that holds the cached keys and values, such as ``"cpu"``, or ``"disk"`` for a memory-mapped
-            file, with ``selection="max_over_tokens"``; only landmark keys, the incomplete block and the retrieved
-            blocks are read from it. None for the call's device.
+        selection: how the retrieved blocks are chosen, with `top_k`: ``per_token_and_head``, ``max_over_heads`` (one set
+            for all heads of a token) or ``max_over_tokens`` (one set for all tokens of a chunk, for each head), by the
+            largest share that a block's landmark has in the softmax over landmarks. None for ``per_token_and_head``, or
+            ``max_over_tokens`` with `offload`.
+        offload: what holds the cached keys and values: ``"memory"`` of the computer, ``"disk"`` (a memory-mapped file),
+            or a device of PyTorch, with ``selection="max_over_tokens"``; only landmark keys, the incomplete block and the
+            retrieved blocks are read from it. None for the call's device.
         chunk: number of tokens, including landmarks, processed at once when a state is kept, >= 1, with `top_k` or
             `cache_blocks`; None for all tokens of a call.
         miss: whether the layer learns a miss key, in causal-self.
@@ -54,7 +56,7 @@ class Config:
     group_dropout: float = 0.0
     softmax: str = "grouped"
     position_jump: int = 0
-    selection: str = "per_token_and_head"
+    selection: str | None = None
     offload: str | None = None
     chunk: int | None = None
     miss: bool = False
@@ -70,14 +72,16 @@ class Config:
             raise Unsupported(f"group_dropout={self.group_dropout}", supported="0 <= group_dropout < 1")
         one_of("softmax", self.softmax, ("grouped", "ignore", "plain"))
         at_least("position_jump", self.position_jump, 0)
+        if self.selection is None:
+            object.__setattr__(self, "selection", SELECTIONS[0 if self.offload is None else 2])
         one_of("selection", self.selection, SELECTIONS)
+        _check_place(self.offload)
         for name in ("miss_share", "miss_cutoff"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise Unsupported(f"{name}={getattr(self, name)}", supported=f"0 <= {name} <= 1")
         if self.selection != SELECTIONS[0] and self.top_k is None:
-            raise Unsupported(
-                f"selection={self.selection!r} with top_k=None", supported="top_k >= 1", nearest="top_k=4"
-            )
+            asked = f"selection={self.selection!r}" if self.offload is None else f"offload={self.offload!r}"
+            raise Unsupported(f"{asked} with top_k=None", supported="top_k >= 1", nearest="top_k=4")
         if self.offload is not None and self.selection != "max_over_tokens":
             raise Unsupported(
                 f"offload={self.offload!r} with selection={self.selection!r}, which needs other blocks for each token",
@@ -86,9 +90,25 @@ class Config:
             )
 
     @property
+    def cache_device(self) -> str | None:
+        """The device that holds the cached keys and values; None for the call's device."""
+        return "cpu" if self.offload in (DISK, MEMORY) else self.offload
+
+    @property
     def bounded(self) -> bool:
         """Whether a continued sequence may see less than its whole past."""
         return self.top_k is not None or self.cache_blocks is not None
+
+
+def _check_place(offload: str | None) -> None:
+    if offload in (None, DISK, MEMORY):
+        return
+    try:
+        torch.device(offload)
+    except RuntimeError:
+        raise Unsupported(
+            f"offload={offload!r}", supported="memory or disk, or a device of PyTorch", nearest="offload='memory'"
+        ) from None
 
 
 def reference(
@@ -130,7 +150,7 @@ def reference(
         local = visible & own & ~landmark
         every = torch.stack([local, *(gate.expand_as(local) for gate in gates)]).any(0) if m else local
         if call.pattern.cross and call.config.top_k is not None and m:
-            every = every & _best(call, softmax(every), every)
+            every = every & _best(call, q, k, scores.masked_fill(~every, -torch.inf))
         top = softmax(every & ~controlled)
         if miss is not None:
             column = miss_scores(call, q, miss)[..., None]
@@ -144,12 +164,18 @@ def reference(
     return dropout_of(call).of_weights(weights) @ v
 
 
-def _best(call: Call, share: Tensor, every: Tensor) -> Bool[Tensor, "b h n m"]:
-    """The landmarks with the largest shares, which a query of a cross pattern retrieves."""
-    chosen = torch.zeros_like(share, dtype=torch.bool)
-    share = share.amax(1, keepdim=True) if call.config.selection == "max_over_heads" else share
-    best = share.masked_fill(~every, -1.0).topk(min(call.config.top_k, every.shape[-1]), -1).indices
-    return chosen.scatter(-1, best.expand(-1, chosen.shape[1], -1, -1), True)
+def _best(call: Call, q: Tensor, k: Tensor, scores: Float[Tensor, "b h n m"]) -> Bool[Tensor, "b #h n m"]:
+    """The landmarks with the largest shares, which a query of a cross pattern retrieves; among ties the newest."""
+    there = scores > -torch.inf
+    shares = torch.where(there, scores - scores.logsumexp(-1, keepdim=True), -torch.inf)
+    longest = torch.where(there, k.norm(dim=-1)[:, :, None], 0).amax(-1, keepdim=True)
+    margin = retrieved.tolerance(k.dtype) * abs(call.scale) * q.norm(dim=-1, keepdim=True) * longest
+    if call.config.selection == "max_over_heads":
+        shares, margin = (x.amax(1, keepdim=True) for x in (shares, margin))
+    least = shares.topk(min(call.config.top_k, shares.shape[-1]), -1).values[..., -1:]
+    sure = shares > least + margin
+    tied = (shares > -torch.inf) & ~sure & (shares >= least - margin)
+    return sure | tied & (from_end(tied) <= call.config.top_k - sure.sum(-1, keepdim=True))
 
 
 def landmarks_of(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:

@@ -13,7 +13,7 @@ from regard.core.precision import wide
 from regard.core.visibility import Ranks
 from regard.engines import grouped_attention as grouped
 from regard.engines import retrieved_attention as retrieved
-from regard.engines.grouped_attention import grouped_attention, normalized, own_groups
+from regard.engines.grouped_attention import grouped_attention, log_sum, own_groups
 from regard.engines.merging import merge
 from regard.engines.retrieved_attention import retrieved_attention, retrieving_step
 from regard.mechanisms.landmark.cache import LandmarkState, grown, settled
@@ -127,12 +127,16 @@ def _chosen(call: Call, q: Float[Tensor, "b h t d"], problem: retrieved.Problem)
     if config.selection == "per_token_and_head":
         return None
     blocks = retrieved.blocks_of(problem)
-    there = blocks.exists[:, None, None]
-    shares = torch.where(there, normalized(retrieved.landmark_scores(q, problem, blocks)), -torch.inf)
+    scores = retrieved.landmark_scores(q, problem, blocks)
+    margin = retrieved.margin_of(q, problem, blocks)
+    shares = scores - log_sum(scores)[..., None]  # logarithms, in which ties are as far apart as in the scores
     if config.selection == "max_over_heads":
-        shares = shares.amax(1, keepdim=True).expand(-1, q.shape[1], -1, -1)
+        shares, margin = (x.amax(1, keepdim=True).expand(-1, q.shape[1], -1, -1) for x in (shares, margin))
     else:
         valid = call.valid_keys(q.shape[2])
-        seen = shares if valid is None else shares.masked_fill(~valid[:, None, :, None], 0.0)
-        shares = torch.where(there, seen, -torch.inf).amax(2, keepdim=True)
-    return retrieved.best(shares, problem.top_k)
+        if valid is not None:
+            hidden = ~valid[:, None, :, None]
+            shares = shares.masked_fill(hidden, torch.finfo(shares.dtype).min)
+            margin = margin.masked_fill(hidden, 0.0)
+        shares, margin = (x.amax(2, keepdim=True) for x in (shares, margin))
+    return retrieved.best(torch.where(blocks.exists[:, None, None], shares, -torch.inf), margin, problem.top_k)

@@ -589,7 +589,7 @@ def retrieved_of(
         scores = torch.rand(2, found["q"].shape[1], n, closed.shape[1]).masked_fill(
             number[:, None, None] < 0, -torch.inf
         )
-        found["chosen"] = retrieved_attention.best(scores, picks)
+        found["chosen"] = retrieved_attention.best(scores, torch.zeros(()), picks)
     return found
 
 

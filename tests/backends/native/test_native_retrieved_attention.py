@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,6 +71,30 @@ def test_blocks_are_chosen_as_in_float64(threads, turned, n, m, top_k):
     for name, y in found.items():
         seen = sure & (expected["lse"] > -torch.inf)
         RETRIEVED.close(y[seen], expected[name][seen], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("n", [1, 70])
+def test_of_blocks_that_tie_the_newest_are_chosen(threads, dtype, turned, n):
+    """Landmarks are the same but for rounding, and for a few that score much higher or lower."""
+    x, rotate = retrieved_of(n, 2003, top_k=4, dtype=dtype), rotary(8) if turned else None
+    blocks, eps = x["marks"].shape[2], 2e-7 if dtype == torch.float32 else 0.0
+    same = x["marks"][:, :, :1] * (1 + eps * torch.randn(blocks, 8))
+    size = torch.ones(blocks, 1).index_fill(0, torch.tensor([40, 99]), 3.0).to(dtype)
+    x["marks"] = (same * size).to(dtype)
+    slots = x["closed"].clamp(min=0) + (2003 - x["length"])[:, None]
+    x["k"] = x["k"].scatter(2, slots[:, None, :, None].expand(-1, 2, -1, 8), x["marks"])
+    found = RETRIEVED.run(x, top_k=4, rotate=rotate)
+    packed = problem(in_float64(x), top_k=4, rotate=rotate)
+    scores = torch_form.landmark_scores(x["q"].double(), packed, torch_form.blocks_of(packed))
+    margin = torch_form.margin_of(x["q"].double(), replace(packed, marks=x["marks"]), torch_form.blocks_of(packed))
+    chosen = torch_form.best(scores, margin, 4)
+    if not turned:
+        assert {int(c) for c in chosen.unique()} <= {40, 99, *range(blocks - 4, blocks)}
+    expected = RETRIEVED.run(x | {"chosen": chosen}, top_k=4, rotate=rotate)
+    for name, y in found.items():
+        RETRIEVED.close(y, expected[name].double(), name)
 
 
 def test_queries_in_parts_and_shared_choices_are_the_same(monkeypatch):
