@@ -41,6 +41,7 @@ def compare_from(context: typer.Context, source: Path) -> None:
     """
     from regard.measurement.budget import Budget
     from regard.models.variants import read_variants
+    from regard.retrofit.inserting import read_mechanism
     from regard.workbench.retrofits import compare_retrofits, rows
 
     asked = context.params
@@ -65,7 +66,7 @@ def compare_from(context: typer.Context, source: Path) -> None:
     with showing(quiet) as (watch, say):
         told = compare_retrofits(
             str(source),
-            read_variants(asked["mechanisms"]),
+            read_variants(asked["mechanisms"], read_mechanism),
             data=asked["data"] or None,
             output=output,
             budget=Budget.parse(asked["budget"]),

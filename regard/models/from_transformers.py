@@ -169,6 +169,8 @@ CONFIGS: dict[str, Callable[[Mapping[str, Any], Sequence[Any] | None], LanguageM
     "qwen2": _llama,
 }
 """For each ``model_type``, a function that makes the config from the checkpoint's settings and optional layers."""
+TAKES_LAYERS = tuple(kind for kind, make in CONFIGS.items() if make is _llama)
+"""Each ``model_type`` whose layers may be replaced by given ones."""
 
 REASONS = {
     "falcon_mamba": "it normalises B, C and the steps, which mamba does not",

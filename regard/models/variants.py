@@ -44,6 +44,9 @@ BLOCK_OPTIONS = ("positions", "feed_forward", "num_heads", "feed_forward_kind", 
 Layers = tuple[tuple[str, Mapping[str, Any]], ...]
 """Mechanism and options of each layer."""
 
+Check = Callable[[Mechanism, Mapping[str, Any]], object]
+"""Raises Unsupported for options of a mechanism that do not go together."""
+
 ACCEPTED = "NAME, NAME:option=value,option=value, NAME*3+NAME, or a .toml, .json or .yaml file"
 
 
@@ -162,15 +165,24 @@ class Variant:
         return [(name, dict(options)) for name, options in self.layers * (count // len(self.layers))]
 
 
-def read_variant(text: str) -> Variant:
+def go_together(card: Mechanism, options: Mapping[str, Any]) -> None:
+    """Raise Unsupported for options of a mechanism that do not go together, or are out of range."""
+    card.options(**options)
+
+
+def read_variant(text: str, check: Check = go_together) -> Variant:
     """Read one variant from its written form, or from a file.
 
+    Args:
+        check: called with each mechanism and the options that are given.
+
     Raises:
-        Unsupported: for an unknown name or option, with the nearest known one, and for text that cannot be read.
+        Unsupported: for an unknown name or option, with the nearest known one, for text that cannot be read, and as
+            `check` does.
     """
     text = text.strip()
     if text.endswith(FILES):
-        return _from_file(Path(text))
+        return _from_file(Path(text), check)
     layers: list[tuple[str, Mapping[str, Any]]] = []
     words = []
     for part in text.split("+"):
@@ -178,7 +190,7 @@ def read_variant(text: str) -> Variant:
         count = int(match["count"] or 1) if match else 0
         if match is None or count < 1:
             raise Unsupported(f"mechanism {text!r}", supported=ACCEPTED, nearest="gated_linear*3+softmax")
-        name, options = _checked(match["name"], read_options(match["options"] or "", match["name"]))
+        name, options = _checked(match["name"], read_options(match["options"] or "", match["name"]), check)
         layers += [(name, options)] * count
         words.append(_written(name, options) + (f"*{match['count']}" if match["count"] else ""))
     return Variant("+".join(words), tuple(layers))
@@ -222,7 +234,7 @@ def known_name(text: str) -> str:
     return card.name
 
 
-def _checked(name: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def _checked(name: str, options: Mapping[str, Any], check: Check) -> tuple[str, Mapping[str, Any]]:
     """Return a layer's catalogue name and options; raises Unsupported for an unknown name or option."""
     card, options = resolve(name, options)
     accepted = sorted({*layer_options(card), *BLOCK_OPTIONS})
@@ -232,7 +244,7 @@ def _checked(name: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, A
                 f"option {option!r} of {card.name}", supported=", ".join(accepted), nearest=closest(option, accepted)
             )
     fields = [f.name for f in dataclasses.fields(card.config)]
-    card.options(**{option: value for option, value in options.items() if option in fields})
+    check(card, {option: value for option, value in options.items() if option in fields})
     return card.name, options
 
 
@@ -250,7 +262,7 @@ def written_layers(layers: Layers) -> str:
     return "+".join(_written(*layer) + (f"*{count}" if count > 1 else "") for layer, count in runs)
 
 
-def _from_file(path: Path) -> Variant:
+def _from_file(path: Path, check: Check) -> Variant:
     found = read_data(path, f"variant {str(path)!r}")
     shape = "mechanism and options, or layers (a list of names or of tables with mechanism and options)"
     if not isinstance(found, Mapping) or not {"mechanism", "layers"} & set(found):
@@ -259,24 +271,24 @@ def _from_file(path: Path) -> Variant:
     if unknown or ("mechanism" in found) == ("layers" in found):
         said = f"with {sorted(unknown)[0]!r}" if unknown else "with both mechanism and layers"
         raise Unsupported(f"variant {str(path)!r} {said}", supported=f"name, and {shape}")
-    layers = _listed(found.get("layers", [found]), "layers", path)
-    encoder, decoder = (_listed(found[n], n, path) if n in found else () for n in ("encoder", "decoder"))
+    layers = _listed(found.get("layers", [found]), "layers", path, check)
+    encoder, decoder = (_listed(found[n], n, path, check) if n in found else () for n in ("encoder", "decoder"))
     width = found.get("encoder_dim")
     if width is not None and (type(width) is not int or width < 1):
         raise Unsupported(f"encoder_dim={width!r} in {str(path)!r}", supported="a positive whole number")
     return Variant(str(found.get("name", path.stem)), layers, encoder=encoder, decoder=decoder, encoder_dim=width)
 
 
-def _listed(entries: Any, name: str, path: Path) -> Layers:
+def _listed(entries: Any, name: str, path: Path, check: Check) -> Layers:
     """Read layers from a list in a file."""
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         raise Unsupported(f"{name}={entries!r} in {str(path)!r}", supported="a list of layers")
     layers: list[tuple[str, Mapping[str, Any]]] = []
     for entry in entries:
         if isinstance(entry, str):
-            layers += read_variant(entry).layers
+            layers += read_variant(entry, check).layers
         elif isinstance(entry, Mapping) and isinstance(entry.get("mechanism"), str):
-            layers.append(_checked(entry["mechanism"], entry.get("options") or {}))
+            layers.append(_checked(entry["mechanism"], entry.get("options") or {}, check))
         else:
             raise Unsupported(f"layer {entry!r} in {str(path)!r}", supported="a name, or mechanism and options")
     return tuple(layers)

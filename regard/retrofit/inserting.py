@@ -8,23 +8,42 @@ Its layers have the original's weights, and an inserted token starts from the me
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from regard.catalogue import get_mechanism
-from regard.contract import Mechanism, Unsupported, an_instance
-from regard.models.variants import read_variant
+from regard.contract import Mechanism, TrainedModel, Unsupported, an_instance
+from regard.models.from_transformers import TAKES_LAYERS, converted
+from regard.models.variants import Variant, go_together, read_variant
 
 if TYPE_CHECKING:
     from regard.retrofit.hosts import Host
 
+USUAL = TrainedModel(length=2048, heads=8)
+"""A model for which options are checked before the model is known."""
+
 KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def read_mechanism(written: str) -> Variant:
+    """Read a mechanism as it is given for a trained model; see :func:`check_options`."""
+    return read_variant(written, check_options)
+
+
+def check_options(card: Mechanism, options: Mapping[str, Any]) -> None:
+    """Raise Unsupported for options that go together neither alone nor with those that the card adds in trained models."""
+    try:
+        go_together(card, options)
+    except Unsupported:
+        if card.in_trained_models is None:
+            raise
+        go_together(card, {**card.in_trained_models(USUAL), **options})
 
 
 def inserts_tokens(mechanism: str) -> bool:
     """Return whether a mechanism, the same for all layers, inserts tokens into the sequence."""
-    layers = read_variant(mechanism).layers
+    layers = read_mechanism(mechanism).layers
     return len(layers) == 1 and get_mechanism(layers[0][0]).prepare is not None
 
 
@@ -43,7 +62,6 @@ def rebuilt(host: Host, numbers: Sequence[int], mechanism: str) -> tuple[Any, li
         Unsupported: for a model that regard's layers cannot reproduce.
     """
     from regard.integrations.transformers import RegardConfig, RegardForCausalLM
-    from regard.models.from_transformers import converted
 
     ((name, options),), config = read_variant(mechanism).layers, host.model.config
     layers = [(name, options) if layer.number in numbers else ("softmax", {}) for layer in host.layers]
@@ -77,11 +95,18 @@ def reads_by_state(model: Any) -> bool:
     return isinstance(model, RegardForCausalLM)
 
 
-def check_settings(mechanism: str, keep_layers: object, chosen: bool, train: str) -> None:
-    """Raise Unsupported for options that the mechanism does not have, and for settings that cannot work if every layer
-    reads inserted tokens."""
-    ((name, options),) = read_variant(mechanism).layers
-    get_mechanism(name).options(**options)
+def check_settings(model: Any, mechanism: str, keep_layers: object, chosen: bool, train: str) -> None:
+    """Raise Unsupported for models that cannot be rebuilt, options that the mechanism does not have, and settings that
+    cannot work if every layer reads inserted tokens."""
+    ((name, options),) = read_mechanism(mechanism).layers
+    check_options(get_mechanism(name), options)
+    if model.config.model_type not in TAKES_LAYERS:
+        raise Unsupported(
+            f"{name} in {an_instance(model)}: it inserts tokens, which transformers does not have, so the model would have to "
+            "be rebuilt from regard's own layers",
+            supported=f"{name} in models of type {', '.join(TAKES_LAYERS)}",
+            nearest="core_context, which inserts nothing",
+        )
     if chosen:
         raise Unsupported(
             f"keep_layers={keep_layers!r} with {mechanism}, whose inserted tokens every layer reads, so layers cannot be "

@@ -13,8 +13,8 @@ from regard.contract import Kind, Pattern, TrainedModel, Unsupported, at_least, 
 from regard.integrations.swap import Choice
 from regard.measurement.budget import Budget
 from regard.models.plans import PLACES, layers_at
-from regard.models.variants import read_variant, written_layers
-from regard.retrofit.inserting import inserts_tokens
+from regard.models.variants import written_layers
+from regard.retrofit.inserting import inserts_tokens, read_mechanism
 
 KEEP = (
     "auto, auto:SHARE (0 to 1), auto:NUMBER, bottom:NUMBER, top:NUMBER, middle:NUMBER, spread:NUMBER, none, or layers by "
@@ -144,7 +144,7 @@ class RetrofitSettings:
         if not self.shares_important:
             return
         asked = f"shared_heads={self.shared_heads!r} with {self.mechanism}"
-        ((name, options), *_) = read_variant(self.mechanism).layers
+        ((name, options), *_) = read_mechanism(self.mechanism).layers
         if name != MIXTURE:
             raise Unsupported(f"{asked}, which shares no heads", supported=MIXTURE, nearest="shared_heads='first'")
         if isinstance(options.get("shared_heads"), (tuple, list)):
@@ -250,7 +250,7 @@ def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[in
 def on_heads(written: str) -> str:
     """A mechanism in the form that takes existing queries, keys and values. Only those of :data:`ON_HEADS` change, and
     only without options, which would belong to their layer."""
-    layers = read_variant(written).layers
+    layers = read_mechanism(written).layers
     return ON_HEADS.get(layers[0][0], written) if len(layers) == 1 and not layers[0][1] else written
 
 
@@ -280,7 +280,7 @@ def as_papers_begin(
         Unsupported: for given options that the card refuses for such a model.
     """
     written = on_heads(written)
-    ((name, given),) = read_variant(written).layers
+    ((name, given),) = read_mechanism(written).layers
     card, options = get_mechanism(name), dict[str, Any]()
     if card.in_trained_models is not None:
         options.update(card.in_trained_models(TrainedModel(length, heads, pattern, given)))
@@ -309,7 +309,7 @@ def advising(written: str, longest: int) -> Iterator[None]:
         found = re.match(r"length=(\d+)", error.nearest)
         if found is None:
             raise
-        ((name, given),) = read_variant(written).layers
+        ((name, given),) = read_mechanism(written).layers
         nearest = written_layers(((name, {**given, "length": max(int(found[1]), longest)}),))
         raise Unsupported(error.asked, supported=error.supported, nearest=nearest) from error
 
@@ -326,7 +326,7 @@ def check_mechanism(written: str, pattern: Pattern | None = None) -> None:
     try:
         Choice.of(written, pattern).chosen  # noqa: B018 made for its checks
     except Unsupported as error:
-        variant = read_variant(written)
+        variant = read_mechanism(written)
         name = resolve(variant.layers[0][0])[0].name if len(variant.layers) == 1 else ""
         if name in KIN:
             raise Unsupported(

@@ -12,6 +12,7 @@ from support import read_in_pieces
 
 import regard
 from regard import Unsupported
+from regard.catalogue import get_mechanism
 from regard.contract import Context, Pattern
 from regard.functional import landmark_attention
 from regard.integrations.transformers import AutoModelForCausalLM, RegardForCausalLM
@@ -343,6 +344,56 @@ def test_landmarks_in_other_models_read_in_pieces_what_they_read_whole(kind):
     torch.testing.assert_close(same(ids).logits, host.model(ids).logits, rtol=1e-4, atol=1e-4)
     retrieving, text = rebuilt(host, (0, 1), LANDMARK)[0], tokens(60)[None]  # more than the model has positions
     assert retrieving.generate(text, max_new_tokens=5, do_sample=False).shape == (1, 65)
+
+
+@pytest.mark.parametrize("options", ["", ",selection=max_over_heads", ",offload=memory", ",offload=disk"])
+@torch.no_grad()
+def test_a_text_with_landmarks_is_answered_in_a_batch_as_alone(options):
+    """All landmarks of the first layer have the same key, so blocks tie: neither rounding nor padding may decide."""
+    model = rebuilt(open_host(other("llama, interpolated")), (0, 1), LANDMARK + options)[0].eval()
+    ids, mask = tokens(140).view(2, 70), torch.ones(2, 70, dtype=torch.long)
+    mask[1, :27] = 0
+
+    def answered(ids, mask):
+        settings = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        found = model.generate(ids, attention_mask=mask, max_new_tokens=12, **settings)
+        return found.sequences[:, -12:], torch.stack(found.logits, 1)
+
+    together = answered(ids, mask)
+    for r, row in enumerate(mask.bool()):
+        for found, alone in zip(together, answered(ids[r : r + 1, row], mask[r : r + 1, row]), strict=True):
+            torch.testing.assert_close(found[r : r + 1], alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("given", "begun"),
+    [
+        ("offload=disk", "selection=max_over_tokens"),
+        ("offload=memory", "selection=max_over_tokens"),
+        ("offload=disk,selection=max_over_tokens", "selection=max_over_tokens"),
+        ("selection=max_over_heads", "selection=max_over_heads"),
+        ("selection=max_over_tokens", "selection=max_over_tokens"),
+    ],
+)
+def test_options_of_retrieval_need_no_others(given, begun, tmp_path):
+    asked = read_settings(f"landmark:{given}", None, "60 steps", {**SHORT, "lengths": (220,)})
+    host, quiet = open_host(llama(2)), {"watch": lambda _: None, "say": lambda _: None}
+    (run,) = planned(host, [asked], [tmp_path / "out"], data=tokens(), **quiet)
+    config = get_mechanism("landmark").options(**read_variant(run.settings.mechanism).options)
+    assert f"selection={config.selection}" == begun and config.top_k and config.chunk
+    with pytest.raises(Unsupported, match=r"with top_k=None.*try top_k=4"):
+        read_settings(f"landmark:top_k=null,{given}", None, "60 steps", {})
+
+
+def test_models_that_cannot_be_rebuilt_for_landmarks_are_refused_at_once(tmp_path):
+    config = transformers.GPT2Config(vocab_size=48, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(
+        Unsupported, match=r"landmark in a GPT2LMHeadModel: it inserts tokens.*llama, mistral, qwen2; try"
+    ) as told:
+        regard.retrofit(
+            transformers.GPT2LMHeadModel(config), "landmark", data=tokens(), budget="12 steps", output=tmp_path / "out"
+        )
+    assert "mamba" not in str(told.value)
 
 
 def test_blocks_of_landmarks_are_no_longer_than_the_window_of_the_old_layers():

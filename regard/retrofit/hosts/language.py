@@ -48,7 +48,7 @@ class LanguageHost(TextHost):
 
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
         if inserts_tokens(settings.mechanism):
-            check_settings(settings.mechanism, settings.keep_layers, settings.chosen, settings.train)
+            check_settings(self.model, settings.mechanism, settings.keep_layers, settings.chosen, settings.train)
             settings = self._within_window(settings)
         return super().settled(settings)
 
