@@ -156,9 +156,9 @@ def test_a_compiled_model_gives_the_same_for_images_of_any_size():
 
 def test_removed_patches_leave_the_others_in_their_places():
     model, x = vit(), normal(2, 3, 16, 40)
-    host, tokens = OwnHost(model), model.embed(x)
-    kept = torch.tensor([0, 2, 3, 7, 10])
-    found = host.run(model.blocks, tokens[:, kept], (2, 5), places=kept.expand(2, -1))
+    host, kept = OwnHost(model), torch.tensor([0, 2, 3, 7, 10])
+    tokens, shared = host.embed(x)
+    found = host.run(model.blocks, tokens[:, kept], shared, places=kept.expand(2, -1))
     alive = torch.zeros(2, 11, dtype=torch.bool)
     alive[:, kept] = True
     context = Context(mask=Mask(valid=alive), grid=(2, 5), roles=int(Role.CLS) * (torch.arange(11) == 0).expand(2, -1))
