@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ class Drawings:
             return None
         log = min(losses) > 0
         # a run that blows up must not flatten all the others
-        axis = Axis("training loss ↓", log=log, limit=max(starts) * 1.2 if log else None)
+        axis = Axis("training loss ↓", log=log, limit=max(starts) * 1.2 if log else math.inf)
         lines = [(row["mechanism"], [(tokens, loss) for tokens, loss in row["curve"]]) for row in rows]
         return charts.lines(
             self._id("curves", task),

@@ -26,6 +26,7 @@ class Scale:
         low, high: ends of the data range; positive when `log`.
         start, end: pixels of these ends.
         ticks: values to mark.
+        limit: larger values have its pixel.
     """
 
     low: float
@@ -35,9 +36,10 @@ class Scale:
     log: bool
     ticks: tuple[float, ...]
     label: Formatter
+    limit: float = math.inf
 
     def __call__(self, value: float) -> float:
-        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, min(value, self.limit)))
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def inside(self, value: float) -> float:
@@ -122,7 +124,7 @@ class Axis:
     log: bool = False
     base: int = 10
     rising: bool = True
-    limit: float | None = None
+    limit: float = math.inf
     ticks: tuple[float, ...] = ()
 
     def usable(self, value: object) -> TypeGuard[float]:
@@ -131,11 +133,11 @@ class Axis:
 
     def scale(self, values: Iterable[float], start: float, end: float) -> Scale:
         """The scale for some values, from pixel `start` to pixel `end`."""
-        shown = [v if self.limit is None else min(v, self.limit) for v in values]
+        shown = [min(v, self.limit) for v in values]
         if not self.rising:
             start, end = end, start
         if self.log:
             scale = log_scale(shown, start, end, self.format, base=self.base)
         else:
             scale = linear_scale(shown, start, end, self.format)
-        return replace(scale, ticks=self.ticks) if self.ticks else scale
+        return replace(scale, ticks=self.ticks or scale.ticks, limit=self.limit)

@@ -474,3 +474,14 @@ def test_a_mechanism_has_the_same_colour_in_every_report_and_no_two_are_alike():
 def test_a_command_breaks_between_its_words_alone():
     page = pages().from_string("{{ 'a <b> --output x' | words }}").render()
     assert page == " ".join(f'<span class="word">{word}</span>' for word in ("a", "&lt;b&gt;", "--output", "x"))
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_what_is_beyond_the_limit_of_an_axis_is_drawn_at_its_edge(rising):
+    points = [charts.ScatterPoint(i, str(i), 1.0 + i, y) for i, y in enumerate((1.0, 1.5, 2.0, 700.0))]
+    axis = Axis("y", log=True, base=2, rising=rising, limit=2.0)
+    drawn = charts.scatter("beyond", "title", "description", points, Axis("x"), axis)
+    scale = axis.scale([p.y for p in points], 0.0, 100.0)
+    assert scale(700.0) == scale(2.0) != scale(1.5)
+    heights = [float(y) for y in re.findall(r' c?y[12]?="(-?[0-9.]+)"', drawn)]
+    assert min(heights) >= 0 and max(heights) <= charts.HEIGHT
