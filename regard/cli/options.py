@@ -43,6 +43,12 @@ PRECISION = Annotated[
         help="Precision of training: float32, or mixed precision with bfloat16, or with float16 and a scaled loss."
     ),
 ]
+RETROFIT_PRECISION = Annotated[
+    str,
+    typer.Option(
+        help="Precision of training: float32, or mixed precision with bfloat16, faster on processors that multiply it."
+    ),
+]
 REDUCE = Annotated[
     str | None,
     typer.Option(

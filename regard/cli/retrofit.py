@@ -24,6 +24,7 @@ from regard.cli.options import (
     PLUGINS,
     POSITIONS,
     RATE,
+    RETROFIT_PRECISION,
     SHARED_HEADS,
     TRAIN,
     TRANSFER_RATE,
@@ -75,6 +76,7 @@ def retrofit(
     evaluation_blocks: EVALUATION_BLOCKS = None,
     positions: POSITIONS = None,
     shared_heads: SHARED_HEADS = "first",
+    precision: RETROFIT_PRECISION = "float32",
     seed: Annotated[
         int,
         typer.Option(min=0, max=LARGEST_SEED, help="Seed of the order of blocks and of randomly initialised weights."),
@@ -128,6 +130,7 @@ def retrofit(
             evaluation_blocks=evaluation_blocks,
             positions=positions,
             shared_heads=shared_heads,
+            precision=precision,
             seed=seed,
             watch=watch,
             say=say,

@@ -26,9 +26,12 @@ OF_RETROFITS = (
     "shared_heads",
 )
 """Options of `regard compare` that apply to retrofits alone."""
+OF_BOTH = ("precision",)
+"""Options of `regard compare` that mean the same for retrofits."""
 TAKEN = (
     *("data", "source", "mechanisms", "budget", "output", "validation", "length", "lengths", "seed_offset", "plugin"),
     *OF_RETROFITS,
+    *OF_BOTH,
 )
 """Options of `regard compare` that apply to a model that is already trained."""
 
@@ -59,7 +62,7 @@ def compare_from(context: typer.Context, source: Path) -> None:
         )
     enter_plugins(asked["plugin"])
     more: dict[str, Any] = {"length": asked["length"]} if asked["length"] is not None else {}
-    more |= {name: asked[name] for name in OF_RETROFITS if name in given}
+    more |= {name: asked[name] for name in (*OF_RETROFITS, *OF_BOTH) if name in given}
     if "lengths" in given:
         more["lengths"] = read_lengths(asked["lengths"])
     output, quiet = asked["output"], asked["as_json"]

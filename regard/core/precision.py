@@ -1,4 +1,4 @@
-"""The precision of sums, which is at least float32 whatever the dtype of a call."""
+"""The precision of sums, which is at least float32 whatever the dtype of a call, and mixed precision in training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped
 
 
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""Precisions of training: the parameters' own dtype, and mixed precision with a narrower one."""
 WIDE = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
 """Dtypes that are their own wide dtype."""
 
@@ -25,6 +27,12 @@ def wide_dtype(x: Tensor | torch.dtype) -> torch.dtype:
 def wide(x: Shaped[Tensor, ...]) -> Shaped[Tensor, ...]:
     """`x` in at least float32."""
     return x if x.dtype in WIDE else x.to(wide_dtype(x))
+
+
+def mixed(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """Compute matrix products in one of :data:`PRECISIONS` under torch's autocast; ``float32`` changes nothing."""
+    narrow = torch.float16 if precision == "float16" else torch.bfloat16
+    return torch.autocast(device.type, narrow, enabled=precision != "float32")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

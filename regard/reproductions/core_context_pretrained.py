@@ -8,10 +8,10 @@ tokens; beside it mean cores, a window that reads as many keys, and full attenti
 """
 
 from regard.reproductions.framework.judging import Check, minus, within
-from regard.reproductions.framework.pretrained import RETROFIT_OF, SMALL, retrofitted
+from regard.reproductions.framework.pretrained import MIXED_RETROFIT, SMALL, retrofitted
 from regard.reproductions.framework.protocol import Reproduction
 
-TUNING = RETROFIT_OF | {"steps": 28, "length": 1024, "blocks": 8, "needles": {"1024": 2}}
+TUNING = MIXED_RETROFIT | {"steps": 28, "length": 1024, "blocks": 8, "needles": {"1024": 2}}
 CORES = "core_context:group=16,window=128"
 
 REPRODUCTION = Reproduction(

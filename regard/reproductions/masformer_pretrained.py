@@ -9,10 +9,10 @@ tokens; needles, hidden in texts of 1,024 tokens, are what only far attention ca
 """
 
 from regard.reproductions.framework.judging import Check, measured, minus
-from regard.reproductions.framework.pretrained import RETROFIT_OF, SMALL, retrofitted
+from regard.reproductions.framework.pretrained import MIXED_RETROFIT, SMALL, retrofitted
 from regard.reproductions.framework.protocol import Reproduction
 
-TUNING = RETROFIT_OF | {"steps": 28, "length": 1024, "blocks": 8, "needles": {"1024": 2}}
+TUNING = MIXED_RETROFIT | {"steps": 28, "length": 1024, "blocks": 8, "needles": {"1024": 2}}
 BLOCKS = TUNING | {"mechanism": "local:form=block,block=64"}
 FOUND = "found at 1024"
 

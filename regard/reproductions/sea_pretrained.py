@@ -9,10 +9,10 @@ query, which also learns the original's attention weights and head outputs, Perf
 """
 
 from regard.reproductions.framework.judging import Check, measured, minus, within
-from regard.reproductions.framework.pretrained import RETROFIT_OF, SMALL, retrofitted
+from regard.reproductions.framework.pretrained import MIXED_RETROFIT, SMALL, retrofitted
 from regard.reproductions.framework.protocol import Reproduction
 
-LEARNING = RETROFIT_OF | {"steps": 64, "distil": 1.0}
+LEARNING = MIXED_RETROFIT | {"steps": 64, "distil": 1.0}
 FEWER, MORE = "loss with 16 keys", "loss with 128 keys"
 
 REPRODUCTION = Reproduction(

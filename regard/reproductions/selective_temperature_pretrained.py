@@ -8,10 +8,10 @@ without.
 """
 
 from regard.reproductions.framework.judging import Check, minus, within
-from regard.reproductions.framework.pretrained import RETROFIT_OF, SMALL, retrofitted
+from regard.reproductions.framework.pretrained import MIXED_RETROFIT, SMALL, retrofitted
 from regard.reproductions.framework.protocol import Reproduction
 
-TUNING = RETROFIT_OF | {"steps": 64}
+TUNING = MIXED_RETROFIT | {"steps": 64}
 
 REPRODUCTION = Reproduction(
     name="selective_temperature_pretrained",

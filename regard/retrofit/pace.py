@@ -183,7 +183,7 @@ def measure_pace(
 ) -> dict[str, float]:
     """Measure, on throwaway copies, the seconds of a step of each stage and of one forward pass over the original (on a
     block, or a batch of images)."""
-    started = time.monotonic()
+    started, precision = time.monotonic(), settings.precision
     row = host.batch(data, 0, settings.seed, settings, host.rows)
     times = 1 if host.rows is None else math.ceil(settings.rows / host.rows)
     kept = settings.kept(len(host.layers))
@@ -195,12 +195,12 @@ def measure_pace(
     student, _ = host.copy_with(changeable, settings.mechanism, settings.seed)
     modules = {} if settings.inserts else {n: student.get_submodule(host.layers[n].path) for n in changeable}
     if "warm" in stages:
-        found["warm"] = _seconds(lambda: transfer_losses(host, modules, row.inputs)) * times
+        found["warm"] = _seconds(lambda: transfer_losses(host, modules, row.inputs, precision=precision)) * times
     if "transfer" in stages:
         some = {n: modules[n] for n in numbers}
-        found["transfer"] = _seconds(lambda: transfer_losses(host, some, row.inputs)) * times
+        found["transfer"] = _seconds(lambda: transfer_losses(host, some, row.inputs, precision=precision)) * times
     unload = prepare(host, student, changeable, settings)
-    found["tune"] = _seconds(lambda: tune_losses(host, student, row, settings.distil)) * times
+    found["tune"] = _seconds(lambda: tune_losses(host, student, row, settings.distil, precision=precision)) * times
     found["tune"] += _seconds(lambda: _update(student))
     del unload
     found["probe"] = time.monotonic() - started

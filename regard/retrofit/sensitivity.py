@@ -28,7 +28,7 @@ from regard.retrofit.hosts import Batch, Host
 from regard.retrofit.stage import Progress, Watch
 from regard.version import VERSION
 
-DECIDES = ("model", "data", "mechanism", "length", "batch_size", "transfer_rate", "shared_heads", "seed")
+DECIDES = ("model", "data", "mechanism", "length", "batch_size", "transfer_rate", "shared_heads", "precision", "seed")
 """The parts of a folder's identity, where it has them, on which the sensitivity of its layers depends; the budget decides how long it is measured."""
 METHOD = 2
 """Number of the way to measure; 1 measured layers that the first steps had made worse than they began."""

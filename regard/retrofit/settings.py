@@ -22,6 +22,8 @@ KEEP = (
 )
 FIRST, IMPORTANT = "first", "important"
 """The heads that a mixture of heads shares."""
+PRECISIONS = ("float32", "bfloat16")
+"""Precisions of training; float16 would need a scaled loss."""
 MIXTURE = "mixture_of_heads"
 TRAIN = "all, new (the swapped layers alone), or lora:RANK"
 ON_HEADS = {"mamba2": "gated_linear:gate=step"}
@@ -57,6 +59,8 @@ class RetrofitSettings:
             the model's own.
         shared_heads: which heads of a layer ``mixture_of_heads`` always has: the ``first``, or the ``important``, on which
             the original's loss depends most; see :func:`regard.retrofit.important.head_importance`.
+        precision: that of the matrix products in training, the teacher's too: ``float32``, or ``bfloat16`` under torch's
+            autocast, with weights in float32 as before. Everything is evaluated in the weights' own dtype.
         seed: for drawing blocks and for random initial values.
     """
 
@@ -73,6 +77,7 @@ class RetrofitSettings:
     evaluation_blocks: int | None = None
     positions: int | None = None
     shared_heads: str = FIRST
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +85,7 @@ class RetrofitSettings:
         for name, low in (("length", 2), ("batch_size", 1), ("evaluation_blocks", 1), ("positions", 2), ("seed", 0)):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), low)
+        one_of("precision", self.precision, PRECISIONS)
         if not 0 <= self.distil <= 1:
             raise Unsupported(f"distil={self.distil}", supported="a weight from 0 to 1", nearest="distil=1.0")
         if self.positions is not None and self.distil:
@@ -204,10 +210,9 @@ class RetrofitSettings:
     def identity(self) -> dict[str, Any]:
         """The settings that must not change when a retrofit is resumed."""
         own = asdict(self)
-        if self.positions is None:
-            del own["positions"]  # folders of earlier versions do not have it
-        if not self.shares_important:
-            del own["shared_heads"]  # likewise
+        for name in ("positions", "shared_heads", "precision"):  # folders of earlier versions do not have them
+            if own[name] == getattr(RetrofitSettings, name):
+                del own[name]
         return {
             **own,
             "budget": str(self.budget),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.core.precision import mixed, wide, without_autocast
 from regard.integrations.collecting import collect_losses
 from regard.integrations.swap import mechanism_in
 from regard.models.evaluating import evaluation_mode
@@ -64,7 +65,7 @@ def transfer(
 
     def step(number: int) -> list[float]:
         inputs = host.batch(data, number, stage.seed, settings).inputs
-        return transfer_losses(host, modules, inputs, stage.before + number)
+        return transfer_losses(host, modules, inputs, stage.before + number, precision=settings.precision)
 
     parts = list(modules.values())
     together.train()  # mechanisms compute their auxiliary losses in training mode
@@ -91,15 +92,19 @@ def held_out_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Sequen
 
 def _distance(found: Tensor, expected: Tensor) -> Tensor:
     """The squared difference, relative to the square of the expected output."""
+    found, expected = wide(found), wide(expected)
     return (found - expected).square().sum() / expected.square().sum().clamp(min=1e-30)
 
 
-def transfer_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor, progress: int = 0) -> list[float]:
+def transfer_losses(
+    host: Host, modules: Mapping[int, nn.Module], inputs: Tensor, progress: int = 0, *, precision: str = "float32"
+) -> list[float]:
     """The loss of each module on some inputs, without the mechanisms' auxiliary losses; leaves the gradients of both in
     their parameters.
 
     Args:
         progress: number of the training step, for mechanisms with a schedule.
+        precision: that of the settings.
     """
     losses: dict[int, float] = {}
     originals = {n: original_attention(host, n) for n, module in modules.items() if learns_from_attention(module)}
@@ -110,10 +115,11 @@ def transfer_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor
         with torch.enable_grad(), collect_losses(module, teachers=teachers, progress=progress) as collected:
             found = _first(module(*args, **given))
             loss = _distance(found, expected)
-            (loss + collected.total(LOSS_WEIGHTS)).backward()
+            with without_autocast(inputs.device):
+                (loss + collected.total(LOSS_WEIGHTS)).backward()
         losses[number] = loss.item()
 
-    with _listening(host, modules, learn):
+    with _listening(host, modules, learn), mixed(precision, inputs.device):
         host.body(inputs)
     return [losses[number] for number in modules]
 

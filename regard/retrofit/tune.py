@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, an_instance
+from regard.core.precision import mixed
 from regard.integrations.collecting import collect_losses
 from regard.models.evaluating import evaluation_mode
 from regard.retrofit.best import Best
@@ -47,7 +48,7 @@ def tune(
 
     def step(number: int) -> list[float]:
         batch = host.batch(data, number, stage.seed, settings)
-        return tune_losses(host, student, batch, settings.distil, stage.before + number)
+        return tune_losses(host, student, batch, settings.distil, stage.before + number, precision=settings.precision)
 
     try:
         adapters = [name for name, _ in student.named_parameters() if ".lora_" in name]
@@ -154,7 +155,9 @@ def _taught(host: Host, student: Any, part: Batch, distil: float) -> tuple[Tenso
     return expected if distil else None, {host.layers[number].path: its for number, its in taught.items()}
 
 
-def tune_losses(host: Host, student: Any, batch: Batch, distil: float, progress: int = 0) -> list[float]:
+def tune_losses(
+    host: Host, student: Any, batch: Batch, distil: float, progress: int = 0, *, precision: str = "float32"
+) -> list[float]:
     """`distil` times the student's distance from the teacher's answers, plus 1 - `distil` times its distance from the
     right ones; in nats (or as a share of the squared hidden states). The mechanisms' auxiliary losses are trained on
     too, but not included in the result; those of layers that learn from the teacher's attention (sea) do so with any
@@ -165,12 +168,15 @@ def tune_losses(host: Host, student: Any, batch: Batch, distil: float, progress:
 
     Args:
         progress: number of the training step, for mechanisms with a schedule.
+        precision: that of the settings.
     """
+    device = batch.inputs.device
     total = 0.0
     parts = host.parts(batch)
     for part in parts:
-        expected, teachers = _taught(host, student, part, distil)
-        with collect_losses(student, teachers=teachers, progress=progress) as collected:
+        with mixed(precision, device):
+            expected, teachers = _taught(host, student, part, distil)
+        with mixed(precision, device), collect_losses(student, teachers=teachers, progress=progress) as collected:
             found = host.answers(student, part)
         loss = _loss(host, found, part, expected, distil)
         ((loss + collected.total(LOSS_WEIGHTS).to(found)) / len(parts)).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from regard.core.precision import PRECISIONS
 from regard.measurement.memory import Peak, TensorMemory, keep_freed_memory, peak_memory
 from regard.training.average import WeightAverage
 from regard.training.distillation import (
@@ -14,7 +15,7 @@ from regard.training.distillation import (
 from regard.training.growth import grow, shrink, token_usage
 from regard.training.heads import head_importance, mix_heads, skip_attention
 from regard.training.learning_rate import Search, Trial, search
-from regard.training.loop import PRECISIONS, Evaluation, History, Point, TrainConfig, evaluate, train
+from regard.training.loop import Evaluation, History, Point, TrainConfig, evaluate, train
 from regard.training.optimizer import make_optimizer, parameter_groups
 from regard.training.runner import Runner, Supervised, runner_of
 

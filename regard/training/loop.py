@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, at_least, one_of
+from regard.core.precision import PRECISIONS, mixed
 from regard.engines.linear import chosen_routes, take_routes
 from regard.measurement.memory import peak_memory
 from regard.models.evaluating import evaluation_mode
@@ -31,8 +32,6 @@ from regard.training.average import WeightAverage
 from regard.training.checkpoint import damaged, load_checkpoint, restore, save_checkpoint
 from regard.training.optimizer import SCHEDULES, make_optimizer, scheduled_rate
 from regard.training.step import Alone, answered, batch_context, run_model
-
-PRECISIONS = ("float32", "bfloat16", "float16")
 
 LONGEST_UNSAVED = 60.0
 """Seconds after which a checkpoint is due whatever `checkpoint_every` says, in case steps become slow."""
@@ -323,9 +322,7 @@ def _gradients(
     optimizer.zero_grad(set_to_none=True)
 
     def run() -> tuple[Tensor, Tensor | float, Tensor]:
-        narrow = torch.float16 if config.precision == "float16" else torch.bfloat16
-        within = torch.autocast(device.type, narrow, enabled=config.precision != "float32")
-        loss, auxiliary = together.losses(task, batch, context, within)
+        loss, auxiliary = together.losses(task, batch, context, mixed(config.precision, device))
         scaler.scale(loss + auxiliary).backward()
         together.add_gradients()
         if scaler.is_enabled():

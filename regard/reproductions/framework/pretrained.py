@@ -46,6 +46,8 @@ RETROFIT_OF = {
 }
 """A retrofit of all layers: 32 steps of one block of 512 tokens, a quarter of them for each layer by itself; by default
 it learns the next tokens. ``needles``: how many texts of each length (as text) hide three needles each."""
+MIXED_RETROFIT = RETROFIT_OF | {"precision": "bfloat16"}
+"""The same, trained in mixed precision; what is measured is computed in float32."""
 SMALL = {"model": TINY, "steps": 28, "length": 32, "blocks": 2, "needles": {"32": 1}}
 """Options that shrink :data:`RETROFIT_OF` to seconds, with a random model and random tokens."""
 
@@ -65,6 +67,7 @@ def retrofitted(setting: Setting, seed: int) -> Measurements:
         "length": setting["length"],
         "batch_size": setting["batch_size"],
         "distil": setting["distil"],
+        "precision": setting.get("precision", "float32"),
         "lengths": (32,),
         "evaluation_blocks": 1,
         "seed": seed,
@@ -150,4 +153,4 @@ def _tokens(tokenizer: Any, text: str) -> Int[Tensor, " n"]:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-__all__ = ["PACKAGES", "RETROFIT_OF", "SMALL", "SMOLLM2", "open_model", "retrofitted", "smollm2_file"]
+__all__ = ["MIXED_RETROFIT", "PACKAGES", "RETROFIT_OF", "SMALL", "SMOLLM2", "open_model", "retrofitted", "smollm2_file"]
