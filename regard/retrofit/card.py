@@ -31,7 +31,7 @@ instead of softmax attention and were trained back.
 |---|---|---|
 {rows}
 
-- Trained on {data}: {tokens} {counts} of attention transfer and {tuned} of {loss}.
+- Trained on {data}: {tokens} {counts} of attention transfer and {tuned} of {loss}{precision}.
 - Kept layers: {kept}. New parameters: {parameters:,}.
 {shared}- Everything that was measured is in `retrofit.json`, with the machine and the settings.
 {notes}"""
@@ -76,6 +76,7 @@ def readme(record: dict[str, Any]) -> str:
         tokens=units.count(record["trained_tokens"]["transfer"] + record["trained_tokens"]["all layers"]),
         tuned=units.count(record["trained_tokens"]["tune"]),
         loss="distillation" if distil == 1 else own if distil == 0 else f"distillation and {own}",
+        precision=f", with matrix products in {settings['precision']}" if "precision" in settings else "",
         parameters=record["new_parameters"],
         shared="".join(f"- {told}\n" for told in shared_heads(record)),
         notes="".join(f"- {note[0].upper()}{note[1:]}\n" for note in record["recommendation"]["notes"]),
