@@ -87,6 +87,19 @@ def images_among(files: Sequence[Path], folder: Path) -> list[Path]:
     return kept
 
 
+def check_readable(folder: Path, validation: Path | None, training: int, kept: int, what: str) -> None:
+    """Raise Unsupported for a folder of which no file was read.
+
+    Args:
+        training: number of files of `folder` that were read.
+        kept: number of all files that were read.
+        what: word for a file.
+    """
+    for place, number in ((folder, training), (validation, kept - training)):
+        if place is not None and not number:
+            raise Unsupported(f"{names_of(place)}, in which no {what} can be read", supported=f"one {what} or more")
+
+
 def unused_name(name: str, taken: set[str]) -> str:
     """Return `name`, with underscores appended if it is taken already, and add the result to `taken`."""
     while name in taken:
@@ -166,9 +179,7 @@ def load_folders(
                 supported="2 or more images in each class's folder" if validation is None else "images of each class",
             )
     first = sum(i < training for i in kept)
-    for place, number in ((folder, first), (validation, len(kept) - first)):
-        if place is not None and not number:
-            raise Unsupported(f"{place}, in which no image can be read", supported="one image or more")
+    check_readable(folder, validation, first, len(kept), "image")
     pixels, span, count = stacked(images, span, training=first)
     if span is not None:
         low, high = span

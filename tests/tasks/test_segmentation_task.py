@@ -264,7 +264,7 @@ def test_images_that_cannot_be_read_are_left_out_where_that_is_asked(tmp_path):
     assert "left out: masks/3.png, a mask of colours (mode RGB)" in told and "training: 1 im" in told
     for path in (tmp_path / "a" / "images").iterdir():
         path.write_bytes(b"")
-    refused(lambda: task(tmp_path / "a", skip_unreadable=True), "no image and mask can be read")
+    refused(lambda: task(tmp_path / "a", skip_unreadable=True), "no image with its mask can be read")
     refused(lambda: task("shapes", skip_unreadable=True), "skip_unreadable=True for shapes")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -176,6 +176,17 @@ def class_names(path: Path) -> dict[int, str]:
     return found
 
 
+class KnownClasses(Protocol):
+    """A reader of masks whose classes are known.
+
+    Attributes:
+        values: value of each class in masks.
+    """
+
+    @property
+    def values(self) -> Sequence[int]: ...
+
+
 def classes_among(
     paths: Sequence[Path],
     found: Sequence[Int[np.ndarray, " v"]],
@@ -183,7 +194,7 @@ def classes_among(
     names: Mapping[int, str],
     background: int | str | None,
     ignore: int | str | None,
-    known: Mapping[int, str] | None = None,
+    known: KnownClasses | None = None,
 ) -> tuple[list[int], int | None]:
     """The values in masks that are classes, and which of them is the background.
 
@@ -194,12 +205,12 @@ def classes_among(
         background: value of points that are not scored; None for none, ``auto`` for 0 if masks have it.
         ignore: value of points without loss and score; None for none, ``auto`` for 255 if there are more than two
             values.
-        known: names of the classes of a trained model, of which masks may have any, in place of `names`.
+        known: the reader of a trained model, of whose classes masks may have any, in place of `names`.
 
     Raises:
         Unsupported: for values that are not classes, and for too many or too few classes.
     """
-    named = names if known is None else known
+    named = names if known is None else known.values
     values = sorted({*named, *(int(value) for mask in found[:training] for value in mask)})
     void = (VOID if len(values) > 2 and VOID not in named else None) if ignore == "auto" else ignore
     values = sorted(named) or [value for value in values if value != void]

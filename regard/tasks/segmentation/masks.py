@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regard.contract import Unsupported
 from regard.measurement.units import counted
 from regard.tasks.documents import file_name, names_of
-from regard.tasks.image_files import WITHOUT, Images, Unreadable, left_out, read_image, stacked, unreadable
+from regard.tasks.image_files import (
+    WITHOUT,
+    Images,
+    Unreadable,
+    check_readable,
+    left_out,
+    read_image,
+    stacked,
+    unreadable,
+)
 from regard.tasks.images import ImageReader
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation.folders import CLASSES, PICTURES, class_names, classes_among, largest_classes, pairs_of
@@ -148,11 +156,7 @@ def read_masked(
     notes += left_out([file_name(one) for one in unread])
     training = sum(i < training for i in kept)
     pairs = [pairs[i] for i in kept]
-    for place, number in ((folder, training), (validation, len(kept) - training)):
-        if place is not None and not number:
-            raise Unsupported(
-                f"{names_of(place)}, in which no image and mask can be read", supported="images and masks"
-            )
+    check_readable(folder, validation, training, len(kept), "image with its mask")
     values, quiet = classes_among(
         [path for _, path in pairs],
         [np.unique(mask) for mask in masks],
@@ -160,7 +164,7 @@ def read_masked(
         names,
         background,
         ignore,
-        None if known is None else dict(zip(known.values, known.classes, strict=True)),
+        known,
     )
     pixels, span, count = stacked(given, span, training=training)
     if span is not None:

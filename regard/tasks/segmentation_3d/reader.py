@@ -17,7 +17,7 @@ from regard.contract import Unsupported
 from regard.core.patches import cut
 from regard.measurement.units import counted
 from regard.tasks.documents import file_name, names_of
-from regard.tasks.image_files import Unreadable, left_out, machine_memory
+from regard.tasks.image_files import Unreadable, check_readable, left_out, machine_memory
 from regard.tasks.images import as_tuples
 from regard.tasks.protocol import IGNORED
 from regard.tasks.sampling import without_repetitions
@@ -221,11 +221,7 @@ def read_volumes(
     notes += left_out([file_name(one) for one in unread])
     training = sum(i < training for i in kept)
     pairs = [pairs[i] for i in kept]
-    for place, number in ((folder, training), (validation, len(kept) - training)):
-        if place is not None and not number:
-            raise Unsupported(
-                f"{names_of(place)}, in which no volume and mask can be read", supported="volumes and masks"
-            )
+    check_readable(folder, validation, training, len(kept), "volume with its mask")
     values, quiet = classes_among(
         [path for _, path in pairs],
         [np.unique(mask) for mask in masks],
@@ -233,7 +229,7 @@ def read_volumes(
         names,
         background,
         ignore,
-        None if known is None else dict(zip(known.values, known.classes, strict=True)),
+        known,
     )
     table = np.full(256, IGNORED, dtype=np.int16)
     table[values] = np.arange(len(values))
