@@ -29,7 +29,7 @@ REPRODUCTION = Reproduction(
     settings={
         "sea": LEARNING
         | {
-            "mechanism": "sea:top_k=64,length=512,feature_divisor=8",
+            "mechanism": "sea:top_k=64,length=1024,feature_divisor=8",
             "changed": {FEWER: {"top_k": 16}, MORE: {"top_k": 128}},
         },
         "performer": LEARNING | {"mechanism": "performer"},
