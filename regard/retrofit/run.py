@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,7 @@ def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, 
     try:
         return tried(numbers)
     except Unsupported as error:
-        able = [] if settings.inserts else list(filter(can, numbers))
+        able = [] if settings.inserts else _those(can, numbers, host)
         if not able or able == numbers:
             raise
         if not settings.chosen:
@@ -239,6 +239,16 @@ def _look_at(host: Host, data: Any, settings: RetrofitSettings) -> tuple[float, 
             nearest = " or ".join(filter(None, (error.nearest, f"keep_layers={kept}")))
             raise Unsupported(error.asked, supported=error.supported, nearest=nearest) from error
         return tried(able)
+
+
+def _those(can: Callable[[int], bool], numbers: Sequence[int], host: Host) -> list[int]:
+    """The layers for which `can` holds, which one of those that are alike decides for all of them."""
+    known: dict[Hashable, bool] = {}
+    for number in numbers:
+        kind = host.kind_of_layer(number)
+        if kind not in known:
+            known[kind] = can(number)
+    return [number for number in numbers if known[host.kind_of_layer(number)]]
 
 
 @dataclass(frozen=True)

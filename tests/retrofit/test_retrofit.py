@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -297,6 +298,19 @@ def test_the_layers_to_keep_are_named_where_a_window_is_refused(tmp_path, size, 
     settings = {**WORK, "data": tokens(), "budget": "60 steps", "output": tmp_path / "out"}
     with pytest.raises(Unsupported, match=said + r" or keep_layers=\(0, 2\)"):
         regard.retrofit(mixed_windows(size), "gated_linear", keep_layers="none", **settings)
+
+
+@pytest.mark.parametrize(("make", "checks"), [(lambda: llama(6), 2), (mixed_windows, 4)])
+def test_of_layers_that_are_alike_one_is_tried_where_all_are_refused(tmp_path, monkeypatch, make, checks):
+    tried, check = [], hosts.LanguageHost.check
+    monkeypatch.setattr(
+        hosts.LanguageHost, "check", lambda host, *given: tried.append(given[-1]) or check(host, *given)
+    )
+    mechanism = "gated_linear" if checks == 4 else "sea:length=32,top_k=2,estimate_length=8"
+    settings = {**WORK, "data": tokens(), "budget": "60 steps", "output": tmp_path / "out"}
+    with suppress(Unsupported, AssertionError):
+        regard.retrofit(make(), mechanism, keep_layers="auto:1", watch=unexpected, **settings)
+    assert len(tried) == checks and [len(numbers) for numbers in tried[1:3]] == [1] * min(checks - 1, 2)
 
 
 def test_low_rank_updates_without_peft_are_refused_before_anything_is_trained(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -199,6 +199,16 @@ class Host(ABC):
         swap(made, {self.layers[number].path: mechanism for number, mechanism in mechanisms.items()})
         return made.eval()
 
+    def kind_of_layer(self, number: int) -> Hashable:
+        """What sets a layer apart from others but its weights and its place: the classes and plain settings of its
+        attention module and of the block around it, such as a window."""
+        path = self.layers[number].path
+        around = self.model.get_submodule(path.rpartition(".")[0])
+        return tuple(
+            (type(part), *sorted((name, repr(its)) for name, its in vars(part).items() if _is_setting(name, its)))
+            for part in (self.model.get_submodule(path), around)
+        )
+
     def with_model(self, model: Any) -> Self:
         """The same host with another model."""
         return replace(self, model=model)
@@ -330,6 +340,11 @@ class Host(ABC):
                     f"a retrofit of {an_instance(self.model)}, which calls {self.layers[number].path} {times} times",
                     supported="layers with weights of their own, each called once",
                 )
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is a plain setting, and not the module's place among others."""
+    return value is None or (isinstance(value, (bool, int, float, str)) and not name.endswith(("idx", "index")))
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
