@@ -16,6 +16,7 @@ from small_llama import SIZES, WORK, llama, tokens
 import regard
 from regard import Unsupported
 from regard.integrations.transformers import CACHE, AutoModelForCausalLM
+from regard.layers.linear import Linear
 from regard.measurement.budget import Budget
 from regard.models import from_pretrained, from_transformers, masformer_plan
 from regard.retrofit import hosts, pace
@@ -311,6 +312,15 @@ def test_of_layers_that_are_alike_one_is_tried_where_all_are_refused(tmp_path, m
     with suppress(Unsupported, AssertionError):
         regard.retrofit(make(), mechanism, keep_layers="auto:1", watch=unexpected, **settings)
     assert len(tried) == checks and [len(numbers) for numbers in tried[1:3]] == [1] * min(checks - 1, 2)
+
+
+def test_a_model_of_any_source_is_trained_with_regards_linear_layers_and_is_not_changed_itself(tmp_path):
+    model = llama(2)
+    model.save_pretrained(tmp_path)
+    for source in (model, tmp_path):
+        opened = hosts.open_host(source).model
+        assert {type(part) for part in opened.modules() if isinstance(part, torch.nn.Linear)} == {Linear}
+    assert not any(isinstance(part, Linear) for part in model.modules())
 
 
 def test_low_rank_updates_without_peft_are_refused_before_anything_is_trained(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from regard.contract import Unsupported, an_instance
 from regard.integrations.encoders import is_masked_lm
 from regard.integrations.timm_places import is_of_timm
+from regard.layers.linear import accelerate
 from regard.retrofit.hosts.base import Batch, Host, Layer, layers_of
 from regard.retrofit.hosts.encoder import SUPPORTED, EncoderHost
 from regard.retrofit.hosts.language import LanguageHost
@@ -40,7 +41,7 @@ def open_host(model: Any, tokenizer: Any = None, say: Callable[[str], None] = la
     if isinstance(model, Host):
         return model
     if is_of_timm(model):
-        return _in_float32(open_vision(model), say)
+        return _prepared(open_vision(model), say)
     if isinstance(model, (str, os.PathLike)):
         name = Path(model).name or str(model)
         opened, tokenizer = open_folder(Path(model), tokenizer)
@@ -59,15 +60,17 @@ def open_host(model: Any, tokenizer: Any = None, say: Callable[[str], None] = la
             supported=SUPPORTED,
         )
     own = copy.deepcopy(opened) if opened is model else opened
-    return _in_float32(kind(own.eval().requires_grad_(False), name, layers, tokenizer), say)
+    return _prepared(kind(own.eval().requires_grad_(False), name, layers, tokenizer), say)
 
 
-def _in_float32(host: Host, say: Callable[[str], None]) -> Host:
-    """The host with weights in float32 if they are in half precision; its model is a copy, and is changed in place."""
+def _prepared(host: Host, say: Callable[[str], None]) -> Host:
+    """The host with the linear layers of :func:`regard.accelerate`, and with weights in float32 if they are in half
+    precision; its model is a copy, and is changed in place."""
     narrow = {str(p.dtype).removeprefix("torch.") for p in host.model.parameters() if p.dtype in NARROW}
     if narrow:
         say(f"weights in {' and '.join(sorted(narrow))} are read as float32, in which the retrofit trains and is saved")
         host.model.float()
+    accelerate(host.model)
     return host
 
 
