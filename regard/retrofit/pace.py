@@ -160,7 +160,7 @@ def _of_work(host: Host, settings: RetrofitSettings, changeable: list[int], stag
         least = math.ceil(LEAST / min(shares.values()) * whole)
         needed = f"{least} steps" if budget.unit == "steps" else f"{units.count(least * tokens)} tokens"
         raise Unsupported(
-            f"a budget of {budget}, which is {units.counted(counts[name], "step")} of {WORDS[name]}",
+            f"a budget of {budget}, which is {units.counted(counts[name], 'step')} of {WORDS[name]}",
             supported=f"{needed} or more with {_step(host, settings)}",
             nearest=f"{least} steps",
         )
