@@ -32,7 +32,7 @@ from regard.core.precision import wide
 from regard.layers.norms import make_norm
 from regard.models.blocks import valid_tokens
 from regard.models.exit_rules import HALTING, ExitRule, Leaving
-from regard.models.stack import Pass, Stack
+from regard.models.stack import Pass, Stack, StackConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -287,8 +287,26 @@ def set_exit_rule(model: nn.Module, rule: str | None) -> None:
             supported=f"{HALTING}:VALUE" if units else "rules about classes, or a model trained to halt",
             nearest=f"{HALTING}:0" if units else "confidence:0.9",
         )
-    stack = dataclasses.replace(config.stack, exit_rule=rule)
-    model.config, model.blocks.config = dataclasses.replace(config, stack=stack), stack  # type: ignore[union-attr]
+    _take_stack(model, dataclasses.replace(config.stack, exit_rule=rule))
+
+
+@contextmanager
+def all_layers(model: nn.Module) -> Iterator[None]:
+    """Evaluate all layers of a model inside the block, whatever its exit rule: nothing leaves, and halting units are not
+    asked. The model, which may be of any kind, has to be in evaluation mode."""
+    if not len(getattr(model, "exits", ())):
+        yield
+        return
+    before: StackConfig = model.config.stack  # type: ignore[union-attr, assignment]
+    _take_stack(model, dataclasses.replace(before, exit_rule=None))
+    try:
+        yield
+    finally:
+        _take_stack(model, before)
+
+
+def _take_stack(model: Any, stack: StackConfig) -> None:
+    model.config, model.blocks.config = dataclasses.replace(model.config, stack=stack), stack
 
 
 @contextmanager

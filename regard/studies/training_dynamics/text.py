@@ -121,4 +121,4 @@ def on_text(setting: Setting, seed: int) -> dict[str, Any]:
 
 def _over(row: list[float]) -> float:
     frequent, others = row[:FREQUENT], row[FREQUENT:]
-    return sum(frequent) / len(frequent) / (sum(others) / len(others)) if others else float("nan")
+    return sum(frequent) / len(frequent) / (sum(others) / len(others)) if sum(others) > 0 else float("nan")

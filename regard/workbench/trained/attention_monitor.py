@@ -2,12 +2,17 @@
 
 At certain steps of the run the same held-out items are read, and the weights of every attention layer that returns them
 are taken as shares of each query's attention (:func:`attention_shares`). For each head, with w the shares that a query
-gives to the n keys it sees:
+gives to the n keys it may see:
 
 - entropy: the mean of H(w) / log n over queries: 1 for equal weights on all keys, 0 for all weight on one.
 - lift of a token: the share of all weights that goes to it, divided by its share under equal weights. A token with lift
   above 1 is attended to, one below 1 is avoided.
 - change: the mean of |w - w before| / 2 over queries, per step: how fast the head's attention moves.
+
+A query may see all tokens of its item, in causal layers those up to itself. Keys that a mechanism leaves out by itself
+(by a window, in blocks, or by clipping) have weight 0, and count among the n: so figures mean the same for every
+mechanism, and the entropy of a layer with a window of w keys is at most about log w / log n. A query that gives no
+weight at all counts in the change only. In a model with early exits all layers are looked at, as if nothing left.
 
 A head has snapped at the first look from which its change stays below a tenth of the fastest one. (With learning rates
 that decay to 0 every head settles in the end; what matters is the time at which it does.)
@@ -30,6 +35,7 @@ from regard.contract import Context, Result, Unsupported, valid_from_lengths
 from regard.core.ragged import gathering
 from regard.layers.attention import AttentionLayer
 from regard.models.evaluating import evaluation_mode
+from regard.models.exits import all_layers
 from regard.tasks import Task
 from regard.training.step import batch_context, run_model
 from regard.workbench.reports.sections import Curves, Heat, Section
@@ -113,39 +119,45 @@ class AttentionMonitor(RunMonitor):
         """Read the items with the current weights, after `step` steps; laws are measured since the check or, without one,
         since the first look."""
         heads: dict[str, dict[str, Any]] = {}
-        weights = self._weights(model)
-        for layer, found in weights.items():
-            for head in range(found.shape[1]):
-                name = f"{layer}.{head}"
-                heads[name] = self._of_head(found[:, head], self._before.get(name))
-                self._before[name] = found[:, head]
         layers = list(_layers(model))
+        for number, found in self._weights(model, layers).items():
+            visible = self._visible(layers[number])
+            for head in range(found.shape[1]):
+                name = f"{number}.{head}"
+                heads[name] = self._of_head(found[:, head], visible, self._before.get(name))
+                self._before[name] = found[:, head]
         self.laws = self.laws or Laws(layers, self.ids.shape[1])
         self.keep(step, {"heads": heads, "laws": self.laws.drifts(layers)})
 
     @torch.no_grad()
-    def _weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Attention weights (B, H, N, N) by layer, as shares."""
-        found: dict[str, Tensor] = {}
+    def _weights(self, model: nn.Module, layers: Sequence[AttentionLayer]) -> dict[int, Tensor]:
+        """Attention weights (B, H, N, N) by number of the layer, as shares."""
+        found: dict[int, Tensor] = {}
         device = next(model.parameters()).device
-        with evaluation_mode(model), ExitStack() as hooks:
-            for number, layer in enumerate(_layers(model)):
+        with evaluation_mode(model), all_layers(model), ExitStack() as hooks:
+            for number, layer in enumerate(layers):
                 hooks.callback(layer.register_forward_pre_hook(_ask, with_kwargs=True).remove)
-                hooks.callback(layer.register_forward_hook(partial(_take, found, str(number))).remove)
+                hooks.callback(layer.register_forward_hook(partial(_take, found, number)).remove)
             run_model(model, self.batch.to(device), batch_context(self.batch.to(device)))
         n = self.ids.shape[1]
-        return {name: attention_shares(w.float().cpu()) for name, w in found.items() if w.shape[-2:] == (n, n)}
+        return {number: attention_shares(w.float().cpu()) for number, w in found.items() if w.shape[-2:] == (n, n)}
 
-    def _of_head(self, w: Tensor, before: Tensor | None) -> dict[str, Any]:
+    def _visible(self, layer: AttentionLayer) -> Tensor:
+        """The keys (B, N, N) that causality and padding let each query of a layer see."""
+        pairs = self.valid[:, :, None] & self.valid[:, None, :]
+        return pairs.tril() if layer.pattern.causal else pairs
+
+    def _of_head(self, w: Tensor, visible: Tensor, before: Tensor | None) -> dict[str, Any]:
         """Entropy, lift and change for a head's weights (B, N, N)."""
-        seen = w > 0
         rows = self.valid & (w.sum(-1) > 0)
-        visible = seen.sum(-1)
-        told = rows & (visible > 1)
-        entropy = torch.special.entr(w).sum(-1)[told] / visible[told].log()
-        shares, equal = (self._by_token(one, rows) for one in (w, seen / visible.clamp(min=1)[..., None]))
+        count = visible.sum(-1)
+        told = rows & (count > 1)
+        entropy = torch.special.entr(w).sum(-1)[told] / count[told].log()
+        shares, equal = (self._by_token(one, rows) for one in (w, visible / count.clamp(min=1)[..., None]))
         change = (
-            None if before is None or before.shape != w.shape else float((w - before).abs().sum(-1)[rows].mean() / 2)
+            None
+            if before is None or before.shape != w.shape
+            else float((w - before).abs().sum(-1)[self.valid].mean() / 2)
         )
         return {
             "entropy": float(entropy.mean()) if entropy.numel() else None,
@@ -216,8 +228,8 @@ class AttentionMonitor(RunMonitor):
         over = "" if len(rows) <= MOST_HEADS else f" The pictures have the first {MOST_HEADS} of {len(rows)} heads."
         course = Section(
             "When attention settles",
-            "Heads are named layer.head. Entropy 1 looks at all keys alike, 0 at one; a head has snapped where its change "
-            f"stays below a tenth of the fastest.{over}",
+            "Heads are named layer.head. Entropy 1 looks alike at all tokens that causality and padding let it see, 0 at one; "
+            f"a head has snapped where its change stays below a tenth of the fastest.{over}",
             (
                 Curves("Entropy of the heads", "step", "entropy", entropies, log_x=True),
                 Curves(
@@ -271,7 +283,7 @@ def _ask(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tup
     return given, {**named, "context": context.replace(want=context.want | {"weights"})}
 
 
-def _take(found: dict[str, Tensor], name: str, layer: nn.Module, given: tuple[Any, ...], result: Result) -> None:
+def _take(found: dict[int, Tensor], number: int, layer: nn.Module, given: tuple[Any, ...], result: Result) -> None:
     weights = result.extras.get("weights")
     if weights is not None:
-        found[name] = weights
+        found[number] = weights

@@ -1,6 +1,7 @@
 """The attention monitor: its numbers, and monitored runs."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from command_line import answer, run
 from support import close, refused
 
+from regard.contract import Context, Mask
 from regard.measurement.budget import Budget
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
 from regard.tasks import Batch, create_task
@@ -101,6 +103,86 @@ def test_padding_is_neither_looked_at_nor_counted():
     for head in monitor.as_record()["looks"][0]["heads"].values():
         assert head["entropy"] == pytest.approx(1, abs=1e-5)
         assert head["lift"] == [pytest.approx(1, abs=1e-4)] * len(monitor.names)
+
+
+def told(monitor, model):
+    monitor.look(model, 0)
+    return monitor.as_record()["looks"][-1]["heads"]
+
+
+@pytest.mark.parametrize(
+    "mechanism", [("clipped_softmax", {"gamma": -0.3}), "hard_softmax", ("local", {"window": 2}), "softmax"]
+)
+@pytest.mark.parametrize("name", ["recall", "listops"])
+def test_entropy_and_lift_are_over_all_keys_that_masks_let_a_query_see(recall, mechanism, name):
+    task = recall if name == "recall" else create_task("listops", length=24, evaluation_items=8)
+    monitor = AttentionMonitor(task, items=4)
+    if name == "recall":
+        model = model_of(task, [mechanism])
+    else:
+        sizes = {"dim": 16, "plan": [mechanism], "num_heads": 2}
+        model = Encoder(EncoderConfig(num_classes=10, vocab_size=task.vocab_size, **sizes))
+    layer = model.blocks[0].mixer
+    for weight in (layer.query.weight, layer.key.weight):
+        torch.nn.init.normal_(weight)
+    batch = next(iter(task.evaluation_batches(4)))
+    context = Context(mask=None if batch.valid is None else Mask(valid=batch.valid), want=frozenset({"weights"}))
+    (weights,) = model.eval()(batch.inputs, context=context).extras["weights"]
+    heads = told(monitor, model)
+    for head in range(2):
+        entropies, given, equal = [], torch.zeros(100), torch.zeros(100)
+        for row, ids in enumerate(monitor.ids):
+            n = len(ids) if batch.valid is None else int(batch.valid[row].sum())
+            for query in range(n):
+                sees = ids[: query + 1] if name == "recall" else ids[:n]
+                w = weights[row, head, query, : len(sees)].detach().double()
+                if w.sum() == 0:
+                    continue
+                w = w / w.sum()
+                if len(sees) > 1:
+                    entropies.append(float(-(w * w.clamp(min=1e-300).log()).sum()) / math.log(len(sees)))
+                given.index_add_(0, sees, w.float())
+                equal.index_add_(0, sees, torch.full((len(sees),), 1 / len(sees)))
+        found = heads[f"0.{head}"]
+        assert found["entropy"] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
+        expected = (given / given.sum())[monitor.tokens] / (equal / equal.sum())[monitor.tokens]
+        assert found["lift"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_all_weight_on_one_key_has_entropy_0(recall):
+    model, monitor = model_of(recall, [("local", {"window": 1})]), AttentionMonitor(recall)
+    for head in told(monitor, model).values():
+        assert head["entropy"] == pytest.approx(0, abs=1e-6)
+        assert max(head["lift"]) > 1 > min(head["lift"])
+
+
+def test_a_head_whose_weights_are_all_clipped_has_no_entropy_and_no_lift_and_does_not_change():
+    task = create_task("listops", length=24, evaluation_items=8)
+    sizes = {"vocab_size": task.vocab_size, "dim": 16, "num_heads": 2}
+    model = Encoder(EncoderConfig(num_classes=10, plan=[("clipped_softmax", {"gamma": -1e6})], **sizes))
+    torch.nn.init.zeros_(model.blocks[0].mixer.query.weight)
+    monitor = AttentionMonitor(task)
+    monitor.look(model, 0)
+    monitor.look(model, 2)
+    for head in monitor.as_record()["looks"][1]["heads"].values():
+        assert head["entropy"] is None and set(head["lift"]) == {None} and head["change"] == 0
+
+
+@pytest.mark.parametrize("rule", ["confidence:0.05", "confidence:0.13", "layer:1", "halting:0.9"])
+@pytest.mark.parametrize("reads", ["classes", "tokens"])
+def test_models_with_early_exits_are_looked_at_with_all_layers(rule, reads, recall):
+    task = recall if reads == "tokens" else create_task("listops", length=24, evaluation_items=8)
+    sizes = {"vocab_size": task.vocab_size, "dim": 16, "plan": ["softmax"] * 3, "num_heads": 2}
+
+    def model(**stack):
+        if reads == "tokens":
+            return LanguageModel(LanguageModelConfig(stack=stack, **sizes))
+        return Encoder(EncoderConfig(num_classes=10, stack=stack, **sizes))
+
+    early, plain = model(exits=(1, 2), exit_rule=rule), model()
+    plain.load_state_dict(early.state_dict(), strict=False)
+    assert told(AttentionMonitor(task), early) == told(AttentionMonitor(task), plain)
+    assert early.config.stack.exit_rule == early.blocks.config.exit_rule == rule
 
 
 def settings(**changes):
