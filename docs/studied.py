@@ -8,6 +8,7 @@ from typing import Any
 
 from tables import table
 
+from regard.measurement.units import counted
 from regard.reproductions.framework.telling import measured_words, remarks
 from regard.workbench.reports.section_pages import cell, draw
 from regard.workbench.reports.sections import section
@@ -25,7 +26,7 @@ def studies_page(data: Mapping[str, Any] | None) -> list[str]:
     parts.append(f"Measured with {data['measured']}.")
     numbers = itertools.count()
     for record in data["studies"]:
-        entered = f", {len(record['entered'])} mechanisms" if record["entered"] else ""
+        entered = f", {counted(len(record['entered']), 'mechanism')}" if record["entered"] else ""
         parts += [
             f"## {record['study']}",
             f"**{record['question']}**",

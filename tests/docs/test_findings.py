@@ -16,6 +16,7 @@ def test_the_page_tells_questions_sections_and_verdicts():
     shown = Section("Lines", "of two", [Curves("c", "x", "y", {"a|b": [(1, 2.0), (2, 3.0)]})], [{"a|b": 1, "c": None}])
     page = "\n\n".join(studies_page({"measured": "this", "studies": [{**record, "sections": [shown.plain()]}]}))
     assert study.question in page and "### Lines" in page and "<svg" in page
+    assert "preset `tiny`, 1 mechanism, 0 of " in page
     assert "| a\\|b | c |" in page and "| 1 | — |" in page
     assert record["findings"][0]["says"] in page
     assert "Not measured" in "\n".join(studies_page(None))
