@@ -104,6 +104,7 @@ def evaluate(
     chosen = task if own or data else None
     found = trained.score(task, own=chosen is None, device=device, model=model)
     baseline, figures = task.baseline, figures_of(found)
+    items = sum(weight > 0 for _, weight in found.items)
     if baseline is not None and chosen is None:
         baseline = baseline.after(trained.chosen_by)
     result: dict[str, Any] = {
@@ -114,7 +115,7 @@ def evaluate(
         "standard_error": score_of_items(found.items)[1],
         "figures": figures,
         "loss": found.loss,
-        "items": len(found.items),
+        "items": items,
         "baseline": None if baseline is None else {"name": baseline.name, "score": baseline.score},
     }
     shared = 0 if chosen is None else getattr(task, "shared", 0)
@@ -138,7 +139,7 @@ def evaluate(
         emit(result)
         return
     beside = "" if baseline is None else f"; without training, {baseline.name} has {baseline.score:.4g}"
-    console.print(Text(f"{found.score:.4g} {task.metric} on {units.counted(len(found.items), 'item')}{beside}."))
+    console.print(Text(f"{found.score:.4g} {task.metric} on {units.counted(items, 'item')}{beside}."))
     if shared:
         are = "is" if shared == 1 else "are"
         console.print(

@@ -123,8 +123,8 @@ class Comparison:
         first = np.mean([a.items[s] for s in self.seeds], 0)
         second = np.mean([b.items[s] for s in self.seeds], 0)
         weights = first[:, 1]
-        count = len(weights)
-        if count < 2 or not weights.sum():
+        count = np.count_nonzero(weights)  # items without targets do not count
+        if count < 2:
             return 0.0
         # linearised ratio estimator: items with more targets count more
         difference = first[:, 0] - second[:, 0]
@@ -164,14 +164,17 @@ def items_array(items: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def score_of_items(items: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return total sum / total weight of (sum, weight) pairs, and its standard error over items; nan if unknown."""
+    """Return total sum / total weight of (sum, weight) pairs, and its standard error over items; nan if unknown.
+
+    Items of weight 0 do not count.
+    """
     found = items_array(items)
     total, weight = found.sum(0)
     if not weight:
         return math.nan, math.nan
     score = float(total / weight)
     left = found[:, 0] - score * found[:, 1]
-    n = len(found)
+    n = np.count_nonzero(found[:, 1])
     return score, float(math.sqrt(n / (n - 1) * np.square(left).sum()) / weight) if n > 1 else math.nan
 
 

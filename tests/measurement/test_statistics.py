@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from regard.measurement.statistics import Comparison, Scores, pareto_front, seeds_needed
+from regard.measurement.statistics import Comparison, Scores, pareto_front, score_of_items, seeds_needed
 
 
 def noisy(rng, quality, seeds, training_noise, item_noise, shared_items):
@@ -65,6 +65,20 @@ def test_a_single_seed_resolves_nothing():
 
 def test_scores_weigh_items_by_their_targets():
     assert Scores({0: np.array([[3.0, 1.0], [0.0, 3.0]])}).score(0) == 0.75
+
+
+def test_items_of_weight_0_change_no_score_error_or_difference():
+    """A score, its standard error, and the resolution of a difference are those without the items."""
+    rng = np.random.default_rng()
+    weights = np.array([1.0, 1, 1, 1, 1, 0, 0])
+    scores, fewer = (
+        {name: Scores({s: items[name, s][:count] for s in range(2)}) for name in "ab"}
+        for items in [{(name, s): np.stack([weights * rng.random(7), weights], 1) for name in "ab" for s in range(2)}]
+        for count in (7, 5)
+    )
+    assert score_of_items(scores["a"].items[0]) == pytest.approx(score_of_items(fewer["a"].items[0]))
+    found, expected = (Comparison(each).difference("a", "b") for each in (scores, fewer))
+    assert (found.mean, found.standard_error) == pytest.approx((expected.mean, expected.standard_error))
 
 
 def test_the_standard_error_over_seeds_is_that_of_a_mean():

@@ -173,6 +173,21 @@ def test_a_folder_is_listed_and_split_by_volume(tmp_path):
     assert by_data is not None and by_data[0][0] < by_data[0][2] < by_data[0][1]
 
 
+def test_volumes_without_a_labelled_voxel_are_neither_trained_on_nor_scored(tmp_path):
+    folder = scans(tmp_path, count=6, values=(0, 3, 9))
+    for i in (0, 3):
+        save_scan(folder / "masks" / f"{i}.nii.gz", np.full((10, 10, 10), 255, np.uint8))
+    one = task(folder, held_out=0.5)
+    held = list(one.evaluation_batches(1))
+    assert all((batch.targets != IGNORED).any() for batch in held) and len(one.baseline.items) == len(held)
+    told = one.describe()
+    assert "note: 2 of 6 volumes without a labelled voxel left out" in told
+    assert f"crops of {4 - len(held)} volume" in told and f"held out: {len(held)} volume" in told
+    held[0].targets[:] = IGNORED
+    sums, weights = one.score(torch.randn(1, len(held[0].inputs[0]), one.num_targets * one.num_classes), held[0])
+    assert sums.tolist() == weights.tolist() == [0]
+
+
 def broken(folder, name):
     """Damage a folder in the way called `name`."""
     image, mask = folder / "images" / "1.nii.gz", folder / "masks" / "1.nii.gz"

@@ -33,7 +33,9 @@ def test_overlap_is_the_mean_over_the_classes_of_truth_or_prediction(measure, ba
     predicted, targets = torch.randint(4, (20, 12)), torch.randint(4, (20, 12))
     targets[torch.rand(20, 12) < 0.3] = IGNORED
     predicted[0], targets[0] = 0, 0  # neither present nor predicted
-    found = overlap_by_image(predicted, targets, 6, background, measure)
+    targets[1] = IGNORED
+    found, weights = overlap_by_image(predicted, targets, 6, background, measure)
+    assert found[1] == 0 and weights.tolist() == [float(row != 1) for row in range(20)]
     for row, value in enumerate(found.tolist()):
         sets = [
             {i for i in range(12) if targets[row, i] != IGNORED and x[row, i] == c}
@@ -46,7 +48,8 @@ def test_overlap_is_the_mean_over_the_classes_of_truth_or_prediction(measure, ba
             if c != background and one | other:
                 both = len(one & other)
                 scores.append(2 * both / (len(one) + len(other)) if measure == "dice" else both / len(one | other))
-        assert value == pytest.approx(np.mean(scores) if scores else 1.0, abs=1e-12)
+        if row != 1:
+            assert value == pytest.approx(np.mean(scores) if scores else 1.0, abs=1e-12)
 
 
 def test_the_loss_is_cross_entropy_and_dice_of_the_classes_that_are_there():
@@ -65,6 +68,29 @@ def test_the_loss_is_cross_entropy_and_dice_of_the_classes_that_are_there():
     right = 80.0 * torch.nn.functional.one_hot(targets.clamp(min=0), 6).double().flatten(2)
     assert dice_and_cross_entropy(right, Batch(torch.zeros(3, 5, 1), targets))[0].abs().max() < 1e-9
     refused(lambda: dice_and_cross_entropy(logits[:, :4], Batch(torch.zeros(3, 5, 1), targets)), "4 * classes")
+
+
+@pytest.mark.parametrize("own_split", [False, True])
+def test_images_without_a_labelled_pixel_are_neither_trained_on_nor_scored(tmp_path, own_split):
+    """They are left out and told; a batch that has one gives it no weight, as the loss does."""
+    masked(tmp_path / "a", count=15)
+    masked(tmp_path / "b", count=15, seed=15)
+    for i in range(0, 15, 3):
+        for folder in ("a", "b"):
+            save(tmp_path / folder / "masks" / f"{i}.png", np.full((16, 24), 255, np.uint8))
+    one = task(tmp_path / "a", held_out=0.5, **({"validation": tmp_path / "b"} if own_split else {}))
+    held = list(one.evaluation_batches(4))
+    assert all((batch.targets != IGNORED).flatten(1).any(1).all() for batch in [*held, one.training_batch(0, 0, 30)])
+    assert len(one.baseline.items) == sum(batch.size for batch in held) <= 10 and (one.baseline.items[:, 1] == 1).all()
+    told = "10 of 30 images" if own_split else "5 of 15 images"
+    assert f"note: {told} without a labelled pixel left out" in one.describe()
+    held[0].targets[0] = IGNORED
+    output = torch.randn(4, one.length, one.num_targets * one.num_classes)
+    for sums, weights in (one.score(output, held[0]), *one.figures(output, held[0]).values()):
+        assert weights.tolist() == one.loss(output, held[0])[1].tolist() == [0, 1, 1, 1] and sums[0] == 0
+    for path in (tmp_path / "b" / "masks").iterdir():
+        save(path, np.full((16, 24), 255, np.uint8))
+    refused(lambda: task(tmp_path / "a", validation=tmp_path / "b"), "held-out images have no labelled pixel")
 
 
 @pytest.mark.parametrize("size", [32, [32, 48], [64, 32]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,8 @@ class SegmentationTask(MaskTask):
 
     Features are the pixels of a patch, normalised per channel by the training images' mean and deviation. The score of
     an image is the Dice coefficient or the intersection over union, averaged over the classes in its mask or prediction
-    (without the background); both are reported. Exact duplicates of an image count once.
+    (without the background); both are reported. Exact duplicates of an image count once, and images without a labelled
+    pixel not at all.
 
     Args:
         data: ``shapes`` (drawn: four kinds of coloured shapes; the default), ``far-cue`` (drawn: ellipses whose class
@@ -149,7 +151,9 @@ class SegmentationTask(MaskTask):
                 everything, held = np.arange(len(images.pixels)), images.held_out
                 if held is not None:
                     parts = np.setdiff1d(everything, held), held, "by image, as the data set comes"
-            self._training, held, self._split = self.told_apart(images.source, len(images.pixels), parts, held_out)
+            labelled = (images.labels != IGNORED).any((1, 2))
+            images = replace(images, notes=[*images.notes, *self.unlabelled_told(labelled)])
+            self._training, held, self._split = self.told_apart(images.source, labelled, parts, held_out)
             names, values, colours = images.classes, self._masked.values, self._masked.colours
             number = self._masked.background
             pixels, labels = images.pixels[self._training], images.labels[self._training]
@@ -269,8 +273,8 @@ class SegmentationTask(MaskTask):
         counts = np.stack([(labels == i).sum(0) for i in range(self.num_classes)])
         best = torch.from_numpy(counts.argmax(0)).flatten()[None]
         targets = torch.from_numpy(self._scored[1]).flatten(1)
-        each = self.of_images(best.expand_as(targets), targets)
-        return Baseline("the commonest class of each place", torch.stack([each, torch.ones_like(each)], -1).numpy())
+        items = self.of_images(best.expand_as(targets), targets)
+        return Baseline("the commonest class of each place", torch.stack(items, -1).numpy())
 
 
 __all__ = ["METRICS", "MaskReader", "MaskTask", "SegmentationTask"]

@@ -19,7 +19,7 @@ from regard.tasks.segmentation.heads import is_head
 from regard.tasks.segmentation.scores import overlap_by_image, predicted_classes
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, UInt8
+    from jaxtyping import Bool, Float, Int, UInt8
 
     Parts = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"], str]
 
@@ -98,12 +98,32 @@ class MaskTask(Task):
         shifted = self.placed and augment != "none"
         return MaskAugmentation(augment, self.reader.classes, flip=flip, mirrored=self.mirrored, shift=shifted)
 
-    def told_apart(self, source: str, count: int, parts: Parts | None, share: float) -> Parts:
+    def told_apart(self, source: str, labelled: Bool[np.ndarray, " n"], parts: Parts | None, share: float) -> Parts:
         """Indices of the training items and of the held-out items, and the rule in words: as in `parts`, or drawn.
 
+        Items that are not `labelled`, since all of their points are ignored, are left out of both.
+
         Raises:
-            Unsupported: if no items are left for training.
+            Unsupported: if no items are left for training or held out.
         """
+        training, held, rule = self._split_of(source, len(labelled), parts, share)
+        for name, part in (("training", training), ("held-out", held)):
+            if not labelled[part].any():
+                raise Unsupported(
+                    f"{source}, whose {name} {self.kind.word}s have no labelled {self.kind.point}",
+                    supported=f"masks with {self.kind.point}s that are not ignored",
+                    nearest="ignore=None",
+                )
+        return training[labelled[training]], held[labelled[held]], rule
+
+    def unlabelled_told(self, labelled: Bool[np.ndarray, " n"]) -> list[str]:
+        """A note on the items that :meth:`told_apart` leaves out, if any."""
+        if labelled.all():
+            return []
+        items = counted(len(labelled), self.kind.word)
+        return [f"{(~labelled).sum()} of {items} without a labelled {self.kind.point} left out"]
+
+    def _split_of(self, source: str, count: int, parts: Parts | None, share: float) -> Parts:
         what = f"different {self.kind.word}"
         if parts is not None:
             if not len(parts[0]):
@@ -142,18 +162,16 @@ class MaskTask(Task):
         return [f"split: {split}", *told, *(f"note: {note}" for note in notes)]
 
     def score(self, logits: Float[Tensor, "b n pk"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        each = self.of_images(*predicted_classes(logits, batch))
-        return each, each.new_ones(len(each))
+        return self.of_images(*predicted_classes(logits, batch))
 
     def figures(self, output: Float[Tensor, "b n pk"], batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         predicted, targets = predicted_classes(output, batch)
-        found = {told: self.of_images(predicted, targets, name) for name, told in METRICS.items()}
-        return {told: (each, each.new_ones(len(each))) for told, each in found.items()}
+        return {told: self.of_images(predicted, targets, name) for name, told in METRICS.items()}
 
     def of_images(
         self, predicted: Int[Tensor, "b pixels"], targets: Int[Tensor, "b pixels"], measure: str | None = None
-    ) -> Float[Tensor, " b"]:
-        """The score of each item by ``dice`` or ``iou``; None for the task's own measure."""
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """The score and weight of each item by ``dice`` or ``iou``; None for the task's own measure."""
         return overlap_by_image(predicted, targets, self.num_classes, self.reader.background, measure or self.measure)
 
     def picture(self, batch: Batch) -> UInt8[np.ndarray, "h w c"]:

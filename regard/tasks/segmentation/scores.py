@@ -72,11 +72,13 @@ def overlap_by_image(
     classes: int,
     background: int | None,
     measure: str = "dice",
-) -> Float[Tensor, " b"]:
-    """The Dice coefficient or intersection over union, averaged over classes, for each image, in float64.
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """The Dice coefficient or intersection over union, averaged over classes, for each image, and its weight 1, in
+    float64.
 
     The mean is over the classes in an image's truth or prediction, without the background. An image without any such
-    class in either scores 1: there was nothing to find, and nothing was found.
+    class in either scores 1: there was nothing to find, and nothing was found. An image with only ignored pixels has
+    the score and the weight 0.
 
     Args:
         predicted, targets: class indices; targets may be `IGNORED`.
@@ -90,8 +92,8 @@ def overlap_by_image(
     if background is not None:
         occurs[:, background] = False
     each = torch.where(occurs, above / below.clamp(min=1), 0)
-    count = occurs.sum(1)
-    return torch.where(count > 0, each.sum(1) / count.clamp(min=1), 1)
+    count, weights = occurs.sum(1), there.any(1).double()
+    return torch.where(count > 0, each.sum(1) / count.clamp(min=1), weights), weights
 
 
 def predicted_classes(output: Float[Tensor, "b n pk"], batch: Batch) -> tuple[Int[Tensor, "b np"], Int[Tensor, "b np"]]:

@@ -57,7 +57,8 @@ class Segmentation3DTask(MaskTask):
     Training uses crops of `size` voxels, a third of them around a voxel of a class other than the background. Held-out
     volumes are scored whole: the model runs on overlapping windows of the crops' size, and the logits are averaged with
     weights that decrease towards a window's border. The score of a volume is defined as for images in the task
-    segmentation. Exact duplicates of a volume count once. A fourth axis of files holds channels, whose number must be
+    segmentation. Exact duplicates of a volume count once, and volumes without a labelled voxel not at
+    all. A fourth axis of files holds channels, whose number must be
     the same in all volumes; the features of a token hold all channels.
 
     Args:
@@ -156,7 +157,9 @@ class Segmentation3DTask(MaskTask):
             self.shared: int = volumes.shared
             volumes = volumes if classes is None else volumes.largest(check_integer("classes", classes, 1, 255))
             source, notes = volumes.source, volumes.notes
-            training, apart, split = self.told_apart(source, len(volumes.voxels), volumes.split, held_out)
+            labelled = np.array([(labels != IGNORED).any() for labels in volumes.labels])
+            notes = [*notes, *self.unlabelled_told(labelled)]
+            training, apart, split = self.told_apart(source, labelled, volumes.split, held_out)
             parts = training, apart[spread(len(apart), evaluation_items)]
             seen, held = ([(volumes.voxels[i], volumes.labels[i]) for i in part] for part in parts)
             names, values, nothing = volumes.classes, volumes.values, volumes.background
@@ -332,8 +335,8 @@ class Segmentation3DTask(MaskTask):
         for voxels, labels in self._scored:
             shade = np.digitize(self.reader.normalised(voxels)[..., 0].ravel(), edges)
             found, truth = best[shade], labels.ravel().astype(np.int64)
-            items.append((float(self.of_images(torch.from_numpy(found)[None], torch.from_numpy(truth)[None])), 1.0))
-        return Baseline("the commonest class of each shade", np.array(items))
+            items.append(torch.cat(self.of_images(torch.from_numpy(found)[None], torch.from_numpy(truth)[None])))
+        return Baseline("the commonest class of each shade", torch.stack(items).numpy())
 
 
 def _scale(seen: Sequence[Labelled], background: int | None) -> tuple[tuple[float, ...], ...]:

@@ -51,7 +51,7 @@ def predicted(model: nn.Module, task: Task) -> dict[str, Any] | None:
             output = task.answer(run, batch)
             found = output.unflatten(2, (batch.targets.shape[2], -1)).argmax(-1)
             masks.append(address(*mask_image(task.mask(found, batch), task.reader), largest=SIDE))
-            scores += task.of_images(found.flatten(1), batch.targets.flatten(1)).tolist()
+            scores += task.of_images(found.flatten(1), batch.targets.flatten(1))[0].tolist()
     return {"masks": masks, "scores": scores}
 
 
