@@ -88,6 +88,7 @@ class ForecastTask(Task):
     objective = "regression"
     num_targets = 1
     higher_is_better = False
+    cut_from_stream = True
 
     def __init__(
         self,

@@ -174,6 +174,7 @@ class Task(Protocol):
         baseline: a simple rule that a model should beat, and its score on each held-out item.
         repeats: whether training items come again unchanged in every epoch, so that what a teacher says about them can be
             kept.
+        cut_from_stream: whether items are windows of longer data, of which a smaller `length` gives more.
         shared: number of held-out items that are also among the training data; these are not trained on.
         scored: the trained model that the task is made to score: its training items may all be held out too. None for a
             task to train on.
@@ -206,6 +207,7 @@ class Task(Protocol):
     chance: float | None = None
     baseline: Baseline | None = None
     repeats: bool = False
+    cut_from_stream: bool = False
     shared: int = 0
     scored: Scored | None = None
     runner: Any = None

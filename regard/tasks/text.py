@@ -59,6 +59,7 @@ class TextTask(Task):
     """
 
     name = "text"
+    cut_from_stream = True
     pattern = Pattern.CAUSAL_SELF
     objective = "next-token"
     metric = "bits per byte"

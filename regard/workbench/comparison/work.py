@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import math
 import statistics
 import time
@@ -226,8 +227,21 @@ class Work:
             said += ", and the learning rate is chosen on the same"
         return (
             f"On {self.task.name} {said}: that a score is better there says little about other data. "
-            "More data (also as --validation) or a shorter --length gives more items."
+            f"{self._more_items}."
         )
+
+    @property
+    def _more_items(self) -> str:
+        """What gives more held-out items, in words."""
+        options = getattr(self.task, "origin", None) or {}
+        if options.get("evaluation_items") == self.items:
+            return "A larger evaluation_items of the task gives more items"
+        more = "More data (also as --validation)"
+        if getattr(self.task, "cut_from_stream", False):
+            return f"{more} or a shorter --length gives more items"
+        if "held_out" in inspect.signature(type(self.task)).parameters and options.get("validation") is None:
+            return f"{more} or a larger share to hold out (held_out of the task) gives more items"
+        return f"{more} gives more items"
 
     @property
     def runs(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,26 @@ def test_what_no_other_size_would_help_is_not_told_as_a_question_of_sizes():
     with pytest.raises(Unsupported) as found:
         Work(create_task("copying", length=32), settings)
     assert "exits" in str(found.value) and "--dim" not in str(found.value)
+
+
+def test_what_gives_more_held_out_items_is_what_the_task_has(tmp_path):
+    """A shorter length gives more windows of a text, but never more images."""
+    image, rng = pytest.importorskip("PIL.Image"), np.random.default_rng()
+    for i in range(10):
+        for kind, values in (("images", 256), ("masks", 3)):
+            path = tmp_path / kind / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            image.fromarray(rng.integers(0, values, (16, 16), np.uint8)).save(path)
+    (tmp_path / "a.txt").write_text("".join(f"a line of text, the number {i}\n" for i in range(40)))
+    settings = CompareSettings(("softmax",), Budget.parse("10k tokens"), dim=16, layers=2)
+    cases = (
+        ("segmentation", {"data": tmp_path, "size": 16}, "a larger share to hold out"),
+        ("segmentation", {"evaluation_items": 4, "size": 16}, "evaluation_items"),
+        ("text", {"data": tmp_path / "a.txt", "length": 32}, "a shorter --length"),
+    )
+    for name, options, told in cases:
+        advice = Work(create_task(name, **options), settings).few_items
+        assert told in advice and ("--length" in advice) == (name == "text"), (name, options)
 
 
 def test_lengths_whose_squares_a_backbone_cannot_take_are_known_before_its_cost_is_measured():
