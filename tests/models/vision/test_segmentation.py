@@ -261,6 +261,36 @@ def test_the_dice_loss_is_0_of_a_right_answer_and_finite_of_empty_masks() -> Non
     close(dice_loss(p.logit().view(1, 1, 2), t), torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_ignored_pixels_have_no_part_in_the_losses(classes: int, ignored: int) -> None:
+    """Losses and gradients are those of the other pixels alone, also beside NaN; without any, both are 0."""
+    logits = torch.randn(2, classes, 12, dtype=torch.float64)
+    labels = torch.randint(max(2, classes), (2, 12))
+    ignore = {} if ignored == -100 else {"ignore_index": ignored}
+    more = torch.cat([logits, torch.full((2, classes, 5), torch.nan).double()], 2).requires_grad_()
+    wider = torch.cat([labels, torch.full((2, 5), ignored)], 1)
+    nothing = torch.full_like(wider, ignored)
+    for loss in (dice_loss, segmentation_loss):
+        found = loss(more, wider, **ignore)
+        (gradient,) = torch.autograd.grad(found, more)
+        close(found, loss(logits, labels))
+        assert gradient[..., :12].any() and not gradient[..., 12:].any() and gradient.isfinite().all()
+        assert loss(more, nothing, **ignore).detach() == 0
+        if classes == 1:  # an image without a label is not in the mean over images
+            close(loss(logits, torch.stack([labels[0], nothing[0, :12]]), **ignore), loss(logits[:1], labels[:1]))
+        refused("the label 7 for", loss, more, wider.where(wider == ignored, 7), **ignore)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_losses_in_half_precision_are_near_those_in_full(classes: int) -> None:
+    """Sums over so many pixels are beyond float16."""
+    logits, labels = torch.randn(2, classes, 400, 400), torch.randint(max(2, classes), (2, 400, 400))
+    for loss in (dice_loss, segmentation_loss):
+        found = loss(logits.half(), labels.byte())
+        assert float(found) == pytest.approx(float(loss(logits, labels)), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("size", "stages"), [((512, 512), 7), ((64, 64), 5), ((64, 40), 4), ((36, 36), 3), ((6, 6), 2), ((7, 8), 2)]
 )
