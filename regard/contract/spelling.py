@@ -31,8 +31,15 @@ def read_options(text: str, name: str, before: str | None = None) -> dict[str, A
 
 
 def split_list(text: str) -> list[str]:
-    """Split a string at the commas that are outside brackets."""
-    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
+    """Split a string at the commas that are outside brackets, which may be nested."""
+    depth, parts = 0, [""]
+    for sign in text:
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts]
 
 
 def _literal(text: str) -> Any:

@@ -79,7 +79,7 @@ class SegmentationModelConfig(ImageModelConfig):
         patch, channels = patches_of(task, backbone)
         network, _ = read_segmenter(backbone)
         published = network.sizes[backbone]
-        fitted = network.fitted(published, tuple(side * patch for side in grid))
+        fitted = network.fitted(published, tuple(side * patch for side in grid), options)
         chosen = {name: value for name, value in fitted.items() if value != published.get(name)}
         return cls(backbone, task.num_classes or 0, tuple(grid), patch, channels, chosen | dict(options))
 

@@ -55,6 +55,21 @@ def test_logits_of_a_cube_are_those_of_its_voxels() -> None:
         close(output.unflatten(2, (64, 3))[:, place, voxel], logits[:, :, x, y, z])
 
 
+@pytest.mark.parametrize("stages", [3, 4])
+def test_strides_that_are_given_keep_their_stages_on_thin_crops(stages: int) -> None:
+    """Without strides, the short axis leaves two stages."""
+    task = create_task("segmentation_3d", size=[8, 32, 32], evaluation_items=1)
+    strides = [1, [1, 2, 2], [1, 2, 2], [2, 2, 2]][:stages]
+    config = SegmentationModelConfig.for_task(task, "unet_nano_3d", {"strides": strides})
+    assert config.read()[1].widths == (8, 16, 32, 32)[:stages]
+    batch = task.training_batch(0, 0, 2)
+    output = SegmentationModel(config)(batch.inputs, context=Context(grid=batch.grid)).output
+    assert output.shape == (*batch.targets.shape[:2], batch.targets.shape[2] * task.num_classes)
+    plain = SegmentationModelConfig.for_task(task, "unet_nano_3d", {})
+    assert plain.read()[1].widths == (8, 16)
+    refused("strides", SegmentationModelConfig.for_task, task, "unet_nano_3d", {"strides": 2})
+
+
 @pytest.mark.parametrize("axes", [2, 3])
 def test_deep_supervision_adds_coarser_losses_of_halved_weights(axes: int) -> None:
     """Losses use the targets nearest to each place, without the coarsest stage; in inference coarser heads do not run."""

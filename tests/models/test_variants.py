@@ -139,3 +139,8 @@ def test_a_file_names_the_width_of_an_encoder_and_which_of_its_layers_are_read(t
 def test_numbers_may_begin_or_end_with_the_point_and_names_stay_names(text: str, value: object) -> None:
     found = read_options(f"a={text}", "n")["a"]
     assert found == value and type(found) is type(value)
+
+
+def test_lists_of_lists_are_one_value() -> None:
+    found = read_options('strides=[1,[1,2,2],2],mixer={"sizes": [1, 2], "k": 3},n=4', "unet_nano_3d")
+    assert found == {"strides": [1, [1, 2, 2], 2], "mixer": {"sizes": [1, 2], "k": 3}, "n": 4}

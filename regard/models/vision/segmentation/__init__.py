@@ -64,7 +64,7 @@ def read_segmenter(name: str, *, fit: Sequence[int] | None = None, **options: An
         raise Unsupported(f"segmenter {name!r}", supported=", ".join(known), nearest=closest(str(name), known))
     segmenter = SEGMENTERS[name]
     check_options(segmenter.Config, options, name)
-    size = segmenter.sizes[name] if fit is None else segmenter.fitted(segmenter.sizes[name], fit)
+    size = segmenter.sizes[name] if fit is None else segmenter.fitted(segmenter.sizes[name], fit, options)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     return segmenter, segmenter.Config(**{**size, **given})
 

@@ -65,8 +65,8 @@ class Segmenter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def fitted(cls, options: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
-        """Return `options` with defaults fitted to images of this size."""
+    def fitted(cls, options: Mapping[str, Any], size: Sequence[int], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the `options` of a published size, fitted to images of this size and to the options that are `given`."""
         return dict(options)
 
     @classmethod

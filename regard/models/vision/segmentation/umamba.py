@@ -196,11 +196,17 @@ class UMamba(Segmenter):
         return tuple(math.prod(sides) for sides in zip(*config.all_strides, strict=True))
 
     @classmethod
-    def fitted(cls, options: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
-        """Keep as many stages as nnU-Net plans: sides are halved while they are even and at least 4 remains."""
-        stages, sides = 1, tuple(size)
+    def fitted(cls, options: Mapping[str, Any], size: Sequence[int], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep the stages that have a stride, or without `strides` as many as halve all sides together.
+
+        Sides are halved while they are all even and at least 4 remains of each. nnU-Net's plans halve each axis on its
+        own; for images that are much thinner along one axis, give `strides`.
+        """
+        stages, sides, strides = 1, tuple(size), given.get("strides")
         while all(side % 2 == 0 and side >= 8 for side in sides):
             stages, sides = stages + 1, tuple(side // 2 for side in sides)
+        if isinstance(strides, Sequence):
+            stages = len(strides)
         return {**options, "widths": tuple(options.get("widths", cls.Config.widths))[: max(stages, 2)]}
 
     @classmethod
