@@ -257,6 +257,25 @@ class Backbone(nn.Module):
         found = [maps[level] for level in chosen]
         return found if intermediates_only else (features, found)
 
+    def get_intermediate_layers(
+        self, images: Float[Tensor, "b c h w"], n: int | Sequence[int] = 1, reshape: bool = False, *, norm: bool = False
+    ) -> list[Float[Tensor, "b ..."]]:
+        """Return the maps of :meth:`forward_intermediates` as tokens, like timm's method of this name.
+
+        Args:
+            images: (B, C, H, W).
+            n, norm: `indices` and `norm` of :meth:`forward_intermediates`; an int n means the last n levels.
+            reshape: return maps (B, C, H', W') instead of tokens (B, H' * W', C), which lie row by row.
+
+        Returns:
+            A list of tokens or maps, without class tokens.
+
+        Raises:
+            Unsupported: as :meth:`forward_intermediates` does.
+        """
+        maps = self.forward_intermediates(images, n, norm, intermediates_only=True)
+        return maps if reshape else [each.flatten(2).mT for each in maps]
+
     def choose_levels(self, indices: int | Sequence[int] | None) -> list[int]:
         """Return the chosen levels' indices, sorted."""
         count = len(self.levels)

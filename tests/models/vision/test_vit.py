@@ -54,6 +54,10 @@ def test_vit_and_deit_give_the_outputs_of_timm(distilled: bool) -> None:
     expected, found = (m.forward_intermediates(x, intermediates_only=True) for m in (theirs, model))
     for one, other in zip(found, expected, strict=True):
         close(one.contiguous(), other.contiguous())
+    for reshape in (False, True):
+        expected, found = (m.get_intermediate_layers(x, [0, 2], reshape) for m in (theirs, model))
+        for one, other in zip(found, expected, strict=True):
+            close(one.contiguous(), other.contiguous())
     if distilled:
         close(
             model.forward_head(model.forward_features(x), pre_logits=True),
