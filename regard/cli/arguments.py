@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from regard.catalogue import list_mechanisms
-from regard.contract import Kind, Pattern, Unsupported, at_least, closest, read_options
+from regard.contract import Kind, Pattern, Unsupported, at_least, closest, read_options, written_options
 
 
 def given_options(context: typer.Context) -> list[str]:
@@ -244,7 +244,7 @@ def describe_tasks(
         named = [recognise(data)] if data else [("text", {})]
         name, options = named[0]
         if named != [("text", {})]:
-            recognised(name + ":" * bool(options) + ",".join(f"{option}={value}" for option, value in options.items()))
+            recognised(written_options(name, options))
     found, reading = [], []
     for name, options in named:
         if name in TASKS:
@@ -259,7 +259,7 @@ def describe_tasks(
                 options["skip_unreadable"] = True
         if length is not None:
             options["length"] = length
-        found.append((name, {option: value for option, value in options.items() if value is not None}))
+        found.append((name, options))
     if skip_unreadable and not any(options.get("skip_unreadable") for _, options in found):
         raise Unsupported(
             f"--skip-unreadable with {', '.join(name for name, _ in named)}", supported="tasks that read images"

@@ -36,7 +36,7 @@ from regard.contract.errors import (
 from regard.contract.parts import LayerCall, Merge, Projection
 from regard.contract.patterns import ALL_PATTERNS, Kind, Pattern
 from regard.contract.recurrence import Recurrence
-from regard.contract.spelling import read_options, split_list
+from regard.contract.spelling import read_options, split_list, written_options
 from regard.contract.state import Loss, Result, State, Tensors, state_field
 from regard.contract.trees import register_pytree
 from regard.contract.types import NUMBERS, Types, check_types, types_of
@@ -88,4 +88,5 @@ __all__ = [
     "state_field",
     "types_of",
     "valid_from_lengths",
+    "written_options",
 ]

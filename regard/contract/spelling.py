@@ -1,13 +1,17 @@
-"""Parsing of options written after a name: ``option=value,option=value``."""
+"""Options written after a name, ``name:option=value,option=value``: their parsing, and its inverse."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from regard.contract.errors import Unsupported
+
+_SIGNS = r"[,\[\]{}]"
+"""What :func:`split_list` looks at, escaped where it is part of a word."""
 
 
 def read_options(text: str, name: str, before: str | None = None) -> dict[str, Any]:
@@ -30,6 +34,16 @@ def read_options(text: str, name: str, before: str | None = None) -> dict[str, A
     return options
 
 
+def written_options(name: str, options: Mapping[str, Any]) -> str:
+    """Write ``name:option=value,option=value`` such that :func:`read_options` reads the same options.
+
+    Args:
+        options: JSON-compatible values.
+    """
+    said = ",".join(f"{option}={_word(value)}" for option, value in options.items())
+    return f"{name}:{said}" if said else name
+
+
 def split_list(text: str) -> list[str]:
     """Split a string at the commas that are outside brackets, which may be nested."""
     depth, parts = 0, [""]
@@ -40,6 +54,16 @@ def split_list(text: str) -> list[str]:
         else:
             parts[-1] += sign
     return [part.strip() for part in parts]
+
+
+def _word(value: Any) -> str:
+    plain = isinstance(value, str) and value != "" and value == value.strip() and not re.search(_SIGNS, value)
+    if plain and _literal(value) == value:
+        return value
+    word = json.dumps(value, separators=(",", ":"), default=str)
+    return re.sub(
+        r'"(?:[^"\\]|\\.)*"', lambda said: re.sub(_SIGNS, lambda sign: f"\\u{ord(sign[0]):04x}", said[0]), word
+    )
 
 
 def _literal(text: str) -> Any:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.catalogue import find_mechanism, get_mechanism, get_module, register, resolve
-from regard.contract import Mechanism, Unsupported, closest, read_options, split_list
+from regard.contract import Mechanism, Unsupported, closest, read_options, split_list, written_options
 from regard.create import layer_options
 from regard.measurement.data_files import read_data
 from regard.models.vision import check_network, list_networks
@@ -192,7 +191,7 @@ def read_variant(text: str, check: Check = go_together) -> Variant:
             raise Unsupported(f"mechanism {text!r}", supported=ACCEPTED, nearest="gated_linear*3+softmax")
         name, options = _checked(match["name"], read_options(match["options"] or "", match["name"]), check)
         layers += [(name, options)] * count
-        words.append(_written(name, options) + (f"*{match['count']}" if match["count"] else ""))
+        words.append(written_options(name, options) + (f"*{match['count']}" if match["count"] else ""))
     return Variant("+".join(words), tuple(layers))
 
 
@@ -203,7 +202,7 @@ def read_model(text: str) -> Variant:
         return read_variant(text)
     options = read_options(written, name)
     check_network(name, options)
-    return Variant(_written(name, options), (), (name, options))
+    return Variant(written_options(name, options), (), (name, options))
 
 
 def read_variants(text: str, read: Callable[[str], Variant] = read_model) -> list[Variant]:
@@ -248,18 +247,10 @@ def _checked(name: str, options: Mapping[str, Any], check: Check) -> tuple[str, 
     return card.name, options
 
 
-def _written(name: str, options: Mapping[str, Any]) -> str:
-    def word(value: Any) -> str:
-        return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-    said = ",".join(f"{option}={word(value)}" for option, value in options.items())
-    return f"{name}:{said}" if said else name
-
-
 def written_layers(layers: Layers) -> str:
     """Write layers as :func:`read_variant` reads them, each run of equal layers once."""
     runs = [(layer, len(list(equal))) for layer, equal in itertools.groupby(layers)]
-    return "+".join(_written(*layer) + (f"*{count}" if count > 1 else "") for layer, count in runs)
+    return "+".join(written_options(*layer) + (f"*{count}" if count > 1 else "") for layer, count in runs)
 
 
 def _from_file(path: Path, check: Check) -> Variant:

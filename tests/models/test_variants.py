@@ -5,7 +5,7 @@ from model_checks import small
 
 from regard import Unsupported, create_layer, get_mechanism
 from regard.catalogue import unregister
-from regard.contract import read_options
+from regard.contract import read_options, written_options
 from regard.models.variants import known_name, read_variant, read_variants, written_layers
 from regard.workbench.verification.verify import verify
 
@@ -144,3 +144,22 @@ def test_numbers_may_begin_or_end_with_the_point_and_names_stay_names(text: str,
 def test_lists_of_lists_are_one_value() -> None:
     found = read_options('strides=[1,[1,2,2],2],mixer={"sizes": [1, 2], "k": 3},n=4', "unet_nano_3d")
     assert found == {"strides": [1, [1, 2, 2], 2], "mixer": {"sizes": [1, 2], "k": 3}, "n": 4}
+
+
+def test_options_are_read_as_they_were_written() -> None:
+    """Also words that would be read as something else, commas, and lists of both."""
+    options = {
+        "none": None,
+        "flag": False,
+        "number": 0.1 + 0.2,
+        "word": "a/b c.txt",
+        "said": ["None", "2", ".5", "", " x", "a,b", 'a"b', "[a", "x=y", "ü"],
+        "list": [8, 12.5, "a,b", None, ["[a", 1]],
+        "table": {"a": 1, "b": "c"},
+    }
+    options |= {f"said {i}": word for i, word in enumerate(options.pop("said"))}
+    written = written_options("name", options)
+    assert written.startswith("name:none=null,flag=false,")
+    found = read_options(written.removeprefix("name:"), "name")
+    assert found == options and list(map(type, found.values())) == list(map(type, options.values()))
+    assert written_options("name", {}) == "name"

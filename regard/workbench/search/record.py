@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from regard.contract import written_options
 from regard.core.files import write_text_atomically
 from regard.measurement import provenance
 from regard.measurement.statistics import Comparison, Scores, items_array
@@ -20,6 +21,7 @@ from regard.tasks import Task
 from regard.workbench.plugins import plugin_words
 from regard.workbench.search.costs import CostTable
 from regard.workbench.search.predictor import Judged
+from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import DECODER, ENCODER, Genes, Space
 
 if TYPE_CHECKING:
@@ -118,16 +120,25 @@ def write_plan(space: Space, genes: Genes, path: Path) -> None:
 def _commands(search: Search, winner: Row) -> list[str]:
     settings, sizes = search.settings, search.space.sized(tuple(winner["genes"]))
     same = f"--dim {sizes.dim} --layers {sizes.layers} --heads {sizes.heads} --frame {settings.frame}"
-    same += plugin_words(settings.plugins)
+    same += _given(search, precision="--precision", device="--device") + plugin_words(settings.plugins)
+    trained = _given(search, batch_tokens="--batch-tokens", seed="--seed")
+    compared = _given(search, seeds="--seeds", seed="--seed-offset")
     plan = shlex.quote(str(search.output / PLAN))
     plugged = getattr(search.task, "registered", None) is None and settings.plugins
     task = "" if plugged else f" {task_in_words(search.task)}"
     both = shlex.quote(f"{search.choices.names[0]},{search.output / PLAN}")
     return [
-        f"regard train{task} --mechanism {plan} {same} --learning-rate {settings.learning_rate:g} "
-        f'--budget "{max(20, settings.retrain_steps)} steps"',
-        f"regard compare{task} --mechanisms {both} {same}",
+        f"regard train{task} --mechanism {plan} {same}{trained} "
+        f'--learning-rate {settings.learning_rate} --budget "{max(20, settings.retrain_steps)} steps"',
+        f"regard compare{task} --mechanisms {both} {same}{compared}",
     ]
+
+
+def _given(search: Search, **options: str) -> str:
+    """Options, by the settings that they are for, of the settings that differ from the defaults of all commands."""
+    values = {name: getattr(search.settings, name) for name in options}
+    given = {name: value for name, value in values.items() if value != getattr(SearchSettings, name)}
+    return "".join(f" {options[name]} {shlex.quote(str(value))}" for name, value in given.items())
 
 
 def task_in_words(task: Task) -> str:
@@ -136,9 +147,8 @@ def task_in_words(task: Task) -> str:
     files = {name: origin.pop(name, None) or [] for name in ("data", "validation")}
     data, held_out = ([paths] if isinstance(paths, str) else list(paths) for paths in files.values())
     tokenizer = origin.pop("tokenizer", None)
-    options = ",".join(f"{k}={v}" for k, v in origin.items() if isinstance(v, str | int | float))
-    name = getattr(task, "registered", None) or task.name
-    words = [*map(shlex.quote, data), f'--task "{name}{":" * bool(options)}{options}"']
+    described = written_options(getattr(task, "registered", None) or task.name, origin)
+    words = [*map(shlex.quote, data), f"--task {shlex.quote(described)}"]
     words += [f"--validation {shlex.quote(path)}" for path in held_out]
     words += [f"--tokenizer {shlex.quote(str(tokenizer))}"] if tokenizer else []
     return " ".join(words)
