@@ -35,6 +35,7 @@ from regard.workbench.search.costs import MEASURES, CostTable, count_flops, time
 from regard.workbench.search.predictor import KINDS, Judged, Predictor, judge, prune
 from regard.workbench.search.record import REFERENCE, Found, Row, record_of
 from regard.workbench.search.searchers import SEARCHERS
+from regard.workbench.search.searchers import Found as Searched
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Genes, Space
 from regard.workbench.search.supernet import Supernet
@@ -278,13 +279,14 @@ class Search:
                 result = self._searched(searcher, part, ranker, table, limit, start)
                 finalists[name] |= dict.fromkeys(genes for genes, _ in result.best[: settings.finalists])
                 if name == FOUND:
-                    methods.append(self._method(f"{searcher}, ranker", result.best[0][0], ranker, result.scored))
+                    methods.append(self._method(f"{searcher}, ranker", result, ranker))
             if name == FOUND:
                 result = self._searched(settings.searchers[0], part, predictors["regression"], table, limit, start)
                 told = f"{settings.searchers[0]}, regression"
-                methods.append(self._method(told, result.best[0][0], ranker, result.scored))
+                methods.append(self._method(told, result, ranker))
                 if within:
-                    methods.append(self._method("best of those tried", within[0], ranker, len(within)))
+                    direct = Searched([(genes, -tried[genes]) for genes in within], len(within))
+                    methods.append(self._method("best of those tried", direct, ranker))
         for name in finalists:
             finalists[FOUND] |= finalists[name]  # networks with a single mechanism are in the whole space too
         kept = set(self._keeping(list(finalists[FOUND]), limit))
@@ -296,20 +298,22 @@ class Search:
 
     def _searched(
         self, searcher: str, space: Space, predictor: Predictor, table: CostTable, limit: float, start: Sequence[Genes]
-    ) -> Any:
+    ) -> Searched:
         def fits(genes: Genes) -> bool:
             return table(genes) <= limit
 
         search = SEARCHERS[searcher]
         return search(space, predictor.score, fits, self.settings.evaluations, self.settings.seed, start)
 
-    def _method(self, name: str, genes: Genes, ranker: Predictor, scored: int) -> Row:
+    def _method(self, name: str, result: Searched, ranker: Predictor) -> Row:
+        genes = result.best[0][0]
         return {
             "method": name,
             "network": self.space.describe(genes),
             "score": float(ranker.score([genes])[0]),
             "inherited": self.inherited(genes),
-            "scored": scored,
+            "scored": result.scored,
+            "fewer": result.fewer,
         }
 
     def _keeping(self, finalists: Sequence[Genes], limit: float) -> list[Genes]:

@@ -23,6 +23,10 @@ allowed, so that there are eight generations."""
 MUTATION = 0.3
 TRIES = 40
 """Draws per requested network before giving up on the full number."""
+PATIENCE = 10
+"""Trials of optuna in a row that score nothing new, after which the next one is a network drawn at random."""
+
+DRAWN_OUT = f"random draws, {TRIES} for each network, gave no further one within the budget"
 
 Score = Callable[[Sequence[Genes]], np.ndarray]
 Fits = Callable[[Genes], bool]
@@ -35,10 +39,12 @@ class Found:
     Attributes:
         best: networks and their scores, best first, without duplicates.
         scored: how many networks were scored.
+        fewer: why they are fewer than allowed; "" if they are not.
     """
 
     best: list[tuple[Genes, float]]
     scored: int
+    fewer: str = ""
 
 
 class Scored:
@@ -59,9 +65,10 @@ class Scored:
         if new:
             self.known |= dict(zip(new, map(float, self.score(new)), strict=True))
 
-    def found(self) -> Found:
-        """All scored networks, best first."""
-        return Found(sorted(self.known.items(), key=lambda item: (-item[1], item[0])), len(self.known))
+    def found(self, fewer: str = "") -> Found:
+        """All scored networks, best first; `fewer` says why no more were scored."""
+        best = sorted(self.known.items(), key=lambda item: (-item[1], item[0]))
+        return Found(best, len(self.known), fewer if self.left else "")
 
 
 def evolution(
@@ -91,7 +98,7 @@ def evolution(
         scored.add([*_drawn(mutant, scored, made), *_drawn(crossover, scored, made)])
         if len(scored.known) == before:
             break  # the space, or all that the parents lead to, is exhausted
-    return scored.found()
+    return scored.found("a generation had no new network within the budget")
 
 
 def at_random(
@@ -100,20 +107,24 @@ def at_random(
     """Networks drawn uniformly."""
     rng, scored = random.Random(seed), Scored(score, fits, evaluations)
     scored.add([*start, *_drawn(lambda: space.draw(rng), scored, evaluations)])
-    return scored.found()
+    return scored.found(DRAWN_OUT)
 
 
 def with_optuna(
     space: Space, score: Score, fits: Fits, evaluations: int, seed: int, start: Sequence[Genes] = ()
 ) -> Found:
-    """Optuna's sampler, with one categorical parameter per active gene; networks beyond the budget are pruned trials.
+    """Optuna's sampler, with one categorical parameter per active gene.
+
+    Networks beyond the budget and repeated ones are pruned trials and use up no scores, so that as many networks are
+    scored as by the other searchers. After `PATIENCE` such trials in a row a network within the budget is drawn at
+    random, and the search ends early only if none is found.
 
     Raises:
         Unsupported: if optuna is not installed.
     """
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    scored = Scored(score, fits, evaluations)
+    rng, scored = random.Random(seed), Scored(score, fits, evaluations)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
 
     def suggested(trial: Any) -> Genes:
@@ -124,20 +135,29 @@ def with_optuna(
         return space.canonical(tuple(numbers))
 
     def objective(trial: Any) -> float:
-        genes = suggested(trial)
+        genes, before = suggested(trial), len(scored.known)
         scored.add([genes])
-        if genes not in scored.known:
+        if len(scored.known) == before:
             raise optuna.TrialPruned
         return scored.known[genes]
 
-    for genes in start:
+    def enqueue(genes: Genes) -> None:
         named = zip(space.genes, genes, space.active(genes), strict=True)
         study.enqueue_trial({gene.name: number for gene, number, counts in named if counts})
-    for _ in range(2 * evaluations):  # pruned and repeated trials use up no scores
-        if not scored.left:
-            break
+
+    for genes in start:
+        enqueue(genes)
+    idle = 0
+    while scored.left:
+        if idle >= PATIENCE:
+            fresh = _drawn(lambda: space.draw(rng), scored, 1, TRIES * scored.left)
+            if not fresh:
+                break
+            enqueue(fresh[0])
+        before = len(scored.known)
         study.optimize(objective, n_trials=1)
-    return scored.found()
+        idle = 0 if len(scored.known) > before else idle + 1
+    return scored.found(DRAWN_OUT)
 
 
 SEARCHERS: dict[str, Callable[..., Found]] = {"evolution": evolution, "random": at_random, "optuna": with_optuna}
@@ -162,10 +182,11 @@ def _optuna() -> Any:
     return optuna
 
 
-def _drawn(draw: Callable[[], Genes], scored: Scored, count: int) -> list[Genes]:
-    """Up to `count` new networks that fit the budget; fewer if the limit of draws is reached."""
+def _drawn(draw: Callable[[], Genes], scored: Scored, count: int, tries: int | None = None) -> list[Genes]:
+    """Up to `count` new networks that fit the budget; fewer if the limit of draws is reached, `TRIES` for each network
+    when None."""
     found: dict[Genes, None] = {}
-    for _ in range(TRIES * count):
+    for _ in range(TRIES * count if tries is None else tries):
         if len(found) >= count:
             break
         genes = draw()
