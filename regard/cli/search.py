@@ -125,7 +125,7 @@ def search(
     from regard.workbench.search.report import write_page
     from regard.workbench.search.run import REPORT, Search, Watch
     from regard.workbench.search.settings import SearchSettings
-    from regard.workbench.search.space import Choices
+    from regard.workbench.search.space import Choices, fitting
 
     def recognised(described: str) -> None:
         if not as_json:
@@ -166,9 +166,14 @@ def search(
         encoder_depths=None if encoder_layers is None else read_integers("--encoder-layers", encoder_layers),
         memory_layers=None if memory_layers is None else read_integers("--memory-layers", memory_layers),
     )
+    left_out: dict[str, str] = {}
+    if mechanisms.strip() == "all":
+        choices, left_out = fitting(tasks[0], choices, settings)
     if not as_json:
         console.print(plain(tasks[0].describe()))
         console.print()
+        for name, reason in left_out.items():
+            console.print(Text(f"Left out: {name} with {reason}", style="dim"))
     with progress(quiet=as_json) as (bar, line):
         shown = bar.add_task("starting", total=1.0)
 
@@ -181,6 +186,8 @@ def search(
                 bar.console.print(Text(sentence, style="dim"))
 
         record = Search(tasks[0], choices, settings, output, Watch(say, doing)).run()
+    dropped = record["left_out"]
+    record["left_out"] = [*(f"{name}: {reason}" for name, reason in left_out.items()), *dropped]
     page = write_page(record, output / REPORT)
     if as_json:
         emit({**record, "report": str(page)})
@@ -188,7 +195,7 @@ def search(
     console.print(_table(record))
     for row in record["entrants"]:
         console.print(Text(f"{row['name']}: {row['plan']}, {row['width']}"))
-    for sentence in record["left_out"]:
+    for sentence in dropped:
         console.print(Text(f"left out: {sentence}", style="dim"))
     console.print()
     console.print(Text(record["verdict"], style="bold"))

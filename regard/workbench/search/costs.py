@@ -203,9 +203,9 @@ def flops(space: Space, networks: Sequence[Genes]) -> list[float]:
 
 @torch.no_grad()
 def count_flops(model: nn.Module, task: Task) -> float:
-    """FLOPs for reading the first held-out item."""
+    """FLOPs for reading the first held-out item; gradients of the model's parameters are switched off."""
     batch = next(iter(task.evaluation_batches(1)))
-    model.eval()
+    model.eval().requires_grad_(False)  # torch's counter fails at modules that return a parameter as it is
     # with the same operators on every machine: torch cannot count inside a native kernel
     with backends.only("torch"), flop_counter() as counter:
         run_model(model, batch, batch_context(batch))

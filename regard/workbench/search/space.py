@@ -14,13 +14,17 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regard.contract import Pattern, Unsupported, at_least
+from regard.models import count_parameters
 from regard.models.variants import Layers, Variant, written_layers
 from regard.tasks import Task
 from regard.workbench.comparison.settings import CompareSettings
 from regard.workbench.comparison.task_models import model_config
+
+if TYPE_CHECKING:
+    from regard.workbench.search.settings import SearchSettings
 
 Genes = tuple[int, ...]
 """For each gene in a space, the index of its choice."""
@@ -206,6 +210,29 @@ class Choices:
                 supported=f"--memory-layers up to {depths[0]}, the least --encoder-layers",
             )
         return found | {"encoder_depths": depths, "memory_layers": read}
+
+
+def fitting(task: Task, choices: Choices, settings: SearchSettings) -> tuple[Choices, dict[str, str]]:
+    """The choices without the mechanisms that some layer of the space cannot have, and why it cannot; the first
+    mechanism is the reference and stays.
+
+    Raises:
+        Unsupported: if the first mechanism, or the sizes, cannot be searched.
+    """
+    kept, refused = list[Variant](), dict[str, str]()
+    for variant in choices.mechanisms:
+        one = dataclasses.replace(choices, mechanisms=(variant,))
+        try:
+            space = Space(task, one, settings.models(task, one.mechanisms))
+            for genes in space.corners():
+                count_parameters(space.config(genes))
+        except Unsupported as error:
+            if not kept:
+                raise
+            refused[variant.name] = f"{error.asked}; supported: {error.supported}"
+        else:
+            kept.append(variant)
+    return dataclasses.replace(choices, mechanisms=tuple(kept)), refused
 
 
 class Space:
