@@ -10,7 +10,7 @@ from regard.contract import Unsupported
 from regard.models.variants import read_variant
 from regard.reproductions.framework.runs import run_cell
 from regard.studies import get_study
-from regard.studies.architecture_search import attention_flops, scratch
+from regard.studies.architecture_search import other_flops, scratch
 from regard.studies.architecture_search.task import ASK, KEYS, SYMBOLS, RecallAndMajority
 from regard.tasks import IGNORED, check_task
 from regard.workbench.comparison.task_models import build
@@ -70,14 +70,14 @@ def test_searches_of_one_seed_share_what_their_budgets_do_not_change(monkeypatch
     assert all(beside[name] == value for name, value in alone.items() if not name.endswith(" ms"))
 
 
-def test_attention_flops_are_those_of_all_pairs_in_softmax():
+def test_other_flops_are_those_of_all_pairs_in_softmax():
     task = RecallAndMajority(length=64, pairs=4, questions=8, evaluation_items=2)
     softmax = read_variant("softmax")
     choices = Choices((softmax,), dims=(16,), depths=(2,), heads=(2,), feed_forward=(8,))
     space = Space(task, choices, SearchSettings(NetworkBudget("flops", 1.0)).models(task, [softmax]))
     model = build(space.config(space.uniform("softmax")), 0)
     with torch.no_grad():
-        assert attention_flops(model, task) == 2 * 4 * 64**2 * 16
+        assert other_flops(model, task) == 2 * 4 * 64**2 * 16
 
 
 def test_what_has_no_causal_pattern_cannot_enter_and_other_mechanisms_may():

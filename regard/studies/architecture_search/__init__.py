@@ -116,14 +116,15 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
         name, layers = row["name"], row["network"]["layer"]
         found |= {f"{name} {what}": row["runs"][0][what] for what in ("loss", "score")}
         found |= {f"{name} {what}": row[what] for what in ("flops", "ms", "parameters")}
-        found[f"{name} attention"] = attention_flops(build(search.space.config(tuple(row["genes"])), 0), task)
+        found[f"{name} attention"] = other_flops(build(search.space.config(tuple(row["genes"])), 0), task)
         found[f"{name} layers"] = len(layers)
         found[f"{name} first"] = sum(layer["mechanism"] == first for layer in layers)
     return {name: float("nan") if value is None else value for name, value in found.items()}
 
 
-def attention_flops(model: nn.Module, task: Task) -> float:
-    """FLOPs of the forward pass of one item outside the linear layers."""
+def other_flops(model: nn.Module, task: Task) -> float:
+    """FLOPs of the forward pass of one item outside the linear layers: those of the attention, and of the frame's short
+    convolutions, which are 2 % of them in softmax and 4 % in cosFormer at the size `small`."""
     linear = []
     hooks = [
         module.register_forward_hook(lambda m, x, _: linear.append(2 * x[0].numel() * m.out_features))
@@ -167,12 +168,12 @@ def make(chosen: Chosen) -> Reproduction:
         soft, cos = "softmax alone", "cosformer alone"
         checks += [
             Check("cosFormer alone has a higher loss than softmax alone", share(cos, soft, "loss", "FLOPs"), above=1.0),
-            Check("and computes less attention", share(cos, soft, "attention", "FLOPs"), below=1.0),
+            Check("and computes less outside its linear layers", share(cos, soft, "attention", "FLOPs"), below=1.0),
             Check(
                 "what is found has a loss within 2 % of softmax alone", share(FOUND, soft, "loss", "FLOPs"), below=1.02
             ),
             Check(
-                "and at least 25 % fewer attention FLOPs than the reference",
+                "and at least 25 % fewer FLOPs outside linear layers than the reference",
                 share(FOUND, REFERENCE, "attention", "FLOPs"),
                 below=0.75,
             ),
@@ -278,7 +279,7 @@ def _row(name: str, seed: int, cell: Measurements) -> Mapping[str, Any]:
         "network": name,
         "seed": seed,
         **{what: cell[f"{name} {what}"] for what in ("loss", "score", "flops", "ms")},
-        "attention FLOPs": cell[f"{name} attention"],
+        "FLOPs outside linear layers": cell[f"{name} attention"],
         "layers": count,
         "of the first mechanism": first,
     }
