@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from command_line import answer, run
+from PIL import Image
 from torch import nn
 
 from regard.catalogue import unregister
+from regard.cli.arguments import read_mechanisms
 from regard.contract import Context, Unsupported
+from regard.measurement.budget import Budget
 from regard.measurement.flops import flop_counter
 from regard.measurement.store import Store
 from regard.models import count_parameters
@@ -28,11 +31,11 @@ from regard.workbench.comparison.task_models import build, model_config
 from regard.workbench.comparison.work import Work
 from regard.workbench.search.costs import MEASURES, CostTable, NetworkBudget, count_flops, flops, parameters
 from regard.workbench.search.predictor import Predictor, features, judge, kendall_tau, pair_accuracy, prune
-from regard.workbench.search.record import task_in_words, write_plan
+from regard.workbench.search.record import _commands, task_in_words, write_plan
 from regard.workbench.search.run import Search
 from regard.workbench.search.searchers import SEARCHERS, check_searchers
 from regard.workbench.search.settings import SearchSettings
-from regard.workbench.search.space import Choices, Space
+from regard.workbench.search.space import Choices, Space, fitting
 from regard.workbench.search.supernet import Supernet
 
 EXAMPLES = Path(__file__).parents[3] / "docs/examples/mechanisms"
@@ -390,12 +393,52 @@ def test_a_searcher_finds_the_optimum_of_the_ranker_within_the_budget(name):
     count = 150 if name == "evolution" else 40 if name == "optuna" else 1000
     start = [table.cheapest(one), one.uniform("linear")]  # the second exceeds the budget
     found = SEARCHERS[name](one, ranker.score, fits, count, 0, start)
-    assert found.scored == len(found.best) <= count
+    assert found.scored == len(found.best) <= min(count, len(allowed))
+    if name != "evolution":  # which may end where its parents lead to nothing new
+        assert found.scored == min(count, len(allowed))
+    assert bool(found.fewer) == (found.scored < count)
     assert all(fits(genes) for genes, _ in found.best)
     if name == "evolution":  # the others have too few tries to be sure
         assert found.best[0][1] == pytest.approx(scores.max(), abs=1e-9)
     again = SEARCHERS[name](one, ranker.score, fits, count, 0, start)
     assert again.best == found.best
+
+
+def test_optuna_scores_as_many_networks_as_the_others_where_most_exceed_the_budget():
+    """A third of the networks fit, so that most of its trials are pruned."""
+    pytest.importorskip("optuna")
+    one = space("softmax,cosformer,linear", dims=(8, 16, 24))
+    table = CostTable.of(one, lambda networks: parameters(one, networks))
+    every = [table(genes) for genes in one.every()]
+    limit = float(np.quantile(every, 0.3))
+
+    def search(name):
+        def score(networks):
+            return np.array([float(sum(genes)) for genes in networks])
+
+        return SEARCHERS[name](one, score, lambda genes: table(genes) <= limit, 60, 0, [table.cheapest(one)])
+
+    found = search("optuna")
+    assert (found.scored, found.fewer) == (search("random").scored, "") == (60, "")
+    assert found.best == search("optuna").best
+
+
+@pytest.mark.parametrize("name", ["evolution", "random", "optuna"])
+def test_a_searcher_of_a_small_space_ends_and_says_why_it_scored_fewer(name):
+    if name == "optuna":
+        pytest.importorskip("optuna")
+    one = space().restricted({"mechanism": (1,), "dim": (1,)})
+    assert one.size == 20
+    count = len([genes for genes in one.every() if sum(genes) < 6])
+
+    def score(networks):
+        return np.array([float(sum(genes)) for genes in networks])
+
+    start = [one.nearest((0,) * len(one.genes))]
+    found = SEARCHERS[name](one, score, lambda genes: sum(genes) < 6, 100, 0, start)
+    assert found.scored <= count < 20
+    assert name == "evolution" or found.scored == count
+    assert "within the budget" in found.fewer
 
 
 def test_evolution_is_never_worse_than_what_it_starts_with_and_keeps_to_what_is_left():
@@ -484,7 +527,7 @@ def test_a_search_leads_to_a_plan_that_train_and_compare_take_and_goes_on_where_
         assert answer(capsys, f"{SMALL} --budget '60% flops' --output", place) == found
 
     command = found["commands"][0].replace("'3 steps'", "'20 steps'")
-    trained = answer(capsys, command.removeprefix("regard ") + " --batch-tokens 60 --output", tmp_path / "trained")
+    trained = answer(capsys, command.removeprefix("regard ") + " --output", tmp_path / "trained")
     assert trained["parameters"] == winner["parameters"]
 
 
@@ -503,7 +546,7 @@ def test_a_search_among_encoder_decoders_leads_to_a_plan_that_train_takes(capsys
     assert plan["encoder_dim"] == winner["network"]["encoder_dim"]
     assert winner["width"] in (tmp_path / "search" / "search.html").read_text()
     command = found["commands"][0].removeprefix("regard ")
-    trained = answer(capsys, command + " --batch-tokens 60 --output", tmp_path / "trained")
+    trained = answer(capsys, command + " --output", tmp_path / "trained")
     assert trained["parameters"] == winner["parameters"]
 
 
@@ -536,7 +579,7 @@ def test_the_commands_for_what_was_found_bring_its_plugins(capsys, tmp_path, mon
         unregister("rectified")
         monkeypatch.chdir(tmp_path)
         command = found["commands"][0].removeprefix("regard ")
-        told = answer(capsys, f"{command} --batch-tokens 60 --output", tmp_path / "trained")
+        told = answer(capsys, f"{command} --output", tmp_path / "trained")
     finally:
         unregister("rectified")
     assert told["parameters"] == found["entrants"][0]["parameters"]
@@ -558,6 +601,95 @@ def test_the_command_for_what_was_found_reads_the_same_files(capsys, tmp_path):
         k: v for k, v in task.origin.items() if k != "tokenizer"
     }
     assert told["options"]["tokenizer"].endswith(("bpe:300", ".json"))
+
+
+class Stop(Exception):
+    """Raised in place of the work of a command."""
+
+
+@pytest.fixture
+def asked_of(monkeypatch):
+    """What a printed command asks for: the tasks and the settings that it would work with."""
+    found = []
+
+    def work(*arguments, **_):
+        found[:] = arguments[:2]
+        raise Stop
+
+    monkeypatch.setattr("regard.workbench.trained.run.train_model", work)
+    monkeypatch.setattr("regard.workbench.comparison.compare.compare", work)
+
+    def asked(capsys, command):
+        found.clear()
+        with pytest.raises(Stop):
+            run(capsys, command.removeprefix("regard "))
+        return found
+
+    return asked
+
+
+@pytest.mark.parametrize("given", [{}, {"precision": "bfloat16", "batch_tokens": 96, "seed": 7, "seeds": 2}])
+def test_the_commands_for_what_was_found_have_its_task_and_its_settings(capsys, tmp_path, asked_of, given):
+    pictures = tmp_path / "my pictures"
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (pictures / name).mkdir(parents=True)
+        for i in range(8):
+            picture = rng.integers(0, 4000, (8, 12)).astype(np.uint16)
+            Image.fromarray(picture).save(pictures / name / f"{i}.png")
+    options = {"size": [8, 12], "span": [0, 3000.5], "flip": None, "held_out": 0.5}
+    task = create_task("images", data=str(pictures), seed=3, **options)
+    settings = SearchSettings(NetworkBudget("flops", 1e6), learning_rate=0.00123456789, retrain_steps=30, **given)
+    choices = Choices(tuple(read_variants("softmax,linear")), **SIZES)
+    search = Search(task, choices, settings, tmp_path)
+    write_plan(search.space, search.reference, tmp_path / "plan.json")
+    train, compare = _commands(search, {"genes": search.reference})
+    own, trained = asked_of(capsys, train)
+    assert own.origin == task.origin and own.registered == "images" and own.grid == task.grid
+    for name in ("batch_tokens", "precision", "device"):
+        assert getattr(trained, name) == getattr(settings, name)
+    assert trained.batch_size(own) == search.batch_size
+    assert (trained.first_seed, trained.rates) == (settings.seed, (settings.learning_rate,))
+    assert trained.budget == Budget.parse("30 steps")
+    ((own,), compared) = asked_of(capsys, compare)
+    assert own.origin == task.origin
+    assert (compared.first_seed, compared.seeds) == (settings.seed, settings.seeds)
+    assert compared.precision == settings.precision
+
+
+def test_all_mechanisms_of_an_encoder_decoder_have_each_of_its_patterns(pairs):
+    settings = SearchSettings(NetworkBudget("flops", 1.0))
+    names = sorted(read_mechanisms("all", [pairs]), key="softmax".__ne__)
+    choices = Choices(tuple(map(read_variant, names)), dims=(16,), depths=(1,), heads=(1,), feed_forward=(8,))
+    kept, left_out = fitting(pairs, choices, settings)
+    assert {*kept.names, *left_out} == set(names) and kept.names[0] == "softmax"
+    assert "causal-self" in left_out["linformer"] and "heads" in left_out["differential"]
+    one = Space(pairs, kept, settings.models(pairs, kept.mechanisms))
+    for name in kept.names:
+        build(one.config(one.uniform(name)), 0)
+    with pytest.raises(Unsupported, match="encoder of 1"):
+        fitting(pairs, dataclasses.replace(choices, memory_layers=(2,)), settings)
+
+
+@pytest.mark.usefixtures("quick_ranker")
+def test_a_search_of_all_mechanisms_tells_which_were_left_out(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("regard.cli.search.read_mechanisms", lambda text, tasks: ["softmax", "differential", "linear"])
+    line = f"{SMALL} --mechanisms all --heads 1 --retrain 0 --budget '90% parameters' --output"
+    _, out, _ = run(capsys, line, tmp_path)
+    assert out.count("Left out: differential with ") == 1 and "differential:" not in out
+    found = answer(capsys, line, tmp_path)
+    assert found["choices"]["mechanisms"] == ["softmax", "linear"]
+    assert found["left_out"][0].startswith("differential: ") and "even numbers" in found["left_out"][0]
+    assert found["left_out"][0].split(";")[0] in (tmp_path / "search.html").read_text()
+
+
+@pytest.mark.usefixtures("quick_ranker")
+def test_a_report_says_why_a_searcher_scored_fewer_networks(capsys, tmp_path):
+    sizes = "--mechanisms softmax --layers 1 --searchers random --evaluations 100 --retrain 0"
+    found = answer(capsys, f"{SMALL} {sizes} --budget '90% parameters' --output", tmp_path)
+    row = found["methods"][0]
+    assert row["scored"] < 8 and "random draws" in row["fewer"]
+    assert f"random, ranker: {row['scored']} of 100 networks; {row['fewer']}" in (tmp_path / "search.html").read_text()
 
 
 def test_attention_that_torch_runs_as_one_operator_is_counted():
