@@ -77,7 +77,7 @@ def retrofit(options: argparse.Namespace) -> None:
     else:
         kept = {int(number) for number in options.keep_layers.split(",") if number}
         student, _ = host.copy_with([n for n in range(len(host.layers)) if n not in kept], options.retrofit, seed=0)
-    models = {language.ORIGINAL: host.model, language.RETROFIT: student, language.SOFTMAX: host.by_regard()}
+    models = {language.ORIGINAL: host.model, language.RETROFIT: student, language.SOFTMAX: host.by_regard}
     ids = host.tokenizer(text(), return_tensors="pt").input_ids[0]
     found = {
         "prompt": language.prefill(models, ids, options.length),
