@@ -22,7 +22,6 @@ losses it recovers. ``awq`` and ``smoothquant`` need a rounding step: ``awq`` al
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -42,7 +41,16 @@ from regard.compression.pruning.steps import (
 )
 from regard.compression.steps import Distil, Export, FewerTokens, check_program, check_rate
 from regard.compression.weights.limits import CALIBRATORS
-from regard.contract import Unsupported, at_least, check_options, closest, one_of, read_options, split_list
+from regard.contract import (
+    Unsupported,
+    at_least,
+    check_options,
+    closest,
+    one_of,
+    read_options,
+    split_list,
+    written_options,
+)
 from regard.layers.quantized import Format
 from regard.measurement.data_files import read_data
 
@@ -348,8 +356,7 @@ def _written(name: str, step: Any) -> str:
         value = getattr(step, option)
         if value != getattr(_usual(name, own), option):
             own[option] = value
-    said = ",".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items())
-    return f"{name}:{said}" if said else name
+    return written_options(name, own)
 
 
 def _usual(name: str, own: Mapping[str, Any]) -> Any:

@@ -57,9 +57,8 @@ class Segmentation3DTask(MaskTask):
     Training uses crops of `size` voxels, a third of them around a voxel of a class other than the background. Held-out
     volumes are scored whole: the model runs on overlapping windows of the crops' size, and the logits are averaged with
     weights that decrease towards a window's border. The score of a volume is defined as for images in the task
-    segmentation. Exact duplicates of a volume count once, and volumes without a labelled voxel not at
-    all. A fourth axis of files holds channels, whose number must be
-    the same in all volumes; the features of a token hold all channels.
+    segmentation. Exact duplicates of a volume count once, and volumes without a labelled voxel not at all. A fourth axis
+    of files holds channels, whose number must be the same in all volumes; the features of a token hold all channels.
 
     Args:
         data: ``bodies`` (drawn: four kinds of bodies; the default), ``far-cue`` (drawn: ellipsoids whose class is shown
