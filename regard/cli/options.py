@@ -102,7 +102,7 @@ ADDRESS = Annotated[
 KEEP_LAYERS = Annotated[
     str | None,
     typer.Option(
-        help="Layers that keep their attention: auto:SHARE or auto:NUMBER by sensitivity, bottom:4 (or top, middle, spread), 0,5,29 or none. auto:0.5 when not "
+        help="Layers that keep their attention: auto:SHARE or auto:NUMBER by sensitivity, recall:4 by what is found in the context, bottom:4 (or top, middle, spread), 0,5,29 or none. auto:0.5 when not "
         "given, none for landmark."
     ),
 ]

@@ -9,6 +9,7 @@ from typing import Any
 from regard.catalogue import plugin_file, resolve
 from regard.measurement import units
 from regard.retrofit.measures import kind_of, measures_of
+from regard.retrofit.settings import RECALL
 
 README = """\
 ---
@@ -101,6 +102,11 @@ def loading(record: dict[str, Any]) -> str:
         return OF_TIMM.format(plugin=plugin)
     auto = "AutoModelForMaskedLM" if name.endswith("ForMaskedLM") else "AutoModel"
     return OF_TRANSFORMERS.format(auto="AutoModelForCausalLM" if kind == "language" else auto, plugin=plugin)
+
+
+def unit_lost(keep_layers: str, unit: str) -> str:
+    """The unit of the sensitivity by which layers are chosen, in words, for answers whose distance has a unit."""
+    return "nats a hidden token" if keep_layers.startswith(RECALL) else unit
 
 
 def numbers(layers: list[int]) -> str:

@@ -329,9 +329,14 @@ class Run:
                 known = sorted([*others, *choose(sensitivity, max(kept - len(others), 0))])
                 self.folder.write("kept", known)
                 worst = max(sensitivity, key=lambda n: sensitivity[n])
-                self.say(f"sensitivity: layer {worst} loses the most ({sensitivity[worst]:.3g} {self.host.unit})")
+                self.say(f"sensitivity: layer {worst} loses the most ({sensitivity[worst]:.3g} {self._lost})")
             kept = tuple(known)
         return [number for number in layers if number not in kept]
+
+    @property
+    def _lost(self) -> str:
+        """The unit of sensitivity, in words."""
+        return card.unit_lost(self.settings.spelled_keep(), self.host.unit)
 
     def _warm(self, numbers: Sequence[int], name: str = "warm") -> dict[int, nn.Module]:
         """New modules of some layers after the first steps, in which each learns as if it were alone, and which it ends with
@@ -365,9 +370,10 @@ class Run:
             self.folder.write("sensitivity", found)
             return found
         modules = self._warm(plan.changeable)
-        held_out = self.host.held_out(self.data, plan.tried, self.settings)
         after = self._after("sensitivity")
-        found = measure_sensitivity(self.host, modules, held_out, self.folder, self.watch, after)
+        found = measure_sensitivity(
+            self.host, modules, self.data, plan.tried, self.settings, self.folder, self.watch, after
+        )
         kept.write(found, plan.warm, plan.tried)
         return found
 

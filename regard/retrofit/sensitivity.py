@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from regard.core.files import user_cache, write_text_atomically
 from regard.measurement import provenance
 from regard.models.variants import read_variant
 from regard.retrofit.folder import Folder
-from regard.retrofit.hosts import Batch, Host
+from regard.retrofit.hiding import hiding, unlikeliness
+from regard.retrofit.hosts import Host
+from regard.retrofit.settings import RECALL, RetrofitSettings
 from regard.retrofit.stage import Progress, Watch
 from regard.version import VERSION
 
@@ -38,32 +40,61 @@ ENOUGH = 0.5
 
 @torch.no_grad()
 def measure_sensitivity(
-    host: Host, modules: Mapping[int, nn.Module], held_out: Batch, folder: Folder, watch: Watch, after: float
+    host: Host,
+    modules: Mapping[int, nn.Module],
+    data: Any,
+    tried: int,
+    settings: RetrofitSettings,
+    folder: Folder,
+    watch: Watch,
+    after: float,
 ) -> dict[int, float]:
-    """The distance of the model's answers on held-out data from the original's with one new module, for each module
-    alone: in nats, or as a share of the squared hidden states.
+    """What the model loses with one new module, for each module alone: the distance of its answers on held-out data from
+    the original's, in nats or as a share of the squared hidden states; or, by recall, how much less likely it takes each
+    token of what is hidden in a text, in nats.
 
     Args:
         modules: new modules by layer number, after some training (untrained modules say nothing about the layer).
-        held_out: some of the held-out data.
+        tried: number of held-out blocks, or of texts that hide something.
         after: seconds planned for later stages.
     """
     known: dict[str, float] = folder.read("sensitivity") or {}
     left = [number for number in modules if str(number) not in known]
-    rows = host.parts(held_out)
-    expected = [host.answers(host.model, row) for row in rows] if left else []
+    if left:
+        lost = _forgotten(host, data, tried, settings) if settings.by_recall else _changed(host, data, tried, settings)
     started = time.monotonic()
     for at, number in enumerate(left):
         with host.with_attention({number: modules[number]}):
-            parts = [
-                host.distance(host.answers(host.model, row), told) for row, told in zip(rows, expected, strict=True)
-            ]
-        known[str(number)] = float(torch.stack(parts).double().mean())
+            known[str(number)] = lost()
         folder.write("sensitivity", known)
         pace = (time.monotonic() - started) / (at + 1)
         remaining = (len(left) - at - 1) * pace + after
         watch(Progress("sensitivity of each layer", known[str(number)], len(known), len(modules), remaining))
     return {number: known[str(number)] for number in modules}
+
+
+def _changed(host: Host, data: Any, tried: int, settings: RetrofitSettings) -> Callable[[], float]:
+    """How far the answers of the host's model on held-out data are from what they are now."""
+    rows = host.parts(host.held_out(data, tried, settings))
+    expected = [host.answers(host.model, row) for row in rows]
+
+    def lost() -> float:
+        parts = [host.distance(host.answers(host.model, row), told) for row, told in zip(rows, expected, strict=True)]
+        return float(torch.stack(parts).double().mean())
+
+    return lost
+
+
+def _forgotten(host: Host, data: Any, tried: int, settings: RetrofitSettings) -> Callable[[], float]:
+    """How much less likely the host's model takes what is hidden in texts as long as a block than it does now."""
+    texts = hiding(data.held_out, settings.block, tried, settings.seed)
+    assert texts is not None, "blocks are long enough, as the host has checked"
+
+    def told() -> float:
+        return math.fsum(unlikeliness(host.model, *text) for text in texts) / len(texts)
+
+    at_first = told()
+    return lambda: told() - at_first
 
 
 def choose(sensitivity: Mapping[int, float], kept: int) -> tuple[int, ...]:
@@ -85,6 +116,7 @@ class Known:
         files = [plugin_file(resolve(name)[0].name) for name, _ in read_variant(identity["mechanism"]).layers]
         self.identity = {
             **{name: identity[name] for name in DECIDES if name in identity},
+            **({"by": RECALL} if str(identity.get("keep_layers")).startswith(RECALL) else {}),
             "layers": list(layers),
             "method": METHOD,
             "regard": VERSION,

@@ -16,9 +16,11 @@ from regard.models.plans import PLACES, layers_at
 from regard.models.variants import written_layers
 from regard.retrofit.inserting import inserts_tokens, read_mechanism
 
+AUTO, RECALL = "auto", "recall"
+"""Ways to choose the layers to keep by their sensitivity: by the model's answers, or by what it finds in its context."""
 KEEP = (
-    "auto, auto:SHARE (0 to 1), auto:NUMBER, bottom:NUMBER, top:NUMBER, middle:NUMBER, spread:NUMBER, none, or layers by "
-    "number from 0 (0,5,29)"
+    "auto, auto:SHARE (0 to 1), auto:NUMBER, recall (likewise), bottom:NUMBER, top:NUMBER, middle:NUMBER, spread:NUMBER, "
+    "none, or layers by number from 0 (0,5,29)"
 )
 FIRST, IMPORTANT = "first", "important"
 """The heads that a mixture of heads shares."""
@@ -39,8 +41,9 @@ class RetrofitSettings:
     Attributes:
         mechanism: the mechanism of the new layers: a name, optionally with options (``local:window=64``).
         keep_layers: which layers keep their attention: ``auto:0.5`` half of them, ``auto:22`` that many, those whose
-            swap alone loses the most; ``bottom:4`` the first four, likewise ``top``, ``middle`` and ``spread`` (evenly,
-            with the first); or their numbers, from 0; or ``none``.
+            swap alone loses the most; ``recall:4`` the four without which a language model finds the least in its
+            context; ``bottom:4`` the first four, likewise ``top``, ``middle`` and ``spread`` (evenly, with the first); or
+            their numbers, from 0; or ``none``.
         budget: time of the whole command, or tokens or steps of the training.
         length: tokens of a block of text, >= 2; the default for the kind of model when None.
         batch_size: blocks or images of a training step, >= 1; likewise.
@@ -175,6 +178,11 @@ class RetrofitSettings:
         """Whether the layers to keep are chosen by their sensitivity."""
         return isinstance(read_keep(self.keep_layers), (int, float))
 
+    @property
+    def by_recall(self) -> bool:
+        """Whether the sensitivity of layers is that of what the model finds in its context."""
+        return isinstance(self.keep_layers, str) and self.keep_layers.strip().partition(":")[0] == RECALL
+
     def kept(self, layers: int) -> int | tuple[int, ...]:
         """How many of `layers` layers are to keep their attention, or which ones.
 
@@ -236,7 +244,7 @@ def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[in
         return tuple(sorted(keep))
     text = str(keep).strip()
     name, _, amount = text.partition(":")
-    if name == "auto":
+    if name in (AUTO, RECALL):
         if not amount:
             return 0.5
         if re.fullmatch(r"[0-9]+", amount):

@@ -20,6 +20,7 @@ from regard.retrofit.measures.probes import found_by, probed
 from regard.retrofit.measures.shared import kept
 from regard.retrofit.measures.verdict import state_at
 from regard.retrofit.run import Say, planned, read_settings
+from regard.retrofit.settings import AUTO, RECALL
 from regard.retrofit.stage import Progress, Watch
 from regard.workbench.reports.pages import pages
 from regard.workbench.reports.section_pages import parts_of_page
@@ -162,7 +163,7 @@ def _rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
 def says(record: Mapping[str, Any]) -> str:
     """What the retrofits have in common, from the record of one of them."""
     keep = record["settings"]["keep_layers"]
-    those = "the layers that its own sensitivity chose" if keep.startswith("auto") else f"these layers: {keep}"
+    those = "the layers that its own sensitivity chose" if keep.startswith((AUTO, RECALL)) else f"these layers: {keep}"
     return f"Each was trained back with the same budget on the same data, and keeps {those}."
 
 

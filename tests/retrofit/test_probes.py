@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regard.retrofit.measures.probes import ANSWER, CUE, LINE, needles, pairs, with_errors
+from regard.retrofit.hiding import ANSWER, CUE
+from regard.retrofit.measures.probes import LINE, needles, pairs, with_errors
 
 KINDS = 300
 

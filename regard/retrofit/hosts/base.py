@@ -19,7 +19,7 @@ from regard.contract import Pattern, Unsupported, an_instance
 from regard.integrations.collecting import collect_losses
 from regard.integrations.swap import mechanism_in, reader_of, swap
 from regard.models.evaluating import evaluation_mode
-from regard.retrofit.settings import RetrofitSettings, as_papers_begin, check_mechanism
+from regard.retrofit.settings import AUTO, RECALL, RetrofitSettings, as_papers_begin, check_mechanism
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -73,6 +73,7 @@ class Host(ABC):
         counts: the unit in which training steps are counted, in words.
         rows: rows to process at once; 1 if the answers of a row are large, None for all.
         evaluated: passes over data of the usual size that the evaluation makes for each block (or batch) of a source.
+        recalls: whether it can be asked for what is hidden in its context.
     """
 
     model: Any
@@ -85,6 +86,7 @@ class Host(ABC):
     counts: ClassVar[str] = "tokens"
     rows: ClassVar[int | None] = 1
     evaluated: ClassVar[int] = 2
+    recalls: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -230,6 +232,12 @@ class Host(ABC):
         """
         check_mechanism(settings.mechanism, self.pattern)
         settings.kept(len(self.layers))
+        if settings.by_recall and not self.recalls:
+            raise Unsupported(
+                f"keep_layers={settings.keep_layers!r} of {an_instance(self.model)}, which predicts no next tokens",
+                supported="the choice by recall in causal language models",
+                nearest=f"keep_layers={settings.spelled_keep().replace(RECALL, AUTO)!r}",
+            )
         settings = self.settled(settings)
         return replace(settings, mechanism=self.begin(settings, self.reads_at_most(settings)))
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported, an_instance
 from regard.retrofit.corpus import Corpus, even_blocks
+from regard.retrofit.hiding import LEAST_TEXT
 from regard.retrofit.hosts.base import SAME, Batch, apart
 from regard.retrofit.hosts.text import BLOCK, TextHost
 from regard.retrofit.inserting import check_settings, inserts_tokens, reads_any_length, reads_by_state, rebuilt
@@ -36,6 +37,7 @@ class LanguageHost(TextHost):
     evaluated: ClassVar[int] = 4  # by two models, in blocks that are twice as long
     usual_lengths: ClassVar[tuple[int, ...]] = (512, 2048)
     decoded: ClassVar[int] = 12
+    recalls: ClassVar[bool] = True
 
     @property
     def distributes(self) -> bool:
@@ -50,7 +52,14 @@ class LanguageHost(TextHost):
         if inserts_tokens(settings.mechanism):
             check_settings(self.model, settings.mechanism, settings.keep_layers, settings.chosen, settings.train)
             settings = self._within_window(settings)
-        return super().settled(settings)
+        settings = super().settled(settings)
+        if settings.by_recall and settings.block < LEAST_TEXT:
+            raise Unsupported(
+                f"keep_layers={settings.keep_layers!r} with blocks of {settings.block} tokens, too short to hide something in",
+                supported=f"blocks of {LEAST_TEXT} tokens or more, longer than what a new layer reads",
+                nearest=f"length={LEAST_TEXT}",
+            )
+        return settings
 
     def batch(self, data: Corpus, step: int, seed: int, settings: RetrofitSettings, rows: int | None = None) -> Batch:
         return Batch(data.blocks(step, seed, rows or settings.rows, settings.block))

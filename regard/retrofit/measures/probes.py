@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regard.retrofit.inserting import reads_by_state
+from regard.retrofit.hiding import CUE, hiding, logits_after, spread
 from regard.retrofit.measures.shared import Models, mean_and_error
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-NEEDLES, ROOM = 3, 64
-"""The most needles in a text, and the least tokens of it for each; a shorter text has one."""
-CUE, ANSWER = 4, 8
-"""Tokens of a needle that are shown again, and tokens of it that must then be predicted."""
 ASKED, LINE = 16, 3
 """The most keys of a text that are asked for, and the tokens of a line: a key, its value, and the end of the line."""
 
@@ -33,32 +29,21 @@ Shares = dict[str, Any]
 def needles(models: Models, ids: Int[Tensor, " n"], length: int, texts: int, seed: int) -> Shares | None:
     """The share of needles' tokens that each model predicts after their beginnings are shown again.
 
-    A text of `length` tokens hides one needle in each of up to three equal parts, anywhere there, and then shows them again in
-    order.
-
     Args:
-        ids: tokens of a text, from which filler and needles are drawn.
-        texts: number of texts, each with filler and needles of its own.
+        ids, length, texts: as in :func:`regard.retrofit.hiding.hiding`.
 
     Returns:
         The shares, and ``needles``, the number in each text; None if `ids` are too few.
     """
-    count, size = max(1, min(NEEDLES, length // ROOM)), CUE + ANSWER
-    filler = length - 2 * count * size
-    if not 1 <= filler <= len(ids):
+    hidden_in = hiding(ids, length, texts, seed)
+    if hidden_in is None:
         return None
-    generator, kinds = torch.Generator().manual_seed(seed), ids.unique()
     found: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(texts):
-        start = int(torch.randint(len(ids) - filler + 1, (1,), generator=generator))
-        hidden = kinds[torch.randint(len(kinds), (count, size), generator=generator)]
-        parts = ids[start : start + filler].tensor_split(_spread(count, filler, generator).tolist())
-        read = torch.cat([parts[0], *(torch.cat(pair) for pair in zip(hidden, parts[1:], strict=True))])
-        text = torch.cat([read, hidden.flatten()])[None]
+    for text, hidden in hidden_in:
         for name, model in models.items():
-            said = _logits(model, text[:, :-1], hidden.numel()).argmax(-1).view(count, size)
+            said = logits_after(model, text[:, :-1], hidden.numel()).argmax(-1).view(hidden.shape)
             found[name].append(float((said == hidden)[:, CUE:].double().mean()))
-    return {"needles": count, **with_errors(found)}
+    return {"needles": len(hidden_in[0][1]), **with_errors(found)}
 
 
 @torch.no_grad()
@@ -91,25 +76,14 @@ def pairs(models: Models, ids: Int[Tensor, " n"], length: int, texts: int, seed:
         start = int(torch.randint(len(ids) - filler + 1, (1,), generator=generator))
         keys, values = kinds[torch.randperm(len(kinds), generator=generator)[: 2 * count]].view(2, count)
         lines = torch.stack([keys, values, end.expand(count)], 1)
-        right = _spread(asked, count, generator)
+        right = spread(asked, count, generator)
         text = torch.cat([ids[start : start + filler], lines.flatten(), lines[right].flatten()])[None]
         for name, model in models.items():
-            scores = _logits(model, text, LINE * asked)[::LINE, values]
+            scores = logits_after(model, text, LINE * asked)[::LINE, values]
             ranks = _ranks(scores, right)
             found["first"][name].append(float((ranks == 1).double().mean()))
             found["rank"][name].append(float(ranks.mean()))
     return {"pairs": count, **{what: with_errors(shares) for what, shares in found.items()}}
-
-
-def _spread(count: int, length: int, generator: torch.Generator) -> Int[Tensor, " count"]:
-    """One place in each of `count` equal parts of a length, in order."""
-    borders = torch.arange(count + 1) * length // count
-    return borders[:-1] + (torch.rand(count, generator=generator) * borders.diff()).long()
-
-
-def _logits(model: Any, ids: Int[Tensor, "1 n"], last: int) -> Float[Tensor, "last v"]:
-    """A model's logits after each of the last tokens."""
-    return model(ids, use_cache=reads_by_state(model), logits_to_keep=last).logits[0]
 
 
 def _ranks(scores: Float[Tensor, "m c"], right: Int[Tensor, " m"]) -> Float[Tensor, " m"]:

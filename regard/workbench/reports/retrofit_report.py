@@ -232,14 +232,17 @@ class _View:
         known = self.record["sensitivity"]
         if known:
             points = sorted((int(layer), loss) for layer, loss in known.items())
-            series = [Series(1, "lost", points, rings=self.record["swapped"])]
+            series, keep = (
+                [Series(1, "lost", points, rings=self.record["swapped"])],
+                self.record["settings"]["keep_layers"],
+            )
             chart = charts.lines(
                 "sensitivity",
                 "sensitivity of each layer",
                 "What the model loses with one new layer.",
                 series,
                 Axis("layer", units.tick),
-                Axis(f"{unit} lost with this layer alone", units.tick),
+                Axis(f"{card.unit_lost(keep, unit)} lost with this layer alone", units.tick),
             )
             found.append(Figure("sensitivity", chart, "A ring marks a layer that has new attention."))
         return found

@@ -1,0 +1,88 @@
+"""Layers to keep, chosen by what a model finds in its context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_llama import WORK, llama, tokens
+from torch.nn import functional as F
+
+import regard
+from regard.contract import Unsupported
+from regard.retrofit import hiding, sensitivity
+from regard.retrofit.folder import Folder
+from regard.retrofit.hosts import open_host
+from regard.retrofit.sensitivity import Known, measure_sensitivity
+from regard.retrofit.settings import RetrofitSettings
+
+MECHANISM = "local:window=4"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of its own for each test."""
+    monkeypatch.setattr(sensitivity, "user_cache", lambda: tmp_path / "cache")
+
+
+def test_a_layer_loses_the_nats_by_which_hidden_tokens_become_less_likely(tmp_path):
+    host = open_host(llama(3, loud=(1,)).double())
+    settings = host.begun(RetrofitSettings(MECHANISM, "recall:1", **WORK))
+    read = host.read(tokens(), None, settings)
+    new, _ = host.copy_with([0, 1, 2], MECHANISM, 0)
+    modules = {number: new.get_submodule(layer.path) for number, layer in enumerate(host.layers)}
+    folder, nothing = Folder(tmp_path, {}), lambda _: None
+    with folder.alone():
+        found = measure_sensitivity(host, modules, read, 2, settings, folder, nothing, 0.0)
+    texts = hiding.hiding(read.held_out, WORK["length"], 2, 0)
+
+    @torch.no_grad()
+    def nats(model):
+        told = []
+        for text, hidden in texts:
+            losses = F.cross_entropy(model(text).logits[0, :-1], text[0, 1:], reduction="none")[-hidden.numel() :]
+            told.append(losses.view(hidden.shape)[:, hiding.CUE :].mean())
+        return torch.stack(told).mean()
+
+    for number, lost in found.items():
+        alone, _ = host.copy_with([number], MECHANISM, 0)
+        assert lost == pytest.approx(float(nats(alone) - nats(host.model)), abs=1e-9) and lost != 0.0
+
+
+def test_the_layer_without_which_the_least_is_found_is_kept(tmp_path):
+    made = regard.retrofit(
+        llama(3, loud=(1,)),
+        MECHANISM,
+        keep_layers="recall:1",
+        data=tokens(),
+        budget="54 steps",
+        **WORK,
+        output=tmp_path / "made",
+    )
+    sensitivity = made.record["sensitivity"]
+    assert made.record["kept"] == [max(range(3), key=lambda number: sensitivity[str(number)])]
+    assert made.record["settings"]["keep_layers"] == "recall:1"
+
+
+def test_each_way_to_measure_is_kept_apart():
+    host = open_host(llama(2))
+    identities = [host.begun(RetrofitSettings(MECHANISM, keep, **WORK)).identity() for keep in ("auto:1", "recall:1")]
+    paths = [Known({"model": "0123", "data": "4567", **its}, [0, 1]).path for its in identities]
+    assert paths[0] != paths[1]
+
+
+def test_blocks_too_short_to_hide_something_are_refused():
+    host = open_host(llama(2))
+    settings = RetrofitSettings(MECHANISM, "recall:1", **{**WORK, "length": hiding.LEAST_TEXT - 1})
+    with pytest.raises(Unsupported, match=f"too short to hide something in.*length={hiding.LEAST_TEXT}"):
+        host.begun(settings)
+    assert hiding.hiding(tokens(), hiding.LEAST_TEXT - 1, 1, 0) is None
+    assert hiding.hiding(tokens(), hiding.LEAST_TEXT, 1, 0) is not None
+
+
+def test_a_model_that_predicts_no_next_token_has_no_recall():
+    pytest.importorskip("timm")
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=3)
+    with pytest.raises(Unsupported, match=r"'recall:0.5'.*predicts no next tokens.*'auto:0.5'"):
+        open_host(model).begun(RetrofitSettings("linear", "recall:0.5"))
