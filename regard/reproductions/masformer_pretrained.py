@@ -5,7 +5,9 @@ is competitive with full attention in all layers on long texts at a quarter of i
 full attention is worth most in the bottom layers (abstract and section 4).
 
 Here: SmolLM2-135M, blocks of 64 tokens that also read the block before, 4 of 30 layers full, tuned on 28 texts of 1,024
-tokens; needles, hidden in texts of 1,024 tokens, are what only far attention can find.
+tokens; needles, hidden in texts of 1,024 tokens, are what only far attention can find. Beyond the paper, the 4 full layers
+are also those that ``--keep-layers recall:4`` chooses (the same with two seeds), with blocks in the others, and with windows
+of as many keys on average, 4 of which are the first tokens, on which trained models spend attention that they do not need.
 """
 
 from regard.reproductions.framework.judging import Check, measured, minus
@@ -15,6 +17,8 @@ from regard.reproductions.framework.protocol import Reproduction
 TUNING = MIXED_RETROFIT | {"steps": 28, "length": 1024, "blocks": 8, "needles": {"1024": 2}}
 BLOCKS = TUNING | {"mechanism": "local:form=block,block=64"}
 FOUND = "found at 1024"
+RECALL = "17,18,20,23"
+WINDOWS = "longformer:window=92,global_tokens=4,separate_projections=false"
 
 REPRODUCTION = Reproduction(
     name="masformer_pretrained",
@@ -32,6 +36,8 @@ REPRODUCTION = Reproduction(
         "bottom": BLOCKS | {"keep": "0,1,2,3"},
         "top": BLOCKS | {"keep": "26,27,28,29"},
         "blocks": BLOCKS,
+        "recall": BLOCKS | {"keep": RECALL},
+        "recall, first tokens": TUNING | {"mechanism": WINDOWS, "keep": RECALL},
     },
     run_cell=retrofitted,
     checks=(
@@ -42,6 +48,17 @@ REPRODUCTION = Reproduction(
         Check("better than full in the top layers", minus("bottom", "top", "loss"), below=0.0),
         Check("needles: within 2 points of full in all", minus("bottom", "full", FOUND), above=-0.02),
         Check("needles: more than blocks alone, by 20 points", minus("bottom", "blocks", FOUND), above=0.2),
+        Check(
+            "full where recall hangs, not at the bottom: needles 20 points more",
+            minus("recall", "bottom", FOUND),
+            above=0.2,
+        ),
+        Check(
+            "and with the first tokens: within 2 points of full in all",
+            minus("recall, first tokens", "full", FOUND),
+            above=-0.02,
+        ),
+        Check("and within 0.05 nats of it", minus("recall, first tokens", "full", "loss"), below=0.05),
     ),
     needs=(
         Check("full attention finds needles: above 0.5", measured("full", FOUND), above=0.5),
