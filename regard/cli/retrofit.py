@@ -97,6 +97,7 @@ def retrofit(
         regard retrofit smollm2/ --mechanism lolcats --keep-layers auto:22 --data a.txt --validation b.txt --output hybrid/
         regard retrofit smollm2/ --mechanism delta_rule --data texts/ --train lora:16 --budget "2M tokens" --output hybrid/
         regard retrofit smollm2/ --mechanism landmark --data texts/ --precision bfloat16 --output landmarks/
+        regard retrofit smollm2/ --mechanism local:window=256 --keep-layers recall:4 --length 1024 --data texts/ --output windows/
         regard retrofit llama/ --mechanism mamba2 --keep-layers auto:0.5 --data texts/ --output hybrid/
         regard retrofit bert/ --mechanism linear --data my_corpus.txt --lengths 128,512 --output encoder/
         regard retrofit my_vit/ --mechanism agent --data photos/ --budget 30m --output vit/
