@@ -260,6 +260,19 @@ def test_hidden_states_of_another_width_pass_the_map_that_comes_nearest():
     assert first_projection("attention", own, told) is None
 
 
+def test_hidden_states_that_cannot_be_compared_name_their_kind_and_another_one():
+    rows, wide, fewer, map_ = (2, 6, 8), (2, 6, 9), (2, 5, 8), (2, 8, 3, 2)
+    for kind, own, told in (
+        ("features", [rows] * 2, [map_] * 2),
+        ("features", [rows] * 2, [fewer] * 2),
+        ("patient", [rows] * 2, [fewer] * 2),
+        ("features", [rows, wide], [rows] * 2),
+    ):
+        ours, theirs = (Seen(hidden=[torch.randn(shape) for shape in shapes]) for shapes in (own, told))
+        words = rf"kind={kind} of hidden states of shape .* to learn from \({told[0][0]}, .*try kind=response"
+        refused(words, layers_loss, kind, ours, theirs, first_projection(kind, ours, theirs))
+
+
 def test_layers_at_the_same_depth_are_every_kth_of_a_deeper_teacher_and_all_exist():
     for student, teacher in ((2, 4), (3, 12), (6, 6)):
         assert [j + 1 for _, j in layer_pairs(student, teacher)[:-1]] == list(patient_layers(student, teacher))

@@ -167,6 +167,14 @@ def layers_loss(
     theirs = [chosen(told.hidden[j], own) for _, j in pairs]
     if projection is not None:
         ours = [x @ projection.to(x.dtype) for x in ours]
+    for (i, j), x, y in zip(pairs, ours, theirs, strict=True):
+        if x.shape != y.shape:
+            raise Unsupported(
+                f"kind={kind} of hidden states of shape {tuple(own.hidden[i].shape)}, to learn from "
+                f"{tuple(told.hidden[j].shape)}",
+                supported="equal shapes; other widths of tokens if all layers of a model have one width",
+                nearest="kind=response",
+            )
     if kind == "patient":
         return patient_loss(ours, theirs)
     return torch.stack([feature_loss(x, y) / y.square().mean() for x, y in zip(ours, theirs, strict=True)]).mean()
