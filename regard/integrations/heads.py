@@ -23,7 +23,7 @@ from regard.contract import (
     Unsupported,
     lengths_after,
 )
-from regard.core.ragged import Gathering, gathering, gathering_in_place, inner_mask
+from regard.core.ragged import Gathering, gather_pairs, gathering, gathering_in_place, inner_mask
 from regard.integrations.chosen import Chosen
 from regard.integrations.collecting import is_collecting
 from regard.integrations.masks import Visible
@@ -278,6 +278,8 @@ class HeadAttention(nn.Module):
         if self.merge is not None and "chosen" in self.card.axes:
             heads, call = self.merge.choose(heads, call)
         bias = None if visible.bias is None else visible.bias.expand(-1, -1, n, visible.bias.shape[-1])
+        if bias is not None and visible.keys is not None:
+            bias = gather_pairs(bias, queries, keys)
         result = apply(
             self.card,
             heads,

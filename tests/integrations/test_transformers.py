@@ -143,6 +143,20 @@ def test_a_relative_bias_and_cross_attention_are_honoured():
     near(model(**inputs).logits, expected)
 
 
+@pytest.mark.parametrize(
+    "mechanism", ["selective_temperature", "bigbird:block=2,first_blocks=0,last_blocks=0,random_blocks=0"]
+)
+def test_padding_before_a_text_does_not_count_beside_a_relative_bias(mechanism):
+    model = t5().encoder.double()
+    regard.swap(model, mechanism)
+    disturb(model)
+    model.eval()
+    tokens = ids()
+    with torch.no_grad():
+        together = model(tokens, attention_mask=LEFT).last_hidden_state
+        near(together[1, 3:], model(tokens[1:2, 3:]).last_hidden_state[0])
+
+
 def test_a_mechanism_without_a_bias_is_refused_where_a_model_adds_one_before_anything_is_changed():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     beit = [

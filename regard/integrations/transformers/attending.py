@@ -6,7 +6,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -207,8 +207,6 @@ def _forward(
     if causal and not crossing and cache is None and m > n:
         m = _slots(attention_mask, n, m)
         key, value, mask = key[:, :, :m], value[:, :, :m], None if mask is None else mask[..., :m]
-    if position_bias is not None:
-        mask = _biased(position_bias[..., :m], mask)
     sees: dict[str, Any] = {"batch": batch, "n": n, "dtype": query.dtype, "prefer_causal": causal}
     sees["as_bias"] = "bias" in attend.card.honours
     causal_beside = causal and attention_mask is None  # a mask, if there is one, already includes causality
@@ -216,7 +214,9 @@ def _forward(
         visible = _read_after(mask, causal_beside, cache, **sees)
     else:
         sees |= {"causal": causal_beside, "m": m, "own_queries": n == m and not crossing}
-        visible = read_mask(None, **sees) if mask is None else _read_once(attention_mask, position_bias, mask, sees)
+        visible = read_mask(None, **sees) if mask is None else _read_once(attention_mask, mask, sees)
+    if position_bias is not None:
+        visible = _biased(visible, position_bias[..., :m])
     if visible.bias is not None and (cache is not None or (causal and not crossing)):
         visible = _order(visible, attend, cached=cache is not None)
     if visible.causal and not crossing:
@@ -271,9 +271,9 @@ def _filled(given: Tensor, n: int, m: int) -> int:
     return min(m, n + max(0, int(first.max())))
 
 
-def _read_once(given: Tensor | None, bias: Tensor | None, mask: Tensor, sees: dict[str, Any]) -> Visible:
+def _read_once(given: Tensor | None, mask: Tensor, sees: dict[str, Any]) -> Visible:
     """:func:`read_mask`, which inspects every pair, once for all consecutive layers that get the same mask."""
-    if given is None or bias is not None or torch.compiler.is_compiling():
+    if given is None or torch.compiler.is_compiling():
         return read_mask(mask, **sees)
     # a bias would be kept as long as the thread lives
     return _once("read", given, sees, lambda: read_mask(mask, **sees), keeps=lambda visible: visible.bias is None)
@@ -347,10 +347,9 @@ def _rotation(attend: HeadAttention, told: Told, visible: Visible, n: int) -> tu
     return rotary.rotation(told.angles, refusal), shift
 
 
-def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return bias
-    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+def _biased(visible: Visible, bias: Tensor) -> Visible:
+    """What is visible, with scores to add."""
+    return replace(visible, bias=bias if visible.bias is None else visible.bias + bias)
 
 
 def _without_weights(mechanism: str, options: tuple[tuple[str, Any], ...]) -> HeadAttention:
