@@ -144,9 +144,9 @@ def swap(
 
                 swap(model, {"*.layers.0.*": None, "*": "local:window=64"})
 
-        pattern: pattern of all modules. By default causal-self in decoder layers, noncausal-cross where a layer reads
-            an encoder, what transformers says of its modules, and otherwise noncausal-self. A call of a self pattern is
-            causal if its mask is, where the mechanism has that pattern.
+        pattern: pattern of all modules. By default causal-self in decoder layers, causal-cross where such a layer reads
+            an encoder, what transformers says of its modules, and otherwise noncausal-self or noncausal-cross. A call
+            of a self pattern is causal if its mask is, where the mechanism has that pattern.
         only: a path pattern (``encoder.layers.*``) of the modules to change.
         options: options of the mechanism.
 
@@ -363,12 +363,28 @@ def _model_type(module: nn.Module) -> str:
 def _usual_pattern(model: nn.Module, path: str, module: nn.Module) -> Pattern:
     parent = model.get_submodule(path.rpartition(".")[0]) if "." in path else None
     if isinstance(parent, nn.TransformerDecoderLayer):
-        return Pattern.NONCAUSAL_CROSS if path.endswith("multihead_attn") else Pattern.CAUSAL_SELF
-    if "Cross" in type(module).__name__ or CROSSING.search(path.rpartition(".")[2]):
-        return Pattern.NONCAUSAL_CROSS
+        return Pattern.CAUSAL_CROSS if path.endswith("multihead_attn") else Pattern.CAUSAL_SELF
+    if _crosses(path, module):
+        return Pattern.CAUSAL_CROSS if _is_beside_causal(model, path) else Pattern.NONCAUSAL_CROSS
     if getattr(module, "is_causal", False) or _model_type(module) in CALLED_CAUSALLY:
         return Pattern.CAUSAL_SELF
     return Pattern.NONCAUSAL_SELF
+
+
+def _crosses(path: str, module: nn.Module) -> bool:
+    return "Cross" in type(module).__name__ or CROSSING.search(path.rpartition(".")[2]) is not None
+
+
+def _is_beside_causal(model: nn.Module, path: str) -> bool:
+    """Whether the self attention nearest to a module that reads another sequence is causal, as in a decoder's layers."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        around = ".".join(parts[:end])
+        inside = [(f"{around}.{name}".strip("."), other) for name, other in model.get_submodule(around).named_modules()]
+        own = [one for one in inside if reader_of(one[1]) is not None and not _crosses(*one)]
+        if own:
+            return any(_usual_pattern(model, *one) is Pattern.CAUSAL_SELF for one in own)
+    return False
 
 
 def _plan_multihead(

@@ -138,7 +138,7 @@ def test_a_transformer_is_swapped_by_the_place_of_each_module_and_stays_equal_wi
         assert regard.swap(model, "softmax").changed == {
             "encoder.layers.0.self_attn": "MultiheadAttention, softmax, noncausal-self",
             "decoder.layers.0.self_attn": "MultiheadAttention, softmax, causal-self",
-            "decoder.layers.0.multihead_attn": "MultiheadAttention, softmax, noncausal-cross",
+            "decoder.layers.0.multihead_attn": "MultiheadAttention, softmax, causal-cross",
         }
         torch.testing.assert_close(model(source, target, **given), expected)
 
@@ -152,6 +152,14 @@ def test_a_target_without_a_mask_is_read_both_ways_or_refused_by_what_is_learned
     regard.swap(model, "long_short", only="*.self_attn")
     with pytest.raises(Unsupported, match="learned parts are made for causal-self"):
         model(x, memory)
+
+
+def test_a_mechanism_whose_queries_see_later_ones_reads_memory_in_a_decoder_only_where_it_is_asked_to():
+    model = decoder()
+    with pytest.raises(Unsupported, match=r"flow_attention in the pattern causal-cross .*; try noncausal-cross"):
+        regard.swap(model, "flow_attention", only="*.multihead_attn")
+    report = regard.swap(model, "flow_attention", pattern="noncausal-cross", only="*.multihead_attn")
+    assert all("noncausal-cross" in told for told in report.changed.values())
 
 
 @pytest.mark.parametrize("mask", ["none", "causal and padding"])

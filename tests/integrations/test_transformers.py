@@ -157,6 +157,31 @@ def test_padding_before_a_text_does_not_count_beside_a_relative_bias(mechanism):
         near(together[1, 3:], model(tokens[1:2, 3:]).last_hidden_state[0])
 
 
+@pytest.mark.parametrize(("make", "reading"), [(bart, "*encoder_attn"), (t5, "*EncDecAttention")])
+def test_a_decoder_reads_an_encoder_without_seeing_later_tokens(make, reading):
+    with pytest.raises(Unsupported, match="in the pattern causal-cross"):
+        regard.swap(make(), "nystrom", only=reading)
+    model = bart().double()
+    regard.swap(model, "sea", pattern="causal-cross", only="*encoder_attn")
+    disturb(model)
+    tokens, target = ids(), ids(length=6)
+    with torch.no_grad():
+        whole = model(tokens, decoder_input_ids=target).logits
+        near(model(tokens, decoder_input_ids=target[:, :4]).logits, whole[:, :4])
+
+
+def test_queries_that_are_no_text_read_an_encoder_all_at_once():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "d_model": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.DetrConfig(
+        **sizes, **heads, use_timm_backbone=False, backbone_config=transformers.ResNetConfig()
+    )
+    with torch.device("meta"):
+        model = transformers.models.detr.modeling_detr.DetrDecoder(config)
+    report = regard.swap(model, "linear")
+    assert {told.rpartition(" ")[2] for told in report.changed.values()} == {"noncausal-self", "noncausal-cross"}
+
+
 def test_a_mechanism_without_a_bias_is_refused_where_a_model_adds_one_before_anything_is_changed():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     beit = [

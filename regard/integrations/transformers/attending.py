@@ -219,7 +219,9 @@ def _forward(
         visible = _biased(visible, position_bias[..., :m])
     if visible.bias is not None and (cache is not None or (causal and not crossing)):
         visible = _order(visible, attend, cached=cache is not None)
-    if visible.causal and not crossing:
+    if crossing and attend.pattern.cross:
+        pattern = attend.pattern
+    elif visible.causal and not crossing:
         pattern = Pattern.CAUSAL_SELF
     else:
         pattern = Pattern.NONCAUSAL_SELF if n == m and not crossing else Pattern.NONCAUSAL_CROSS
