@@ -167,6 +167,14 @@ class HeadAttention(nn.Module):
         return not self.card.uneven or (self.projection is not None and self.learns)
 
     @property
+    def counts_queries(self) -> bool:
+        """Whether a query that reads another sequence depends on the queries before it: on their number, which the state
+        then holds in `queries`, or on what the projection keeps of them."""
+        counted = self.card.state is not None and "queries" in self.card.state.__dataclass_fields__
+        kept = self.projection is not None and type(self.projection).forward is not Projection.forward
+        return self.pattern.cross and (counted or kept)
+
+    @property
     def learns_from_losses(self) -> bool:
         """Whether some of its parameters learn only from losses that the surrounding model does not add up."""
         return self.projection is not None and self.pattern in self.projection.learns_from_losses

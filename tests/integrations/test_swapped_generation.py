@@ -127,6 +127,18 @@ def test_an_encoder_decoder_generates_from_states_too():
     assert [type(layer) for layer in cache.self_attention_cache.layers] == [bridge.StateLayer]
 
 
+@pytest.mark.parametrize("mechanism", ["complex_rotary", "sea"])
+def test_a_decoder_that_counts_its_tokens_to_read_an_encoder_generates_from_the_whole(mechanism):
+    model = bart()
+    report = regard.swap(model, mechanism, only="*encoder_attn")
+    disturb(model)
+    assert any("use_cache is off" in note for note in report.notes)
+    tokens, settings = ids(), {"attention_mask": KEPT, "max_new_tokens": 6, "num_beams": 2, **GREEDY}
+    assert torch.equal(model.generate(tokens, **settings), model.generate(tokens, **settings, use_cache=False))
+    with pytest.raises(Unsupported, match=rf"{mechanism}, which counts the queries.*try use_cache=False"):
+        model.generate(tokens, **settings, use_cache=True)
+
+
 @pytest.mark.parametrize("mechanism", ["sigmoid", "selective_temperature", "differential", "mixture_of_heads"])
 def test_a_decoder_with_relative_positions_generates_with_its_own_cache(mechanism):
     model = swapped(t5, mechanism)

@@ -89,6 +89,8 @@ def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     x = given.get("hidden_states")
     source = next((given[name] for name in MEMORY if given.get(name) is not None), x)
     cache = angles = None
+    if placed.counts_queries:
+        _check_first(module, placed.chosen.name, x, given)
     if placement.layer is not None:
         for name in CACHES:
             if given.get(name) is not None:
@@ -99,6 +101,18 @@ def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         given[ANGLES] = without_turn(angles)
     _CALL.told = Told(module, x, source, cache, angles, given.get("position_ids"))
     return (), given
+
+
+def _check_first(module: Any, mechanism: str, x: Any, given: dict[str, Any]) -> None:
+    """Raise Unsupported unless the tokens of a module that reads another sequence are the first of theirs."""
+    for cache in (given.get(name) for name in CACHES):
+        own = getattr(cache, "self_attention_cache", None)  # the self attention of the layer has added these tokens
+        if own is not None and own.get_seq_length(module.layer_idx) > x.shape[1]:
+            raise Unsupported(
+                f"{mechanism}, which counts the queries of {an_instance(module)}, with a cache of the tokens before",
+                supported="whole sequences",
+                nearest="use_cache=False",
+            )
 
 
 def _told_of(module: nn.Module) -> Told:

@@ -307,7 +307,8 @@ def _continued(model: nn.Module) -> list[Any]:
 
 def needing_whole_sequences(model: nn.Module) -> list[str]:
     """Mechanisms placed in a model that can continue neither from a state nor from a cache of keys and values."""
-    return sorted({a.chosen.name for a in _continued(model) if a.placement.layer is None and a.needs_whole_sequences})
+    found = {a.chosen.name for a in _continued(model) if a.placement.layer is None and a.needs_whole_sequences}
+    return sorted(found | {a.chosen.name for a in _placed(model) if a.counts_queries})
 
 
 def _inside_base(model: Any, path: str) -> str:

@@ -37,14 +37,14 @@ class CoreState(State):
     unused.
 
     `plain` are the last unrotated keys, as many as an unfinished group may have, if cores are made from unrotated keys.
-    `queries` is the sum of the queries in the unfinished group, if the pooling needs it.
+    `summed` is the sum of the queries in the unfinished group, if the pooling needs it.
     """
 
     window: WindowState
     keys: Float[Tensor, "b c cores d"] = state_field()
     values: Float[Tensor, "b c cores v"] = state_field()
     plain: Float[Tensor, "b g open d"] | None = state_field()
-    queries: Float[Tensor, "b h d"] | None = state_field()
+    summed: Float[Tensor, "b h d"] | None = state_field()
     length: Int[Tensor, " b"] = state_field()
 
 
@@ -187,7 +187,7 @@ def _next_token(call: Call, tokens: _Turned, gate: Tensor | None) -> Result | No
         return None
     window, keys, values, count = extended
     asks = config.pool == "cca"
-    summed = past.queries
+    summed = past.summed
     if asks and config.pool_query == "mean":
         added = wide(tokens.asking)[:, :, 0]
         summed = added if summed is None else summed + added
@@ -264,7 +264,7 @@ def _extend(
     before = torch.zeros_like(new) if past is None else past.length
     complete = before // g
     closed = (before + new) // g - complete
-    summed = None if past is None else past.queries
+    summed = None if past is None else past.summed
     asks = q is not None and config.pool == "cca"
     pooled, group_values = told, v
     if past is not None:
