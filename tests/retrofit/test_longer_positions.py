@@ -91,3 +91,7 @@ def test_longer_tables_are_offered_where_texts_are_too_long_and_need_no_teacher(
         open_host(llama(1)).begun(RetrofitSettings("local:window=8", length=300))
     with pytest.raises(Unsupported, match=r"positions=64 with distil=1.0.*try distil=0"):
         RetrofitSettings("local:window=8", positions=64)
+    with pytest.raises(
+        Unsupported, match=r"positions=64 of a BertModel, which has no head .*supported: language models"
+    ):
+        open_host(made("BertForMaskedLM").bert).extended(64)

@@ -439,6 +439,11 @@ def bart(_):
     return {"model": transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))}
 
 
+def folder_of_bart(tmp_path):
+    bart(tmp_path)["model"].save_pretrained(tmp_path / "bart")
+    return {"model": tmp_path / "bart"}
+
+
 def swapped(_):
     regard.swap(model := llama(2), "gated_linear")
     return {"model": model}
@@ -504,6 +509,7 @@ def full(tmp_path):
 
 BAD = {
     "another kind of model": (bart, "an encoder and a decoder.*supported: causal language models"),
+    "a folder of another kind of model": (folder_of_bart, "BartForConditionalGeneration in .*, an encoder-decoder"),
     "swapped before": (swapped, "swapped before.*unswap"),
     "shared weights": (shared, "shared weights"),
     "quantized weights": (quantized, "quantized"),

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from regard.contract import Unsupported, an_instance
+from regard.integrations.encoders import architecture_of, read_config
 from regard.layers.linear import accelerate
 from regard.tasks.documents import nearest_path
 
@@ -61,6 +62,12 @@ def load_model(place: Path, *, of: Any = None, dtype: torch.dtype = torch.float3
     folder, file = find_files(place, supported=supported)
     options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, **file}  # no pickles
     auto = transformers.AutoModelForCausalLM if of is None else of
+    config = {} if file else read_config(folder)
+    if of is None and config.get("is_encoder_decoder"):
+        raise Unsupported(
+            f"the {architecture_of(config)} in {place}, an encoder-decoder, as a language model that continues a text",
+            supported=supported,
+        )
     model, found = _loaded(auto, "model", place, folder, supported, **options)
     saved = next(iter(getattr(model.config, "architectures", None) or ()), "")
     if of is None and saved.endswith("ForMaskedLM"):

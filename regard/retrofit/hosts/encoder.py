@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -62,6 +62,15 @@ class EncoderHost(TextHost):
     def frame(self) -> tuple[int, int] | None:
         """The special tokens before and after a text; None if the tokenizer has none."""
         return frame_of(self.tokenizer)
+
+    def extended(self, positions: int | None) -> Self:
+        if positions is not None and not self.distributes:
+            raise Unsupported(
+                f"positions={positions} of {an_instance(self.model)}, which has no head that predicts tokens: it could "
+                "only learn the hidden states of the original, which has not learned them",
+                supported="language models, and encoders with a head for masked tokens",
+            )
+        return super().extended(positions)
 
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
         if not self.distributes and settings.distil != 1:
