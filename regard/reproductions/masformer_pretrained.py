@@ -6,8 +6,8 @@ full attention is worth most in the bottom layers (abstract and section 4).
 
 Here: SmolLM2-135M, blocks of 64 tokens that also read the block before, 4 of 30 layers full, tuned on 28 texts of 1,024
 tokens; needles, hidden in texts of 1,024 tokens, are what only far attention can find. Beyond the paper, the 4 full layers
-are also those that ``--keep-layers recall:4`` chooses (the same with two seeds), with blocks in the others, and with windows
-of as many keys on average, 4 of which are the first tokens, on which trained models spend attention that they do not need.
+are also four that ``--keep-layers recall:4`` chose, with blocks in the others, and with windows of as many keys on average, 4
+of which are the first tokens, on which trained models spend attention that they do not need.
 """
 
 from regard.reproductions.framework.judging import Check, measured, minus
