@@ -104,9 +104,11 @@ def loading(record: dict[str, Any]) -> str:
     return OF_TRANSFORMERS.format(auto="AutoModelForCausalLM" if kind == "language" else auto, plugin=plugin)
 
 
-def unit_lost(keep_layers: str, unit: str) -> str:
-    """The unit of the sensitivity by which layers are chosen, in words, for answers whose distance has a unit."""
-    return "nats a hidden token" if keep_layers.startswith(RECALL) else unit
+def lost(keep_layers: str, unit: str) -> str:
+    """What the sensitivity is by which layers are chosen, in words, for answers whose distance has a unit."""
+    if keep_layers.startswith(RECALL):
+        return "nats a hidden token lost with this layer and those given up before"
+    return f"{unit} lost with this layer alone"
 
 
 def numbers(layers: list[int]) -> str:

@@ -14,6 +14,7 @@ from regard.contract import Unsupported
 from regard.measurement import units
 from regard.retrofit.hosts import Host
 from regard.retrofit.important import passes
+from regard.retrofit.sensitivity import rounds
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.transfer import transfer_losses
 from regard.retrofit.tune import prepare, tune_losses
@@ -105,13 +106,13 @@ def plan(
     left = budget.amount - spent
     seconds = {name: max(left, 0.0) * share / whole for name, share in shares.items()}
     steps = {name: math.floor((1 - LOOKING) * seconds[name] / pace[name]) for name in stages}
-    layers, read = len(changeable), host.evaluated * len(data.sources)
-    tried = math.floor(seconds.get("sensitivity", 0.0) / (pace["block"] * (layers + 1)))
+    measured, read = sum(rounds(len(changeable), settings)), host.evaluated * len(data.sources)
+    tried = math.floor(seconds.get("sensitivity", 0.0) / (pace["block"] * (measured + 1)))
     windows = math.floor(0.5 * seconds["evaluation"] / (pace["block"] * read))
     needed: dict[str, float] = {name: LEAST * pace[name] / (1 - LOOKING) for name in stages}
     needed["evaluation"] = 2 * min(BLOCKS[0], settings.evaluation_blocks or BLOCKS[0]) * pace["block"] * read
     if settings.chosen:
-        needed["sensitivity"] = pace["block"] * (layers + 1)
+        needed["sensitivity"] = pace["block"] * (measured + 1)
     short = {name: need for name, need in needed.items() if need > seconds[name]}
     if short:
         name = max(short, key=lambda n: short[n] / shares[n])

@@ -329,14 +329,10 @@ class Run:
                 known = sorted([*others, *choose(sensitivity, max(kept - len(others), 0))])
                 self.folder.write("kept", known)
                 worst = max(sensitivity, key=lambda n: sensitivity[n])
-                self.say(f"sensitivity: layer {worst} loses the most ({sensitivity[worst]:.3g} {self._lost})")
+                unit = "nats a hidden token" if self.settings.by_recall else self.host.unit
+                self.say(f"sensitivity: layer {worst} loses the most ({sensitivity[worst]:.3g} {unit})")
             kept = tuple(known)
         return [number for number in layers if number not in kept]
-
-    @property
-    def _lost(self) -> str:
-        """The unit of sensitivity, in words."""
-        return card.unit_lost(self.settings.spelled_keep(), self.host.unit)
 
     def _warm(self, numbers: Sequence[int], name: str = "warm") -> dict[int, nn.Module]:
         """New modules of some layers after the first steps, in which each learns as if it were alone, and which it ends with

@@ -50,27 +50,43 @@ def measure_sensitivity(
     after: float,
 ) -> dict[int, float]:
     """What the model loses with one new module, for each module alone: the distance of its answers on held-out data from
-    the original's, in nats or as a share of the squared hidden states; or, by recall, how much less likely it takes each
-    token of what is hidden in a text, in nats.
+    the original's, in nats or as a share of the squared hidden states.
+
+    By recall: how much less likely it takes each token of what is hidden in a text, in nats, in rounds. After each the half
+    that matters less is given up and stays new, so what layers can do for each other counts. A layer has what it was
+    measured to lose in its last round, and no less than any that was given up before.
 
     Args:
         modules: new modules by layer number, after some training (untrained modules say nothing about the layer).
         tried: number of held-out blocks, or of texts that hide something.
         after: seconds planned for later stages.
     """
-    known: dict[str, float] = folder.read("sensitivity") or {}
-    left = [number for number in modules if str(number) not in known]
-    if left:
-        lost = _forgotten(host, data, tried, settings) if settings.by_recall else _changed(host, data, tried, settings)
-    started = time.monotonic()
-    for at, number in enumerate(left):
-        with host.with_attention({number: modules[number]}):
-            known[str(number)] = lost()
-        folder.write("sensitivity", known)
-        pace = (time.monotonic() - started) / (at + 1)
-        remaining = (len(left) - at - 1) * pace + after
-        watch(Progress("sensitivity of each layer", known[str(number)], len(known), len(modules), remaining))
-    return {number: known[str(number)] for number in modules}
+    known: dict[str, float] = folder.read("measured") or {}
+    sizes, started, begun = rounds(len(modules), settings), time.monotonic(), len(known)
+    found, given_up, left, least, lost = dict[int, float](), dict[int, nn.Module](), list(modules), -math.inf, None
+    for turn, size in enumerate(sizes):
+        for number in left:
+            if (key := f"{turn}: {number}") in known:
+                continue
+            if lost is None:
+                lost = (_forgotten if settings.by_recall else _changed)(host, data, tried, settings)
+            with host.with_attention({**given_up, number: modules[number]}):
+                known[key] = lost()
+            folder.write("measured", known)
+            pace = (time.monotonic() - started) / (len(known) - begun)
+            remaining = (sum(sizes) - len(known)) * pace + after
+            watch(Progress("sensitivity of each layer", known[key], len(known), sum(sizes), remaining))
+        found |= {number: max(known[f"{turn}: {number}"], least) for number in left}
+        left = list(choose({number: found[number] for number in left}, size // 2))
+        given_up = {number: module for number, module in modules.items() if number not in left}
+        least = max((found[number] for number in given_up), default=least)
+    folder.write("sensitivity", found)
+    return {number: found[number] for number in modules}
+
+
+def rounds(layers: int, settings: RetrofitSettings) -> list[int]:
+    """The number of layers that are measured in each round: all in one, or by recall half of those before, down to one."""
+    return [layers >> turn for turn in range(layers.bit_length())] if settings.by_recall else [layers]
 
 
 def _changed(host: Host, data: Any, tried: int, settings: RetrofitSettings) -> Callable[[], float]:

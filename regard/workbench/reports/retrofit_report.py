@@ -242,7 +242,7 @@ class _View:
                 "What the model loses with one new layer.",
                 series,
                 Axis("layer", units.tick),
-                Axis(f"{card.unit_lost(keep, unit)} lost with this layer alone", units.tick),
+                Axis(card.lost(keep, unit), units.tick),
             )
             found.append(Figure("sensitivity", chart, "A ring marks a layer that has new attention."))
         return found
