@@ -232,17 +232,14 @@ class _View:
         known = self.record["sensitivity"]
         if known:
             points = sorted((int(layer), loss) for layer, loss in known.items())
-            series, keep = (
-                [Series(1, "lost", points, rings=self.record["swapped"])],
-                self.record["settings"]["keep_layers"],
-            )
+            series = [Series(1, "lost", points, rings=self.record["swapped"])]
             chart = charts.lines(
                 "sensitivity",
                 "sensitivity of each layer",
                 "What the model loses with one new layer.",
                 series,
                 Axis("layer", units.tick),
-                Axis(card.lost(keep, unit), units.tick),
+                Axis(card.lost(self.record["settings"]["keep_layers"], unit), units.tick),
             )
             found.append(Figure("sensitivity", chart, "A ring marks a layer that has new attention."))
         return found
