@@ -54,7 +54,7 @@ def measure_sensitivity(
 
     By recall: how much less likely it takes each token of what is hidden in a text, in nats, in rounds. After each the half
     that matters less is given up and stays new, so what layers can do for each other counts. A layer has what it was
-    measured to lose in its last round, and no less than any that was given up before.
+    measured to lose in its last round, and more than any that was given up before, if only by rounding.
 
     Args:
         modules: new modules by layer number, after some training (untrained modules say nothing about the layer).
@@ -76,10 +76,11 @@ def measure_sensitivity(
             pace = (time.monotonic() - started) / (len(known) - begun)
             remaining = (sum(sizes) - len(known)) * pace + after
             watch(Progress("sensitivity of each layer", known[key], len(known), sum(sizes), remaining))
-        found |= {number: max(known[f"{turn}: {number}"], least) for number in left}
-        left = list(choose({number: found[number] for number in left}, size // 2))
+        its = {number: known[f"{turn}: {number}"] for number in left}
+        left = list(choose(its, size // 2))
+        found |= {number: max(loss, math.nextafter(least, math.inf)) for number, loss in its.items()}
         given_up = {number: module for number, module in modules.items() if number not in left}
-        least = max((found[number] for number in given_up), default=least)
+        least = max(found[number] for number in given_up)
     folder.write("sensitivity", found)
     return {number: found[number] for number in modules}
 
