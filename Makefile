@@ -31,15 +31,14 @@ native: $(VENV)/.dev  ## Build the kernels again after a change; only what chang
 	$(BIN)/pip install --quiet --no-deps -e .
 
 # Threading is the same for every instruction set, so the thread sanitizer runs on the baseline alone. On a machine with
-# AVX-512 the other sanitizers skip AVX2, the same code with vectors of another width; `make test-all` runs them on all.
+# AVX-512 the other sanitizers skip the baseline and AVX2, the same code with shorter vectors; `make test-all` runs all.
 SANITIZE_ALL := $(or $(REGARD_TEST_ALL),$(if $(shell grep -m 1 -o avx512vl /proc/cpuinfo 2>/dev/null),,1))
 native-test: $(VENV)/.cmake  ## The kernels' own tests, under the address, undefined-behaviour and thread sanitizers
 	for kind in address,undefined thread; do \
 	  folder=build/sanitize-$${kind%%,*} && \
-	  case $$kind in thread) only=ON ;; *) only=OFF ;; esac && \
+	  case $$kind in thread) sets=BASELINE_ONLY=ON ;; *) sets=AVX512_ONLY=$(if $(SANITIZE_ALL),OFF,ON) ;; esac && \
 	  $(BIN)/cmake -S . -B $$folder -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	    -DREGARD_TESTS=ON -DREGARD_SANITIZE=$$kind -DREGARD_BASELINE_ONLY=$$only \
-	    -DREGARD_WITHOUT_AVX2=$(if $(SANITIZE_ALL),OFF,ON) && \
+	    -DREGARD_TESTS=ON -DREGARD_SANITIZE=$$kind -DREGARD_$$sets && \
 	  $(BIN)/cmake --build $$folder --parallel $(CORES) && \
 	  $(BIN)/ctest --test-dir $$folder --parallel $(CORES) --output-on-failure --no-tests=ignore || exit 1; \
 	done

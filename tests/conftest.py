@@ -6,7 +6,9 @@ import functools
 import gc
 import os
 import random
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.utils._device import _device_constructors
 
 from regard import catalogue
 from regard.measurement import timing
+from regard.tasks import documents as texts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look online for kernels for its models
 
@@ -62,6 +65,26 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _part_of_the_standard_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Read every sixth file of Python's sources where no text is given: tasks made of all of them take seconds each.
+    The fixture `whole_standard_library` has them all."""
+    documents, _ = texts.read_standard_library()
+    part = tmp_path_factory.mktemp("stdlib")
+    for document in documents[::6]:
+        (part / document.name).parent.mkdir(parents=True, exist_ok=True)
+        (part / document.name).write_bytes(document.text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "sysconfig", SimpleNamespace(get_path=lambda _: str(part)))
+        yield
+
+
+@pytest.fixture
+def whole_standard_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read all of Python's sources where no text is given, as users do."""
+    monkeypatch.setattr(texts, "sysconfig", sysconfig)
 
 
 @pytest.fixture(autouse=True, scope="module")

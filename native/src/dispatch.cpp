@@ -38,15 +38,14 @@ constexpr int SETS = 4;
 bool has(int set) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(REGARD_AVX512_ONLY)
+  if (set < 2) return false;
+#endif
   switch (set) {
     case 0:
       return true;
     case 1:
-#if defined(REGARD_WITHOUT_AVX2)
-      return false;
-#else
       return avx2;
-#endif
     case 2:
       return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -107,8 +106,9 @@ extern "C" int regard_set_instruction_set(const char* name) {
 // REGARD_KERNEL(name, Args): regard_name(const Args*) runs `name` of the chosen set. Sources that gain nothing from
 // bfloat16 instructions or byte dot products are not compiled for them; their AVX-512 version runs instead.
 #if defined(REGARD_X86)
-#if defined(REGARD_WITHOUT_AVX2)
-#define isa_avx2 isa_avx512  // never chosen
+#if defined(REGARD_AVX512_ONLY)
+#define isa_baseline isa_avx512  // never chosen
+#define isa_avx2 isa_avx512      // never chosen
 #endif
 #define REGARD_DECLARE(isa, name, Args) \
   namespace isa {                       \

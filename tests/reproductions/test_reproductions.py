@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import ALL
 
 from regard.compression.sparse import sparsely
 from regard.contract import Context, Unsupported
@@ -58,7 +59,7 @@ def test_it_says_what_it_is(name):
         assert set(reproduction.smoke) & set(setting), "a setting that is not shrunk"
 
 
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", TOGETHER[:: 1 if ALL else 3])
 def test_a_cell_without_timings_repeats(name):
     reproduction, cells = small_cells(name)
     setting = next((s for s in reproduction.settings if s not in reproduction.timings), None)

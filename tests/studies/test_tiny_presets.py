@@ -81,7 +81,9 @@ def test_a_tiny_preset_runs_whole_and_shows_the_mechanism_of_the_user(capsys, tm
     found = told(answer, capsys, line)
     assert found["done"] == found["planned"] > 0 and not found["missing"]
     judged = [*found["findings"], *found["needs"]]
-    assert judged and all(one["seeds"] >= 2 and one["mean"] is not None for one in judged)
+    assert judged and all(one["seeds"] >= 2 for one in judged)
+    untimed = [one for one in judged if "efficiency length" not in one["says"]]  # none may come out of 0.02 seconds
+    assert all(one["mean"] is not None for one in untimed)
     assert "rectified" in str([part["rows"] for part in found["sections"]])
     page = (tmp_path / f"{name}.html").read_text()
     assert page.count("<svg") >= 2 and page.count("<table") >= sum(bool(part["rows"]) for part in found["sections"])

@@ -124,6 +124,7 @@ def test_conversations_are_text(tmp_path):
     refused(lambda: text(path, field="a"), "line 1 has no text in the field", "none on this line")
 
 
+@pytest.mark.usefixtures("whole_standard_library")
 def test_default_corpus_is_the_standard_library_without_tests():
     task = check_task(create_task("text"))
     names = {d.name for d in documents(task)}
