@@ -63,7 +63,7 @@ SNIPPETS = [
 COMMANDS = [
     pytest.param(line.split("#")[0].strip(), id=f"{path.stem}-{i}")
     for path in MORE
-    for i, line in enumerate("\n".join(blocks(path.read_text(), "sh")).splitlines())
+    for i, line in enumerate("\n".join(blocks(path.read_text(), "sh")).replace("; ", "\n").splitlines())
     if line.startswith("regard ")
 ]
 
