@@ -107,7 +107,7 @@ def _count_steps(works: Sequence[Work], settings: CompareSettings, spent: float)
             raise Unsupported(
                 f"budget {settings.budget}, which leaves fewer than {FEWEST_STEPS} steps a run on {work.task.name}",
                 supported="a larger budget, fewer mechanisms, tasks or seeds",
-                nearest=f"--budget {_least_budget(works, settings)}{kept}",
+                nearest=f'--budget "{_least_budget(works, settings)}"{kept}',
             )
 
 

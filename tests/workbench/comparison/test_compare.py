@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,14 @@ def test_a_time_budget_is_planned_once_so_that_a_resumed_comparison_agrees(tmp_p
     outcome = compare([recall()], chosen, tmp_path)
     first, second = rows(outcome)
     assert first["steps"] == second["steps"] and len(rows(outcome, "plan")) == 1
+
+
+def test_the_budget_that_a_refusal_names_is_enough(tmp_path):
+    chosen = settings(mechanisms=("linear",), seeds=1, lengths=(), budget=Budget.parse("10 tokens"))
+    with pytest.raises(Unsupported, match="fewer than 20 steps") as refused:
+        compare([recall()], chosen, tmp_path)
+    _, named = shlex.split(refused.value.nearest)
+    assert rows(compare([recall()], replace(chosen, budget=Budget.parse(named)), tmp_path))
 
 
 def test_equal_flops_give_the_dearer_mechanism_fewer_steps(tmp_path):
