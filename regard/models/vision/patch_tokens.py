@@ -53,11 +53,12 @@ def options_on(entry: tuple[str, Mapping[str, Any]], grid: tuple[int, int], *, b
 def resize_positions(
     table: Float[Tensor, "p c"], before: int, old: tuple[int, int], new: tuple[int, int], mode: str
 ) -> Float[Tensor, "p2 c"]:
-    """Interpolate a position table to another grid; the rows of class tokens are kept."""
+    """Interpolate a position table to another grid; the rows of class tokens are kept. Bicubic interpolation averages
+    (`antialias`), as timm's does."""
     if old == new:
         return table
     image = table[before:].mT.unflatten(-1, old)[None]
-    resized = F.interpolate(image, new, mode=mode, align_corners=False)[0].flatten(1).mT
+    resized = F.interpolate(image, new, mode=mode, align_corners=False, antialias=mode == "bicubic")[0].flatten(1).mT
     return torch.cat([table[:before], resized])
 
 

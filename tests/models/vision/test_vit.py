@@ -71,6 +71,20 @@ def test_vit_and_deit_give_the_outputs_of_timm(distilled: bool) -> None:
         refused("distillation_token=True", model.forward_distilled, x)
 
 
+@pytest.mark.parametrize("size", [(24, 40), (8, 16)])
+def test_weights_of_another_image_size_give_the_outputs_of_timm(size: tuple[int, int]) -> None:
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    sizes = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2, "num_classes": 5}
+    state = timm.VisionTransformer(**sizes, img_size=32, init_values=0.5).state_dict()
+    state["pos_embed"] = torch.randn_like(state["pos_embed"])
+    theirs = timm.VisionTransformer(**sizes, img_size=size, init_values=0.5).double().eval()
+    theirs.load_state_dict(timm.checkpoint_filter_fn(dict(state), theirs))
+    model = tiny(image_size=size, layer_scale=1.0)
+    model.load_released(state)
+    x = images(*size)
+    assert (model(x) - theirs(x)).abs().max() < 1e-5  # timm resizes in float32
+
+
 def rows_alone(mixer: nn.Module, line: str) -> None:
     """Make agent a gather only values of row (or column) a, and the places of that row read only agent a."""
     with torch.no_grad():
@@ -230,7 +244,7 @@ def test_fixed_positions_tell_rows_in_one_half_of_the_features_and_columns_in_th
 def test_tables_are_resized_when_weights_come_from_another_image_size() -> None:
     old, new = tiny(plan=[AGENTS] * 3), tiny(plan=[AGENTS] * 3, image_size=(48, 24))
     new.load_released(old.state_dict())
-    image = F.interpolate(old.positions[1:].mT.unflatten(-1, (4, 4))[None], (6, 3), mode="bicubic", align_corners=False)
+    image = F.interpolate(old.positions[1:].mT.unflatten(-1, (4, 4))[None], (6, 3), mode="bicubic", antialias=True)
     close(new.positions, torch.cat([old.positions[:1], image[0].flatten(1).mT]))
     before, after = (m.blocks[0].mixer.projection.share_bias for m in (old, new))
     close(after.rows, F.interpolate(before.rows, 6, mode="linear"))
