@@ -35,7 +35,7 @@ computed for all tokens, since a graph cannot know how many are global.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from regard.contract import (
     Role,
     Shape,
     Tensors,
+    TrainedModel,
     Unsupported,
     at_least,
     state_field,
@@ -454,6 +455,19 @@ def cost(shape: Shape, config: Config) -> Cost:
     )
 
 
+FIRST = 4
+"""First tokens that layers of pretrained language models attend to most, whatever they say (attention sinks)."""
+
+
+def in_trained_models(model: TrainedModel) -> dict[str, Any]:
+    """Layers that read about half of a training text, at most 1024 tokens, the first ones of a language model among them,
+    through the projections that the model has."""
+    half, first = min(1024, model.length // 2), {"global_tokens": FIRST} if model.pattern.causal else {}
+    window = max(2, (half - sum(first.values())) // 2 * 2)
+    begun = {"window": window, **first, "separate_projections": False}
+    return {name: value for name, value in begun.items() if name not in model.given}
+
+
 def sample_context(generator: torch.Generator, *, batch: int, n: int, m: int, pattern: Pattern) -> Tensors:
     """Roles (batch, m) with global tokens at random places, if the pattern allows them."""
     if pattern is not Pattern.NONCAUSAL_SELF:
@@ -493,5 +507,6 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout", "roles"}),
     weights="exact",
     projection=GlobalProjections,
+    in_trained_models=in_trained_models,
     sample_context=sample_context,
 )

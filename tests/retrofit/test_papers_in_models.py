@@ -127,13 +127,28 @@ def test_a_name_alone_begins_with_what_a_trained_model_can_learn_from():
     assert as_papers_begin("local", 512, 4) == "local:window=256"
     assert as_papers_begin("local", 512, 4, Pattern.NONCAUSAL_SELF) == "local:window=128"  # on each side
     assert as_papers_begin("block_local", 512, 4) == "local:block=128,form=block"
+    assert as_papers_begin("longformer", 512, 4) == "longformer:window=252,global_tokens=4,separate_projections=false"
+    assert "global_tokens=2" in as_papers_begin("longformer:global_tokens=2", 512, 4)
+    assert (
+        as_papers_begin("longformer", 4, 4, Pattern.NONCAUSAL_SELF) == "longformer:window=2,separate_projections=false"
+    )
     assert as_papers_begin("core_context", 2048, 4) == "core_context:group=16,window=1024"
     assert as_papers_begin("sea", 512, 4, longest=2060) == "sea:top_k=64,feature_divisor=8,length=2060"
     assert as_papers_begin("linformer", 512, 4, Pattern.NONCAUSAL_SELF, 1500) == "linformer:length=1500"
 
 
 @pytest.mark.parametrize(
-    "name", ["gated_linear", "landmark", "core_context", "sea", "local", "mixture_of_heads", "selective_temperature"]
+    "name",
+    [
+        "gated_linear",
+        "landmark",
+        "core_context",
+        "sea",
+        "local",
+        "longformer",
+        "mixture_of_heads",
+        "selective_temperature",
+    ],
 )
 def test_a_name_alone_is_enough(tmp_path, name):
     host = open_host(llama(2))
