@@ -237,15 +237,14 @@ def _of_two(
     ends, dashes = (np.stack([x[..., at, :] for x in (first, second)], -3) for at in ([0, -1], [DASH - 1, -DASH]))
     ways = dashes - ends  # (..., curve, end, axis)
     own = _look(ends[..., 0, 0, :], ends[..., 0, 1, :], ways[..., 0, 0, :], ways[..., 0, 1, :], size)
-    pairs = [(i, j) for i in range(2) for j in range(2)]
-    each = [
-        _look(ends[..., 0, i, :], ends[..., 1, j, :], ways[..., 0, i, :], ways[..., 1, j, :], size) for i, j in pairs
-    ]
-    apart = np.abs(np.stack(each, -2) - own[..., None, :]).sum(-1)
-    best = apart.argmin(-1)
+    one, other, way, other_way = (
+        x for of in (ends, ways) for x in (of[..., 0, :, None, :], of[..., 1, None, :, :])
+    )  # of each end of the first and each of the second
+    apart = np.abs(_look(one, other, way, other_way, size) - own[..., None, None, :]).sum(-1)
+    apart = apart.reshape(*apart.shape[:-2], 4)
     chosen = [
-        np.take_along_axis(ends[..., curve, :, :], of[best][..., None, None], -2)
-        for curve, of in enumerate(np.array(pairs).T)
+        np.take_along_axis(ends[..., curve, :, :], of[..., None, None], -2)
+        for curve, of in enumerate(divmod(apart.argmin(-1), 2))
     ]
     return np.concatenate(chosen, -2), apart.min(-1)
 
@@ -260,12 +259,17 @@ def _look(
     """What can be seen of two ends without following a curve: their distance in units of a quarter of the side, and
     how far the directions at the ends lead towards each other (cosines, in order)."""
     between = other - one
-    distance = np.sqrt((between**2).sum(-1))
+    distance = np.sqrt(_product(between, between))
     towards = [
-        (x * between).sum(-1) * sign / np.maximum(np.sqrt((x**2).sum(-1)) * distance, 1e-9)
+        _product(x, between) * sign / np.maximum(np.sqrt(_product(x, x)) * distance, 1e-9)
         for x, sign in ((way, 1), (other_way, -1))
     ]
     return np.stack([4 * distance / size, np.minimum(*towards), np.maximum(*towards)], -1)
+
+
+def _product(one: Float[np.ndarray, "*b 2"], other: Float[np.ndarray, "*b 2"]) -> Float[np.ndarray, "*b"]:
+    """Inner products of vectors in the plane, without a reduction over two numbers, which takes numpy longer."""
+    return one[..., 0] * other[..., 0] + one[..., 1] * other[..., 1]
 
 
 def _seen(inputs: UInt8[np.ndarray, "b n"], size: int) -> Float[np.ndarray, "b 3"]:
