@@ -107,7 +107,7 @@ def test_by_default_the_first_heads_are_shared_and_nothing_is_measured(tmp_path,
 def test_killed_at_any_stage_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch):
     stages = (("importance", 3), ("first steps", 2), ("sensitivity", 1), ("attention transfer", 3), ("training", 5))
     settings = {"keep_layers": "auto:1", "data": tokens(), "budget": "54 steps", "shared_heads": "important", **WORK}
-    whole, again = undisturbed_and_killed(monkeypatch, tmp_path, planted(3), MIXED, stages, **settings)
+    whole, again = undisturbed_and_killed(monkeypatch, tmp_path, planted(2), MIXED, stages, **settings)
     assert again.record["shared_heads"] == whole.record["shared_heads"]
     assert again.record["shared_heads"] == {str(n): PLANTED[n] for n in again.swapped}
 

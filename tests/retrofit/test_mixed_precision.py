@@ -101,7 +101,7 @@ def test_held_out_data_are_read_in_the_weights_own_dtype_while_training_is_narro
 
 def test_killed_at_any_stage_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch):
     settings = {"keep_layers": "auto:1", "data": tokens(), "budget": "54 steps", "precision": "bfloat16", **WORK}
-    whole, again = undisturbed_and_killed(monkeypatch, tmp_path, llama(3), "gated_linear", **settings)
+    whole, again = undisturbed_and_killed(monkeypatch, tmp_path, llama(2), "gated_linear", **settings)
     assert again.record["settings"]["precision"] == whole.record["settings"]["precision"] == "bfloat16"
     assert {p.dtype for p in again.model.parameters()} == {torch.float32}
     assert "matrix products in bfloat16" in (tmp_path / "whole" / "README.md").read_text()

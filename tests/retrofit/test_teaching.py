@@ -173,4 +173,4 @@ def test_for_other_mechanisms_the_original_runs_as_it_is():
 
 def test_killed_at_any_stage_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch):
     settings = {"keep_layers": "auto:1", "data": tokens(), "budget": "54 steps", **WORK}
-    undisturbed_and_killed(monkeypatch, tmp_path, llama(3, loud=(1,)), "sea:top_k=3,estimate_length=8", **settings)
+    undisturbed_and_killed(monkeypatch, tmp_path, llama(2, loud=(1,)), "sea:top_k=3,estimate_length=8", **settings)
