@@ -81,6 +81,7 @@ def test_it_is_profiled_beside_softmax(capsys, name):
 
 def test_it_is_compared(capsys, name, tmp_path):
     task = "listops:length=32" if name == "query_pooling" else "recall:length=32,pairs=2,queries=4"
+    task += ",evaluation_items=32"
     small = "--frame bare --budget '20 steps' --rates 0.01 --seeds 1 --dim 16 --layers 1 --heads 2"
     small += " --lengths 16,32 --at-length 32 --output out"
     found = told(capsys, name, f"compare --task {task} --mechanisms softmax,{name} {small}")

@@ -413,14 +413,14 @@ def test_other_tasks_have_sections_of_their_own_in_the_ranking(tmp_path, monkeyp
     monkeypatch.setattr(measure, "TASKS_COMPARED", tmp_path / "tasks")
     monkeypatch.setattr(measure, "DATA", tmp_path)
     sizes = ["--dim", "16", "--layers", "1", "--heads", "1", "--seeds", "2", "--rates", "0.003", "--lengths", "8"]
-    for task, names in (("copying", "softmax,linear"), ("recall:pairs=2", "linear")):
+    for task, names in (("copying:length=17,tokens=4", "softmax,linear"), ("recall:pairs=2", "linear")):
         folder = measure.TASKS_COMPARED / task.replace(":", "+")
-        budget = ["--budget", "77k tokens", "--output", str(folder)]
+        budget = ["--budget", "41k tokens", "--output", str(folder)]
         assert answer(capsys, "compare", "--task", task, "--mechanisms", names, *sizes, *budget)["tasks"]
     measure.measure_tasks()
     page = generate.ranking_page(None, json.loads((tmp_path / "tasks.json").read_text()))
     sections = page.split("\n### ")[1:]
-    assert [section.splitlines()[0] for section in sections] == ["copying", "recall:pairs=2"]
-    assert all("Budget 77k tokens" in section for section in sections)
+    assert [section.splitlines()[0] for section in sections] == ["copying:length=17,tokens=4", "recall:pairs=2"]
+    assert all("Budget 41k tokens" in section for section in sections)
     rows = [re.findall(r"^\| (?:\d+|—) \| \[(\w+)\]", section, re.MULTILINE) for section in sections]
     assert sorted(rows[0]) == ["linear", "softmax"] and rows[1] == ["linear"]

@@ -151,7 +151,7 @@ def test_a_reader_of_a_record_normalises_as_the_task_did() -> None:
 def test_backbones_are_compared_beside_a_mechanism(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = answer(
         capsys,
-        f"compare --task images --models van_nano:widths=[8,8,8] --mechanisms softmax --seeds 1 --rates 0.003 "
+        f"compare --task images:evaluation_items=40 --models van_nano:widths=[8,8,8] --mechanisms softmax --seeds 1 --rates 0.003 "
         f"--dim 16 --layers 1 --heads 2 --lengths 16 --at-length 16 --budget 20steps --output {tmp_path / 'run'}",
     )
     (entries,) = told["summary"].values()

@@ -403,15 +403,27 @@ def test_no_backbone_has_the_name_of_a_mechanism() -> None:
         assert find_mechanism(name) is None, name
 
 
-SHORT: dict[str, object] = {"depths": (1, 1, 1, 1)}
+DEPTHS = ("depths", "depth", "num_layers")
+
+
+def short(name: str) -> dict[str, object]:
+    """Options for two blocks at most of each kind and stage: what sizes a backbone takes does not depend on how many."""
+    found = read_backbone(name)[1]
+    depths = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name in DEPTHS}
+    return {
+        option: tuple(min(n, 2) for n in depth) if isinstance(depth, tuple) else min(depth, 2)
+        for option, depth in depths.items()
+    }
+
+
 SIZED: list[tuple[str, dict[str, object]]] = [
-    *((name, {}) for name in (list_backbones() if ALL else SMALLEST)),
-    *((name, SHORT) for name in ("swin_t", "cswin_t", "biformer_stl", "vmamba_t_v0")),
-    ("vim_nano", {"image_size": 31, "stride": 3}),
-    ("vit_nano", {"positions": "sinusoidal"}),
-    ("swin_nano", {"window": 4}),
-    ("cswin_nano", {"stripes": (1, 4)}),
-    ("pyramid_tnt_nano", {"reductions": (3, 1)}),
+    *((name, {} if ALL else short(name)) for name in (list_backbones() if ALL else SMALLEST)),
+    *((name, {"depths": (1, 1, 1, 1)}) for name in ("swin_t", "cswin_t", "biformer_stl", "vmamba_t_v0")),
+    ("vim_nano", {**short("vim_nano"), "image_size": 31, "stride": 3}),
+    ("vit_nano", {**short("vit_nano"), "positions": "sinusoidal"}),
+    ("swin_nano", {**short("swin_nano"), "window": 4}),
+    ("cswin_nano", {**short("cswin_nano"), "stripes": (1, 4)}),
+    ("pyramid_tnt_nano", {**short("pyramid_tnt_nano"), "reductions": (3, 1)}),
 ]
 
 
