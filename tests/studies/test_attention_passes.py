@@ -328,6 +328,7 @@ def test_statements_may_stand_in_any_order():
         ({"K": torch.zeros(4, 8, 37)}, r"\(4,\) before its ranks"),
         ({"K": torch.zeros(8, 37, dtype=torch.int64)}, "floating-point"),
         ({"K": None}, "without K"),
+        ({"k": torch.zeros(8, 37)}, "'k' as an input"),
         ({"K": torch.zeros(8, 0), "V": torch.zeros(5, 0)}, "size 0 of rank 'm'"),
         ({"Q": torch.zeros(2, 8, 7, dtype=torch.float64)}, "several dtypes .*Q of torch.float64, K of torch.float32"),
     ],

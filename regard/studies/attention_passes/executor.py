@@ -406,8 +406,11 @@ def complete_sizes(cascade: Cascade, sizes: Mapping[str, int]) -> dict[str, int]
 
 
 def _given(cascade: Cascade, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs of a cascade, all there and of one floating dtype."""
+    """The inputs of a cascade, all there and of one floating dtype, and no others."""
     found: dict[str, Tensor] = {}
+    for name in tensors:
+        if name not in cascade.inputs:
+            raise Unsupported(f"{name!r} as an input of {cascade.name}", supported=", ".join(cascade.inputs))
     for name in cascade.inputs:
         if name not in tensors:
             raise Unsupported(f"{cascade.name} without {name}", supported=f"tensors {', '.join(cascade.inputs)}")

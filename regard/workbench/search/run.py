@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Unsupported
-from regard.measurement import provenance
+from regard.measurement import provenance, units
 from regard.measurement.store import Store, canonical_key
 from regard.models import count_parameters
 from regard.tasks import Batch, Task
@@ -87,7 +87,9 @@ class Search:
         self.items = sum(batch.size for batch in task.evaluation_batches(64))
         if self.items < 2:
             raise Unsupported(
-                f"a search on {self.items} held-out items", supported="two or more: some choose, some judge"
+                f"a search on {units.counted(self.items, 'held-out item')}",
+                supported="two or more: some choose, some judge",
+                nearest="more data, or a smaller --length",
             )
         self.choosing = max(1, self.items // 4)
         self.rule = rule_after(task, self.items, self.choosing)

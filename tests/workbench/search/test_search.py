@@ -721,6 +721,13 @@ def test_a_space_without_a_network_for_the_budget_is_refused_before_anything_is_
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_text_too_short_to_choose_and_to_judge_by_is_refused_with_a_way_out(capsys, tmp_path):
+    (tmp_path / "one.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    code, _, said = run(capsys, f"search {tmp_path}/one.txt --budget '60% parameters' --output {tmp_path}/out")
+    assert code == 2
+    assert "a search on 1 held-out item; " in said and "a smaller --length" in said
+
+
 def test_a_mechanism_whose_smallest_network_is_too_large_is_left_out(tmp_path):
     one = space("softmax,mamba2", heads=(2,), dims=(16,))
     table = CostTable.of(one, lambda networks: parameters(one, networks))
