@@ -6,7 +6,8 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -294,24 +295,14 @@ def read_image(path: Path, size: tuple[int, int], channels: int, *, stretch: boo
             pixels.
     """
     require_pillow()
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                frames = getattr(opened, "n_frames", 1)
-                opened.draft(None, (2 * max(size),) * 2)  # do not decode a JPEG much larger than needed
-                turned = ImageOps.exif_transpose(opened)
-                whole = np.asarray(turned, dtype=np.float32) if turned.mode[0] in "IF" else None
-                image = turned.convert("RGBA") if whole is None else Image.fromarray(whole)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):  # above the limit, and above twice the limit
-        raise unreadable(path, f"it has more than {(Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels") from None
-    except UnidentifiedImageError:
-        raise unreadable(path, "it is of no known kind" if path.stat().st_size else "it is empty") from None
-    except Exception as error:  # decoders raise all kinds of errors on damaged files
-        raise unreadable(path, error) from None
+    with opened_image(path) as opened:
+        frames = getattr(opened, "n_frames", 1)
+        opened.draft(None, (2 * max(size),) * 2)  # do not decode a JPEG much larger than needed
+        turned = ImageOps.exif_transpose(opened)
+        whole = np.asarray(turned, dtype=np.float32) if turned.mode[0] in "IF" else None
+        image = turned.convert("RGBA") if whole is None else Image.fromarray(whole)
     if min(image.size) < 2:
         raise unreadable(path, f"it is {image.width} x {image.height} pixels small")
     image = image.resize(size[::-1], Image.Resampling.BICUBIC) if stretch else _covering(image, size)
@@ -323,6 +314,25 @@ def read_image(path: Path, size: tuple[int, int], channels: int, *, stretch: boo
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     flat = flat.convert("RGB" if channels == 3 else "L")
     return np.asarray(flat, dtype=np.uint8).reshape(flat.height, flat.width, channels), frames
+
+
+@contextmanager
+def opened_image(path: Path) -> Iterator[Any]:
+    """Open an image file with pillow; whatever fails while it is read is an Unreadable with the reason."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                yield opened
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):  # above the limit, and above twice the limit
+        raise unreadable(path, f"it has more than {(Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels") from None
+    except UnidentifiedImageError:
+        raise unreadable(path, "it is of no known kind" if path.stat().st_size else "it is empty") from None
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
+        raise unreadable(path, error) from None
 
 
 def _covering(image: Pillow.Image, size: tuple[int, int]) -> Pillow.Image:

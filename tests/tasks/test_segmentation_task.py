@@ -236,6 +236,8 @@ def broken(folder, name):
         image.write_bytes(image.read_bytes()[:90])
     elif name == "corrupt mask":
         mask.write_bytes(b"no picture")
+    elif name == "empty":
+        image.write_bytes(b"")
     elif name == "unknown":
         (folder / "classes.txt").write_text("0 nothing\n1 thing\n")
     elif name == "names":
@@ -259,7 +261,8 @@ def broken(folder, name):
         ("colours", "a mask of colours (mode RGB)"),
         ("many values", "up to 64 classes"),
         ("corrupt", "images/1.png, which cannot be read"),
-        ("corrupt mask", "masks/1.png, which cannot be read"),
+        ("corrupt mask", "masks/1.png, which cannot be read as an image (it is of no known kind)"),
+        ("empty", "images/1.png, which cannot be read as an image (it is empty)"),
         ("unknown", "with the unknown class 2, which classes.txt does not name"),
         ("names", "classes.txt, line 2: 'thing 1'"),
         ("one class", "masks with 1 class"),

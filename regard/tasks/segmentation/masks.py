@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,9 @@ from regard.tasks.image_files import (
     Unreadable,
     check_readable,
     left_out,
+    opened_image,
     read_image,
     stacked,
-    unreadable,
 )
 from regard.tasks.images import ImageReader
 from regard.tasks.protocol import IGNORED
@@ -193,10 +192,11 @@ def read_masked(
 
 def _read_mask(path: Path, image: Path) -> tuple[UInt8[np.ndarray, "h w"], list[Colour] | None]:
     """Values of a mask, and its palette."""
-    wide, high = _opened(image, _turned_size)
-    mode, size, palette, values = _opened(
-        path, lambda x: (x.mode, x.size, x.getpalette("RGB") if x.mode == "P" else None, np.asarray(x))
-    )
+    with opened_image(image) as opened:
+        wide, high = _turned_size(opened)
+    with opened_image(path) as opened:
+        mode, size, values = opened.mode, opened.size, np.asarray(opened)
+        palette = opened.getpalette("RGB") if mode == "P" else None
     if mode not in ("1", "L", "P", "I;16", "I") or values.max(initial=0) > 255 or values.min(initial=0) < 0:
         what = "values above 255" if mode.startswith("I") else f"colours (mode {mode})"
         raise Unreadable(
@@ -211,19 +211,6 @@ def _read_mask(path: Path, image: Path) -> tuple[UInt8[np.ndarray, "h w"], list[
             nearest=WITHOUT,
         )
     return values.astype(np.uint8), None if palette is None else _triples(palette)
-
-
-def _opened(path: Path, read: Callable[[Any], Any]) -> Any:
-    """Apply `read` to an opened image file."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                return read(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise unreadable(path, error) from None
 
 
 def _turned_size(opened: Any) -> tuple[int, int]:
