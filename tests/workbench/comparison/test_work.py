@@ -93,4 +93,4 @@ def test_a_budget_that_would_do_leaves_out_what_matching_took_which_the_store_ke
         with pytest.raises(Unsupported) as found:
             _count_steps([one], settings, spent)
         told.append(found.value.nearest)
-    assert told[0] == told[1] and told[0].endswith("s, which goes on with the widths that were found")
+    assert told[0] == told[1] and told[0].endswith('s", which goes on with the widths that were found')
