@@ -22,7 +22,7 @@ through its own queries, keys and values: softmax(tau q^g_i . k^g_j) v^g_j.
 | Q_g, K_g, V_g | `q_global`, `k_global`, `v_global`; computed by a layer unless `separate_projections=False` |
 | 1 / sqrt(d) | `scale` |
 
-Layout: (B, H, N, D). Ranks count valid tokens, so windows and first tokens do not move with padding. A query that sees
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens, so windows and first tokens do not move with padding. A query that sees
 no key gives 0. Without `q_global`, `k_global` and `v_global`, global tokens use q, k and v.
 State: the last (w - 1) g keys, and two keys of each global token; its size never changes.
 Deviations: no sequence is padded to a multiple of the window. The projections of global tokens start with their own
@@ -34,12 +34,13 @@ computed for all tokens, since a graph cannot know how many are global.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from regard.backends.operators import runs_plainly
 from regard.contract import (
     Call,
     Cost,
@@ -61,9 +62,10 @@ from regard.contract import (
 )
 from regard.core.precision import wide_dtype
 from regard.core.ragged import place_queries, take_queries, values_known
+from regard.core.visibility import CountedRanks
 from regard.engines.attention import Ranks, Visibility, attention_reference, ranks
-from regard.engines.attention_forms import attend_to_part
-from regard.engines.cache import WindowState, extend_window
+from regard.engines.attention_forms import attend, attend_to_part
+from regard.engines.cache import WindowState, extend_window, next_in_window
 from regard.engines.merging import merge
 
 if TYPE_CHECKING:
@@ -120,20 +122,20 @@ class LongformerState(WindowState):
     Slot r of the first tokens belongs to rank r; slots of future tokens are zero.
     """
 
-    first_k: Float[Tensor, "b h first d"] = state_field()
-    first_v: Float[Tensor, "b h first v"] = state_field()
-    first_k_global: Float[Tensor, "b h first d"] = state_field()
-    first_v_global: Float[Tensor, "b h first v"] = state_field()
+    first_k: Float[Tensor, "b g first d"] = state_field()
+    first_v: Float[Tensor, "b g first v"] = state_field()
+    first_k_global: Float[Tensor, "b g first d"] = state_field()
+    first_v_global: Float[Tensor, "b g first v"] = state_field()
 
 
 def reference(
     call: Call,
     q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h m d"],
-    v: Float[Tensor, "b h m v"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
     q_global: Float[Tensor, "b h n d"] | None = None,
-    k_global: Float[Tensor, "b h m d"] | None = None,
-    v_global: Float[Tensor, "b h m v"] | None = None,
+    k_global: Float[Tensor, "b g m d"] | None = None,
+    v_global: Float[Tensor, "b g m v"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """The definition, with the full weight matrices."""
     config, n, m = _checked(call, q), q.shape[2], k.shape[2]
@@ -159,11 +161,11 @@ def reference(
 def parallel(
     call: Call,
     q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h m d"],
-    v: Float[Tensor, "b h m v"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
     q_global: Float[Tensor, "b h n d"] | None = None,
-    k_global: Float[Tensor, "b h m d"] | None = None,
-    v_global: Float[Tensor, "b h m v"] | None = None,
+    k_global: Float[Tensor, "b g m d"] | None = None,
+    v_global: Float[Tensor, "b g m v"] | None = None,
 ) -> Result:
     """Windows, global keys and the queries of global tokens are separate calls of softmax attention, the first two
     merged by their log-sum-exps. Time grows as N times the window plus the number of global tokens."""
@@ -203,11 +205,11 @@ def parallel(
 def chunked(
     call: Call,
     q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h m d"],
-    v: Float[Tensor, "b h m v"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m v"],
     q_global: Float[Tensor, "b h n d"] | None = None,
-    k_global: Float[Tensor, "b h m d"] | None = None,
-    v_global: Float[Tensor, "b h m v"] | None = None,
+    k_global: Float[Tensor, "b g m d"] | None = None,
+    v_global: Float[Tensor, "b g m v"] | None = None,
 ) -> Result:
     """Continue from the last and first keys by any number of tokens; also used as the step."""
     config, n, m = _checked(call, q), q.shape[2], k.shape[2]
@@ -215,6 +217,9 @@ def chunked(
         return _beside_keys(chunked, call, q, k, v, q_global, k_global, v_global)
     own = _own(q, k, v, q_global, k_global, v_global)
     past: LongformerState | None = call.state
+    found = _step(call, q, k, v)
+    if found is not None:
+        return found
     window, keys, values, where = extend_window(call, k, v, n, config.cached)
     before = torch.zeros_like(window.length) if past is None else past.length
     known = (None,) * 4 if past is None else (past.first_k, past.first_v, past.first_k_global, past.first_v_global)
@@ -230,6 +235,29 @@ def chunked(
     far = attend_to_part(call, own[0], kept[2], kept[3], among, Visibility(causal=True))[0]
     is_global = (where.queries >= 0) & (where.queries < count)
     return Result(torch.where(is_global[:, None, :, None], far.to(local.dtype), local), state)
+
+
+def _step(
+    call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 v"]
+) -> Result | None:
+    """One more token of rows of one length, whose window has left the first tokens behind: softmax over these and the
+    window in one call. None for other tokens."""
+    config, past = call.config, call.state
+    if past is None or config.dilations != (1,) or not runs_plainly(past.length):
+        return None
+    if min(past.length.tolist(), default=0) < config.cached + config.global_tokens:
+        return None
+    found = next_in_window(call, past, k, v, config.cached)
+    if found is None:
+        return None
+    window, keys, values, _ = found
+    own = keys.shape[2] - config.window
+    keys, values = (x.narrow(2, own, config.window) for x in (keys, values))
+    if config.global_tokens:
+        keys, values = torch.cat([past.first_k, keys], 2), torch.cat([past.first_v, values], 2)
+    all_of_them = CountedRanks(1, keys.shape[2], 0, True, k.device)
+    state = replace(past, k=window.k, v=window.v, length=window.length)
+    return attend(call, q, keys, values, all_of_them, state, visibility=Visibility())
 
 
 def _checked(call: Call, q: Tensor) -> Config:
@@ -322,6 +350,7 @@ def _local(
     if len(groups) == 1:
         output, lse = _windows(call, q, k, v, where, next(iter(groups)))
     else:
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
         found = [_windows(call, q[:, g], k[:, g], v[:, g], where, dilation) for dilation, g in groups.items()]
         order = torch.tensor([head for group in groups.values() for head in group], device=q.device).argsort()
         output, lse = (torch.cat(parts, 1)[:, order] for parts in zip(*found, strict=True))
@@ -485,11 +514,11 @@ MECHANISM = Mechanism(
     paper=Paper("Longformer: The Long-Document Transformer", "2004.05150", 2020),
     inputs={
         "q": "bhnd",
-        "k": "bhmd",
-        "v": "bhmv",
+        "k": "bgmd",
+        "v": "bgmv",
         "q_global?": "bhnd",
-        "k_global?": "bhmd",
-        "v_global?": "bhmv",
+        "k_global?": "bgmd",
+        "v_global?": "bgmv",
     },
     patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
     refused={Pattern.NONCAUSAL_CROSS: NO_PLACE, Pattern.CAUSAL_CROSS: NO_PLACE},

@@ -19,8 +19,8 @@ tags: [regard, retrofit]
 
 # {name} with {mechanism} in {count} of {layers} layers
 
-A retrofit of `{name}` ({cls}) by [regard](https://pypi.org/project/regard): layers {swapped} have `{mechanism}`
-instead of softmax attention and were trained back.
+A retrofit of `{name}` ({cls}) by [regard](https://pypi.org/project/regard): `{mechanism}` replaces the
+softmax attention of {swapped} and was trained back.
 
 {recommendation}
 
@@ -69,7 +69,7 @@ def readme(record: dict[str, Any]) -> str:
         mechanism=settings["mechanism"],
         count=len(record["swapped"]),
         layers=record["layers"],
-        swapped=numbers(record["swapped"]),
+        swapped=named(record["swapped"]),
         kept=numbers(record["kept"]),
         recommendation=record["recommendation"]["text"],
         rows="\n".join(f"| {name} | {a} | {b} |" for name, a, b in measures_of(record).rows(results)),
@@ -109,6 +109,11 @@ def lost(keep_layers: str, unit: str) -> str:
     if keep_layers.startswith(RECALL):
         return "nats a hidden token lost with this layer and those given up before"
     return f"{unit} lost with this layer alone"
+
+
+def named(layers: list[int]) -> str:
+    """The layers of a list by number, in words: layer 2, layers 0-3, 5."""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {numbers(layers)}"
 
 
 def numbers(layers: list[int]) -> str:

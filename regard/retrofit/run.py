@@ -187,7 +187,7 @@ def _plan(host: Host, data: Any, settings: RetrofitSettings, folder: Folder, say
         stages = ("tune",)  # no step on the old outputs could be kept, since none is as near to them as the start
     found = plan(host, data, settings, spent + time.monotonic() - started, able, stages)
     if others := [number for number in every if number not in able]:
-        say(f"kept, since {settings.mechanism} cannot replace their attention: layers {card.numbers(others)}")
+        say(f"kept, since {settings.mechanism} cannot replace their attention: {card.named(others)}")
     return found
 
 

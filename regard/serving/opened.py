@@ -88,7 +88,7 @@ def _open_trained(place: Path, device: str, template: str | None, dtype: torch.d
     if not isinstance(model, LanguageModel):
         raise Unsupported(
             f"answers from {an_instance(model)}, as {place} holds",
-            supported="language models: folders of regard train on the task text",
+            supported="language models: folders of regard train on the task text (regard evaluate scores other models)",
         )
     text = PlainText(trained.tokenizer, template)
     told = _recipe(place) or f"{count_parameters(model):,} parameters"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.contract import Unsupported, at_least
+from regard.contract import Unsupported
 from regard.studies.attention_passes.expressions import (
     Coordinate,
     Expression,
@@ -97,7 +97,8 @@ class _Machine:
         self.inputs = _given(cascade, tensors)
         self.sizes = rank_sizes(cascade, self.inputs, sizes)
         self.tile = self.sizes[self.fiber.rank] if tile is None else tile
-        at_least("tile", self.tile, 1)
+        if not isinstance(self.tile, int) or self.tile < 1:
+            raise Unsupported(f"tile={self.tile!r}", supported="a whole number of keys, 1 or more, or None for all")
         self.like = next(iter(self.inputs.values()))
         self.plan = walks(cascade)
         self.begins = {one.target: one for one in cascade.statements if one.first}

@@ -76,7 +76,7 @@ def render_retrofit(record: Mapping[str, Any]) -> str:
         .render(
             record=record,
             title=f"{record['from']['name']} with {record['settings']['mechanism']}",
-            swapped=card.numbers(record["swapped"]),
+            swapped=card.named(record["swapped"]),
             kept=card.numbers(record["kept"]),
             shared=card.shared_heads(record),
             trained=sum(record["trained_tokens"].values()),

@@ -22,12 +22,13 @@ from regard.integrations.transformers.caches import CACHE, places
 from regard.integrations.transformers.fused.layers import FusedLayer, unwatched
 from regard.integrations.transformers.fused.recurrences import Recurrences
 from regard.integrations.transformers.fused.snapshot import Snapshot, family_of, is_known, window_of
-from regard.integrations.transformers.fused.windows import Windows, slots_of
+from regard.integrations.transformers.fused.windows import Reach, Windows, reach_of
 from regard.integrations.transformers.placing import is_swapped
 from regard.integrations.transformers.rotary import ANGLES
 
 SOFTMAX = {"eager", "sdpa", f"{PREFIX}softmax"}
 """Attention implementations of a model that the kernel also computes."""
+WHOLE = Reach(0)
 TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", CACHE}
 
 
@@ -219,11 +220,11 @@ class FusedDecoder:
 def _parts(members: list[Member], attention: str, ends: tuple[Tensor, float]) -> list[Part] | None:
     """The parts of a decoder whose last norm is `ends`; None where a layer fits none of the kinds of part."""
     parts, caches, states = list[Part](), 0, 0
-    for slots, group in groupby(members, lambda member: _slots(member, attention)):
+    for reach, group in groupby(members, lambda member: _reach(member, attention)):
         some = [*group]
         attentions, natives = [x.layer.self_attn for x in some], [x.native for x in some]
         windows = [window_of(x) for x in attentions]
-        if slots == 0:
+        if reach == WHOLE:
             recurrences = [x.recurrence for x in some]
             attending = recurrences.count(None)
             run = DecoderLayers(
@@ -238,10 +239,10 @@ def _parts(members: list[Member], attention: str, ends: tuple[Tensor, float]) ->
             parts.append(Run(run, slice(first, caches), slice(begin, states)))
         elif attention == SWAPPED and windows.count(None) == len(windows):
             alone = [Alone(x.native, x.layer.forward) for x in some]
-            if slots is None:
+            if reach is None:
                 parts += alone
             else:
-                parts.append(Local(Windows(natives, attentions, slots), alone))
+                parts.append(Local(Windows(natives, attentions, reach), alone))
         else:
             return None
     return parts
@@ -317,13 +318,13 @@ def _held(cache: Any, placed: Any) -> Any:
     return cache.layers[placed.placement.layer].state.mechanism
 
 
-def _slots(member: Member, attention: str) -> int | None:
-    """0 for a layer with a recurrence or with attention to the whole cache; for a layer with a window, the number of
-    tokens that the window keeps; None for others."""
+def _reach(member: Member, attention: str) -> Reach | None:
+    """What a layer's queries see: all tokens where it has a recurrence or attention to the whole cache, or a window;
+    None for others."""
     layer = member.layer
     if member.recurrence is not None or _by_softmax(layer, attention):
-        return 0
-    return slots_of(layer.self_attn) if attention == SWAPPED and is_swapped(layer.self_attn) else None
+        return WHOLE
+    return reach_of(layer.self_attn) if attention == SWAPPED and is_swapped(layer.self_attn) else None
 
 
 def _is_fused(layer: Any) -> bool:
