@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: compare test lint test-all native native-test bench mutants wheel docs matrix reproductions lighter scaling ranking tasks clean
+.PHONY: compare test pytest lint test-all native native-test bench mutants wheel docs matrix reproductions lighter scaling ranking tasks clean
 
 # After a change to one of these the package is installed again, since installing it builds the kernel library.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
@@ -15,7 +15,10 @@ compare: $(VENV)/.data  ## Train four mechanisms on embedded data and say which 
 # The kernels' own tests are built while the Python packages are fetched and installed. OMP_WAIT_POLICY: waiting threads
 # would spin on the core that the other worker needs. PYTHONDONTWRITEBYTECODE: subprocesses in tests reuse the bytecode.
 test:  ## Lint, check types and import order, and run all tests (under 20 minutes on 2 cores)
-	$(MAKE) --jobs=2 --output-sync=target native-test lint
+	$(MAKE) --jobs=2 --output-sync=target native-test $(VENV)/.dev
+	$(MAKE) --jobs=2 lint pytest
+
+pytest: $(VENV)/.dev  ## Run the tests in Python
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.dev  ## Lint, check types and import order
