@@ -256,16 +256,22 @@ def extend_window(
 
 
 def next_in_window(
-    call: Call, past: WindowState | None, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 v"], width: int
+    call: Call,
+    past: WindowState | None,
+    k: Float[Tensor, "b g 1 d"],
+    v: Float[Tensor, "b g 1 v"],
+    width: int,
+    least: int = 0,
 ) -> tuple[WindowState, Tensor, Tensor, int] | None:
-    """:func:`extend_window` by one token, for rows that have the same number of tokens, if that can be tested cheaply:
-    returns this number instead of ranks, so that the keys to read can be sliced. None otherwise."""
+    """:func:`extend_window` by one token, for rows that have the same number of tokens, `least` or more before the new
+    one, if that can be tested cheaply: returns the number instead of ranks, so that the keys to read can be sliced. None
+    otherwise."""
     if past is None or k.shape[2] != 1 or not (call.lengths is call.memory_lengths is None and k.shape[0]):
         return None
     if not runs_plainly(past.length):
         return None
     counts = past.length.tolist()
-    if counts != counts[:1] * len(counts):
+    if counts != counts[:1] * len(counts) or counts[0] < least:
         return None
     keys, values = _followed(past.k, k), _followed(past.v, v)
     kept = WindowState(newest(keys, 2, width), newest(values, 2, width), past.length + 1)

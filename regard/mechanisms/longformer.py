@@ -40,7 +40,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regard.backends.operators import runs_plainly
 from regard.contract import (
     Call,
     Cost,
@@ -243,16 +242,12 @@ def _step(
     """One more token of rows of one length, whose window has left the first tokens behind: softmax over these and the
     window in one call. None for other tokens."""
     config, past = call.config, call.state
-    if past is None or config.dilations != (1,) or not runs_plainly(past.length):
+    if past is None or config.dilations != (1,):
         return None
-    if min(past.length.tolist(), default=0) < config.cached + config.global_tokens:
-        return None
-    found = next_in_window(call, past, k, v, config.cached)
+    found = next_in_window(call, past, k, v, config.cached, least=config.cached + config.global_tokens)
     if found is None:
         return None
     window, keys, values, _ = found
-    own = keys.shape[2] - config.window
-    keys, values = (x.narrow(2, own, config.window) for x in (keys, values))
     if config.global_tokens:
         keys, values = torch.cat([past.first_k, keys], 2), torch.cat([past.first_v, values], 2)
     all_of_them = CountedRanks(1, keys.shape[2], 0, True, k.device)
