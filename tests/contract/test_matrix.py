@@ -11,11 +11,11 @@ from regard.contract import Kind, Pattern, Unsupported
 from regard.workbench.verification.verify import PROGRAMS, PROPERTIES, Place, check, plan, verified_backends
 
 SHARE = {
-    "compile": (12, 1),
-    "layer_compile": (9, 0),
-    "layer_export": (6, 2),
-    "layer_lengths": (6, 3),
-    "layer_onnx": (9, 0),
+    "compile": (16, 1),
+    "layer_compile": (12, 0),
+    "layer_export": (9, 2),
+    "layer_lengths": (12, 3),
+    "layer_onnx": (12, 0),
     "layer_recompile": (64, 6),
 }
 """(every, first): of each `every` mechanisms, the one numbered `first` is compiled."""
@@ -92,16 +92,16 @@ VARIANTS = [(name, variant) for name in list_mechanisms() for variant in get_mec
 
 
 def patterns_tried(turn, name, variant):
-    """Every third variant is tried in one pattern: half of them in causal-self, the only one with states and steps, the
+    """Every fifth variant is tried in one pattern: half of them in causal-self, the only one with states and steps, the
     others in varying patterns. `make test-all` and `regard verify NAME --variant all` try everything."""
     patterns = get_mechanism(name).patterns_of(variant)
     if ALL:
         return patterns
-    if turn % 3:
+    if turn % 5:
         return ()
-    if turn % 6 == 0 and Pattern.CAUSAL_SELF in patterns:
+    if turn % 10 == 0 and Pattern.CAUSAL_SELF in patterns:
         return (Pattern.CAUSAL_SELF,)
-    return (patterns[turn // 6 % len(patterns)],)
+    return (patterns[turn // 10 % len(patterns)],)
 
 
 VARIANT_CELLS = [(n, v, p) for turn, (n, v) in enumerate(VARIANTS) for p in patterns_tried(turn, n, v)]

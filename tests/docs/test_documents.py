@@ -415,7 +415,7 @@ def test_other_tasks_have_sections_of_their_own_in_the_ranking(tmp_path, monkeyp
     sizes = ["--dim", "16", "--layers", "1", "--heads", "1", "--seeds", "2", "--rates", "0.003", "--lengths", "8"]
     for task, names in (("copying:length=17,tokens=4", "softmax,linear"), ("recall:pairs=2", "linear")):
         folder = measure.TASKS_COMPARED / task.replace(":", "+")
-        budget = ["--budget", "41k tokens", "--output", str(folder)]
+        budget = ["--budget", "41k tokens", "--frame", "convolution", "--output", str(folder)]
         assert answer(capsys, "compare", "--task", task, "--mechanisms", names, *sizes, *budget)["tasks"]
     measure.measure_tasks()
     page = generate.ranking_page(None, json.loads((tmp_path / "tasks.json").read_text()))

@@ -59,7 +59,7 @@ def test_it_says_what_it_is(name):
         assert set(reproduction.smoke) & set(setting), "a setting that is not shrunk"
 
 
-@pytest.mark.parametrize("name", TOGETHER[:: 1 if ALL else 3])
+@pytest.mark.parametrize("name", TOGETHER[:: 1 if ALL else 5])
 def test_a_cell_without_timings_repeats(name):
     reproduction, cells = small_cells(name)
     setting = next((s for s in reproduction.settings if s not in reproduction.timings), None)

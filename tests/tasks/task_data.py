@@ -131,7 +131,7 @@ SMALL = {
     "recall": {"length": 24, "pairs": 4, "queries": 4, "vocab_size": 17, "evaluation_items": 64},
     "copying": {"length": 24, "tokens": 4, "alphabet": 5, "evaluation_items": 64},
     "listops": {"length": 24, "evaluation_items": 64},
-    "pathfinder": {"size": 16, "distractors": 0, "evaluation_items": 64},
+    "pathfinder": {"size": 16, "distractors": 0, "evaluation_items": 16},
     "long_range": {"which": "listops", "length": 64, "evaluation_items": 64},
     "algorithmic": {"length": 6, "samples": 100, "evaluation_items": 64},
     "events": {"length": 16, "evaluation_items": 64},

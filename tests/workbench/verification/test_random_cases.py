@@ -16,7 +16,7 @@ from regard.workbench.verification.random_cases import Case, drawn_from, run_cas
 from regard.workbench.verification.subjects import Subject
 from regard.workbench.verification.verify import PROPERTIES, Place, check, verified_backends
 
-SAMPLE = 6
+SAMPLE = 4
 
 
 @pytest.mark.parametrize("backend", verified_backends())
