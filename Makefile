@@ -14,6 +14,7 @@ compare: $(VENV)/.data  ## Train four mechanisms on embedded data and say which 
 
 # The kernels' own tests are built while the Python packages are fetched and installed. OMP_WAIT_POLICY: waiting threads
 # would spin on the core that the other worker needs. PYTHONDONTWRITEBYTECODE: subprocesses in tests reuse the bytecode.
+# Lint runs beside the tests, since before them it would leave a core idle.
 test:  ## Lint, check types and import order, and run all tests (under 20 minutes on 2 cores)
 	$(MAKE) --jobs=2 --output-sync=target native-test $(VENV)/.dev
 	$(MAKE) --jobs=2 lint pytest

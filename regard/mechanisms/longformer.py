@@ -22,8 +22,9 @@ through its own queries, keys and values: softmax(tau q^g_i . k^g_j) v^g_j.
 | Q_g, K_g, V_g | `q_global`, `k_global`, `v_global`; computed by a layer unless `separate_projections=False` |
 | 1 / sqrt(d) | `scale` |
 
-Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens, so windows and first tokens do not move with padding. A query that sees
-no key gives 0. Without `q_global`, `k_global` and `v_global`, global tokens use q, k and v.
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens, so windows and
+first tokens do not move with padding. A query that sees no key gives 0. Without `q_global`, `k_global` and `v_global`,
+global tokens use q, k and v.
 State: the last (w - 1) g keys, and two keys of each global token; its size never changes.
 Deviations: no sequence is padded to a multiple of the window. The projections of global tokens start with their own
 random weights; the paper copies those of the other tokens from a trained model, as :func:`copy_projections` does.

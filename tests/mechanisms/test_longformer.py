@@ -74,6 +74,19 @@ def test_equals_its_definition(options, pattern, n, own):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self"])
+def test_a_key_head_serves_all_query_heads_of_its_group(pattern, options):
+    inputs = sample(30)
+    for name in ("k", "v", "k_global", "v_global"):
+        inputs[name] = inputs[name][:, :1]
+    repeated = {name: x.expand(-1, 2, -1, -1) for name, x in inputs.items()}
+    chosen = set(range(Config(**options).global_tokens))
+    for form in (None, "reference"):
+        found = run(inputs, options, pattern=pattern, form=form).output
+        close(found, definition(repeated, pattern, options, chosen), 1e-11)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_tokens_with_the_role_of_a_class_token_are_global(options):
     inputs, roles = sample(21, batch=3), torch.zeros(3, 21, dtype=torch.long)
     roles[0, [4, 5, 20]] = int(Role.CLS)

@@ -339,6 +339,12 @@ def test_wrong_inputs_are_refused(changed, words):
         run_cascade(shipped("naive"), {name: x for name, x in inputs.items() if x is not None})
 
 
+@pytest.mark.parametrize("tile", [0, 2.5, "8"])
+def test_a_tile_is_a_whole_number_of_keys(tile):
+    with pytest.raises(Unsupported, match=r"tile=.*a whole number of keys, 1 or more"):
+        run_cascade(shipped("naive"), random_inputs()[0], tile=tile)
+
+
 def test_a_rank_that_no_input_has_needs_a_size():
     text = "inputs: X[m, d]\n{}Y[p, d] = cos(p * m) * X[m, d]"
     with pytest.raises(Unsupported, match="unknown rank 'p'"):
