@@ -62,6 +62,15 @@ def _short_calibrations() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _cases_of_the_seed_alone() -> Iterator[None]:
+    """Hypothesis also draws constants that it finds in the sources of all loaded files that are not installed: seconds to
+    read them, and other cases for other tests before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hypothesis.internal.conjecture.providers.is_local_module_file", lambda _: False, raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what regard measures about the machine under test load out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
