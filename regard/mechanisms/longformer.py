@@ -215,11 +215,11 @@ def chunked(
     config, n, m = _checked(call, q), q.shape[2], k.shape[2]
     if n != m or call.lengths is not call.memory_lengths:
         return _beside_keys(chunked, call, q, k, v, q_global, k_global, v_global)
-    own = _own(q, k, v, q_global, k_global, v_global)
-    past: LongformerState | None = call.state
     found = _step(call, q, k, v)
     if found is not None:
         return found
+    own = _own(q, k, v, q_global, k_global, v_global)
+    past: LongformerState | None = call.state
     window, keys, values, where = extend_window(call, k, v, n, config.cached)
     before = torch.zeros_like(window.length) if past is None else past.length
     known = (None,) * 4 if past is None else (past.first_k, past.first_v, past.first_k_global, past.first_v_global)
@@ -243,7 +243,7 @@ def _step(
     """One more token of rows of one length, whose window has left the first tokens behind: softmax over these and the
     window in one call. None for other tokens."""
     config, past = call.config, call.state
-    if past is None or config.dilations != (1,):
+    if config.dilations != (1,):
         return None
     found = next_in_window(call, past, k, v, config.cached, least=config.cached + config.global_tokens)
     if found is None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported
 from regard.tasks.generated import GeneratedTask
-from regard.tasks.protocol import TRAINING, Baseline, check_integer, counter_generator
+from regard.tasks.protocol import EVALUATION, TRAINING, Baseline, check_integer, counter_generator
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, UInt8
@@ -30,7 +30,7 @@ BEND, STEADY = 3.0, 1 / 3
 AT_ONCE, MOST_AT_ONCE = 1 << 19, 256
 """Pixels of the pictures drawn at once, and the largest number of such pictures."""
 LARGEST, MANY = 256, 64
-"""Largest side in pixels; number of pictures, drawn one after the other, of which at least one should hold all curves."""
+"""Largest side in pixels; number of pictures drawn at once of which at least one should hold all curves."""
 FITTED, TRACED = 512, 64
 """Training items on which the baseline is fitted, and held-out items that are traced for the description."""
 STEPS, RIDGE = 8, 1.0
@@ -82,8 +82,9 @@ class PathfinderTask(GeneratedTask):
         self.distractors = check_integer("distractors", size // 10 if distractors is None else distractors, 0, 64)
         self.length = size**2
         self.block: int | None = min(MOST_AT_ONCE, max(16, AT_ONCE // self.length))
-        self._missed = 0  # pictures without room since the last that had some
         self._shapes = [_points(self.dashes)] * 2 + [_points(max(2, self.dashes // 3))] * self.distractors
+        if evaluation_items < MANY:  # so few held-out pictures would not tell whether the curves fit
+            self.draw(counter_generator(self.seed, 0, EVALUATION), MANY)
         _, labels = self._held_out
         self.chance = float(np.bincount(labels).max() / len(labels))
         self.baseline: Baseline | None = self._rule()
@@ -102,8 +103,7 @@ class PathfinderTask(GeneratedTask):
             rows = np.arange(len(curve))[:, None, None, None]
             blocked[rows, y + near[:, None], x + near] = True
             curves.append(curve)
-        self._missed = 0 if len(blocked) else self._missed + count
-        if self._missed >= MANY:
+        if not len(blocked) and count >= MANY:
             fitting = max(5 * self.dashes, 10 * self.distractors)
             fewer = f"dashes={min(self.dashes, self.size // 5)},distractors={min(self.distractors, self.size // 10)}"
             raise Unsupported(

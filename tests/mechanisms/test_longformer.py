@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import calls, close, load, qkv, refused
+from support import calls, close, in_pieces, load, qkv, refused
 from torch import Tensor
 
 from regard.contract import Context, Mask, Role
@@ -84,6 +84,17 @@ def test_a_key_head_serves_all_query_heads_of_its_group(pattern, options):
     for form in (None, "reference"):
         found = run(inputs, options, pattern=pattern, form=form).output
         close(found, definition(repeated, pattern, options, chosen), 1e-11)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_steps_equal_the_definition_before_and_after_a_window_leaves_the_first_tokens_behind(options, heads):
+    inputs = sample(40)
+    inputs |= {name: inputs[name][:, :heads] for name in ("k", "v", "k_global", "v_global")}
+    tokens = [{name: x[:, :, at : at + 1] for name, x in inputs.items()} for at in range(40)]
+    found, _ = in_pieces(lambda token, state: run(token, options, state=state, return_state=True), tokens)
+    repeated = {name: x.expand(-1, 2, -1, -1) for name, x in inputs.items()}
+    close(found, definition(repeated, "causal-self", options, set(range(Config(**options).global_tokens))), 1e-11)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
