@@ -81,8 +81,9 @@ ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/da
 	$(BIN)/regard compare --task recall --task text --mechanisms all --budget "500k tokens" --seeds 2 --output runs/all
 	$(BIN)/python docs/measure.py ranking
 
-TASKS := masked replaced pixels listops:length=128 pathfinder:size=16 events documents:length=256 matching time_series \
-	$(patsubst %,algorithmic:function=%,sort sum minimum median maximum_subarray) in_context_functions upscale completion speech
+TASKS := masked replaced pixels listops:length=16,depth=2 pathfinder:size=16 events documents:length=256 matching time_series \
+	$(foreach function,sort sum minimum median maximum_subarray,algorithmic:function=$(function),outside=1.5) \
+	in_context_functions upscale completion speech
 
 tasks: $(VENV)/.dev  ## Compare a few mechanisms on every other kind of task into docs/data: three and a half hours on an idle core; resumes where it stopped
 	for task in $(TASKS); do $(BIN)/regard compare --task $$task --mechanisms softmax,linear,gated_linear,delta_rule,mamba2 \
