@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SIDE_READ = 512
 """Size at which photos from a folder are read."""
+PHOTOS_MEASURED, LEAST_UNIT = 64, 1e-4
+"""Training photos that the unit of the differences is measured on, and its least value (for photos of one colour)."""
 CHANNELS = 3
 
 
@@ -38,8 +40,8 @@ class UpscaleTask(Task):
     """Predict what a downscaled patch lacks at each pixel (as SR3 is trained to, Saharia et al., arXiv 2104.07636).
 
     A token is a pixel: its three colours in the downscaled patch, enlarged again (bicubic); the output is the
-    difference to add. Scored in PSNR of the patch, in dB; SSIM is reported too. The baseline is the enlarged patch
-    itself.
+    difference to add, divided by its root mean square over training patches. Scored in PSNR of the patch, in dB; SSIM is
+    reported too. The baseline is the enlarged patch itself.
 
     Args:
         data: a folder of photos, the last of which are held out; None for scikit-learn's two photos: china.jpg for
@@ -87,10 +89,11 @@ class UpscaleTask(Task):
         patches = torch.cat([_tiles(photo, size) for photo in held_out])
         self._held_out = patches[torch.from_numpy(spread(len(patches), evaluation_items))]
         self._count = len(patches)
+        self.unit = self._typical_difference()
         self.baseline: Baseline | None = Baseline.of(
             "bicubic enlargement", self, lambda batch: torch.zeros_like(batch.targets)
         )
-        self.chance = Baseline.of("grey", self, lambda batch: 0.5 - batch.inputs).score
+        self.chance = Baseline.of("grey", self, lambda batch: (0.5 - batch.inputs) / self.unit).score
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
         check_integer("batch_size", batch_size, 1, 1 << 20)
@@ -134,16 +137,30 @@ class UpscaleTask(Task):
             ]
         )
 
-    def _batch(self, patches: Float[Tensor, "b 3 s s"]) -> Batch:
+    def _typical_difference(self) -> float:
+        """The root mean square of the differences over patches of up to `PHOTOS_MEASURED` training photos.
+
+        As pixels are, differences are around 0.02: far less than what a model outputs before it is trained.
+        """
+        photos = (self._training[i] for i in spread(len(self._training), PHOTOS_MEASURED))
+        patches = (_tiles(photo, self.size) for photo in photos)
+        squares = [float((each - self._enlarged(each)).double().square().mean()) for each in patches]
+        return max(math.sqrt(sum(squares) / len(squares)), LEAST_UNIT)
+
+    def _enlarged(self, patches: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
+        """Patches after downscaling and enlargement."""
         small = F.interpolate(patches, scale_factor=1 / self.factor, mode="area")
-        rough = F.interpolate(small, size=patches.shape[-2:], mode="bicubic", align_corners=False).clamp(0, 1)
-        inputs, targets = (x.flatten(2).mT.contiguous() for x in (rough, patches - rough))
+        return F.interpolate(small, size=patches.shape[-2:], mode="bicubic", align_corners=False).clamp(0, 1)
+
+    def _batch(self, patches: Float[Tensor, "b 3 s s"]) -> Batch:
+        rough = self._enlarged(patches)
+        inputs, targets = (x.flatten(2).mT.contiguous() for x in (rough, (patches - rough) / self.unit))
         return Batch(inputs, targets, grid=self.grid)
 
     def _pictures(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predicted and target patches, (B, 3, S, S) in float64."""
         rough = batch.inputs.double()
-        made = (rough + output.double()).clamp(0, 1), rough + batch.targets.double()
+        made = (rough + self.unit * output.double()).clamp(0, 1), rough + self.unit * batch.targets.double()
         found, true = (x.mT.unflatten(-1, self.grid) for x in made)
         return found, true
 

@@ -63,12 +63,23 @@ def test_psnr_and_ssim_of_hand_cases():
     assert perfect.tolist() == [100.0] * 4
     assert task.figures(batch.targets, batch)["SSIM"][0].tolist() == pytest.approx([1.0] * 4)
     clear = Batch(torch.full((1, 256, 3), 0.5), torch.zeros(1, 256, 3), grid=(16, 16))
-    assert float(task.score(torch.full((1, 256, 3), 0.1), clear)[0]) == pytest.approx(20)
+    assert float(task.score(torch.full((1, 256, 3), 0.1 / task.unit), clear)[0]) == pytest.approx(20, rel=1e-5)
     x = torch.rand(2, 3, 20, 20, dtype=torch.float64)
     assert structural_similarity(x, x).tolist() == pytest.approx([1, 1])
     assert (structural_similarity(x, 1 - x) < 0.2).all()
     inputs = batch.inputs.mT.unflatten(-1, (16, 16))
-    assert torch.nn.functional.avg_pool2d(inputs + batch.targets.mT.unflatten(-1, (16, 16)), 4).shape == (4, 3, 4, 4)
+    whole = inputs + task.unit * batch.targets.mT.unflatten(-1, (16, 16))
+    assert -1e-6 < whole.min() < 0.2 and 0.8 < whole.max() < 1 + 1e-6  # pictures again
+    drawn = task.training_batch(0, 0, 256).targets
+    assert 0.8 < drawn.square().mean().sqrt() < 1.25  # the unit is typical of what is trained on
+
+
+def test_differences_have_a_unit_even_where_all_photos_are_of_one_colour(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64), (10, 200, 30)).save(tmp_path / name)
+    task = create_task("upscale", size=16, data=tmp_path, evaluation_items=4)
+    assert task.training_batch(0, 0, 2).targets.isfinite().all() and task.baseline.score > 40
 
 
 def test_chamfer_distances_of_hand_cases():
