@@ -83,7 +83,7 @@ ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/da
 
 TASKS := masked replaced pixels listops:length=16,depth=2 pathfinder:size=16 events documents:length=256 matching time_series \
 	$(foreach function,sort sum minimum median maximum_subarray,algorithmic:function=$(function),outside=1.5) \
-	in_context_functions upscale completion speech
+	in_context_functions upscale:size=16 completion:length=128,seen=64 speech
 
 tasks: $(VENV)/.dev  ## Compare a few mechanisms on every other kind of task into docs/data: three and a half hours on an idle core; resumes where it stopped
 	for task in $(TASKS); do $(BIN)/regard compare --task $$task --mechanisms softmax,linear,gated_linear,delta_rule,mamba2 \

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from regard.compression.distillation.cached import AnswerCache
 from regard.compression.distillation.losses import positive, response_loss
 from regard.compression.distillation.reading import OF_STATES, Seen, first_projection, layers_loss, reading
-from regard.compression.distillation.transkd import Stages, TransKD, TransKDConfig, encoder_of, recorded
-from regard.contract import Context, Result, Unsupported, an_instance, at_least, check_options, closest, read_options
+from regard.compression.distillation.transkd import Stages, TransKD, TransKDConfig, encoder_of, name_of, recorded
+from regard.contract import Context, Result, Unsupported, at_least, check_options, closest, read_options
 from regard.models.evaluating import evaluation_mode
 from regard.tasks import Task
 from regard.training.step import batch_context, run_model
@@ -193,7 +193,7 @@ class Taught(nn.Module):
             self.beside.to(some.device, some.dtype)
         if isinstance(method, TokenConfig) and getattr(_backbone(student), "distillation_head", None) is None:
             raise Unsupported(
-                f"distillation by a token of {an_instance(_backbone(student))} without one",
+                f"distillation by a token in {name_of(student)}, which has none",
                 supported="vision transformers with distillation_token=true",
                 nearest='--model "deit_t:distillation_token=true"',
             )

@@ -135,13 +135,17 @@ class Stages:
     maps: list[Float[Tensor, "b c h w"]] = field(default_factory=list)
 
 
+def name_of(model: nn.Module) -> str:
+    """The name of the backbone in a model, such as "unet_nano", or else of the model's type."""
+    return str(getattr(getattr(model, "config", None), "backbone", None) or type(model).__name__)
+
+
 def encoder_of(model: nn.Module) -> MiT:
     """The mix transformer in a model; raises Unsupported if it has none, or several."""
     found = [module for module in model.modules() if isinstance(module, MiT)]
     if len(found) != 1:
-        name = getattr(getattr(model, "config", None), "backbone", None) or type(model).__name__
         raise Unsupported(
-            f"transkd with {name}, which does not have the stages of a mix transformer",
+            f"transkd with {name_of(model)}, which does not have the stages of a mix transformer",
             supported="segformer_nano, segformer_b0 to b2, mit_nano, mit_b0 to b2, with any widths and mechanism",
             nearest="--distil response",
         )
