@@ -85,7 +85,7 @@ class CompressionReport:
         size = f"{units.size(self.bytes_before)} to {units.size(self.bytes_after)} ({ratio:.2f} times smaller)"
         lines = [f"{self.recipe}: {size}", *(f"  {note}" for note in self.notes)]
         if self.layers:
-            lines[0] += f"; {len(self.layers)} layers changed, {len(self.kept)} kept"
+            lines[0] += f"; {units.counted(len(self.layers), 'layer')} changed, {len(self.kept)} kept"
             worst = max(self.layers, key=lambda layer: layer.output_error or layer.error)
             lines.append(f"  largest relative error: {worst.output_error or worst.error:.3g}, of {worst.name}")
         return "\n".join(lines + [f"  kept {name}: {reason}" for name, reason in self.kept.items()])

@@ -17,6 +17,7 @@ from regard.contract import Unsupported
 from regard.core.files import is_same_place, write_text_atomically
 from regard.measurement import provenance
 from regard.measurement.budget import Budget
+from regard.measurement.units import counted
 from regard.retrofit import card
 from regard.retrofit.best import Best
 from regard.retrofit.folder import RECORD, Folder
@@ -412,7 +413,7 @@ class Run:
         stage = self._stage("transfer", "attention transfer", self.plan.transfer, rate, 1)
         moved = transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch, best)
         self.say(
-            f"attention transfer: held out, {_best_of(best)} of the outputs' square, {len(swapped)} layers, "
+            f"attention transfer: held out, {_best_of(best)} of the outputs' square, {counted(len(swapped), 'layer')}, "
             f"{_counted(moved, self.plan.transfer)}"
         )
         return moved, best.record()

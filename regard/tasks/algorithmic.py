@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from regard.contract import Pattern, Unsupported, one_of
+from regard.measurement.units import counted
 from regard.tasks.protocol import (
     EVALUATION,
     SPLIT,
@@ -228,14 +229,14 @@ class AlgorithmicTask(Task):
 
     def describe(self) -> str:
         first = self._held_out.items(0, 1)
-        counted = ~first.targets[0, :, 0].isnan()
-        x, y = (" ".join(f"{v:.2f}" for v in one[0, counted, 0].tolist()[:8]) for one in (first.inputs, first.targets))
-        more = " ..." if counted.sum() > 8 else ""
+        written = ~first.targets[0, :, 0].isnan()
+        x, y = (" ".join(f"{v:.2f}" for v in one[0, written, 0].tolist()[:8]) for one in (first.inputs, first.targets))
+        more = " ..." if written.sum() > 8 else ""
         training = f"{self.samples:,} items" if self.samples else "drawn afresh at each step"
         of = f"1 to {self.numbers} numbers" if self.variable else f"{self.numbers} numbers"
         return "\n".join(
             [
-                f"algorithmic: {self.function.replace('_', ' ')} of {of} after {self.extra} empty tokens",
+                f"algorithmic: {self.function.replace('_', ' ')} of {of} after {counted(self.extra, 'empty token')}",
                 f"training: {training}, numbers within {TRAINED_BOUND:g}; held out: {self.evaluation_items} items, every "
                 f"second with numbers within {self.outside * TRAINED_BOUND:g} (seed {self.seed})",
                 f"scored in {self.metric} (1 = the square of an item's bound), lower is better; always 0: "

@@ -38,8 +38,8 @@ THOUSANDTHS = 1000.0
 class CompletionTask(Task):
     """Predict points all over a shape from points on one side of it (as in PCN, Yuan et al., arXiv 1808.00671).
 
-    The memory holds the points on the visible side: one side of a randomly oriented plane through the centre. The
-    inputs are fixed places on a sphere, one for each point to predict. The training loss is the Chamfer distance to
+    The memory holds points on the visible side: one side of a randomly oriented plane through the centre. None of them
+    is among the points to predict, so that copying them earns no more than other points of that side would. The inputs are fixed places on a sphere, one for each point to predict. The training loss is the Chamfer distance to
     points all over the shape: the mean distance to the nearest point, averaged over both directions; the score is the
     same in thousandths of the shape's half size. CD-l2 (squared distances, summed over both directions) and an F-score
     (share of points within `NEAR`) are reported too. The baseline returns the given points.
@@ -127,12 +127,12 @@ class CompletionTask(Task):
         whole = np.empty((count, self.length, SPACE), dtype=np.float32)
         seen = np.empty((count, self.memory_length, SPACE), dtype=np.float32)
         for row in range(count):
-            cloud = self._cloud(rng, 4 * max(self.length, self.memory_length), held_out=held_out)
-            whole[row] = cloud[: self.length]
+            cloud = self._cloud(rng, self.length + 4 * self.memory_length, held_out=held_out)
+            whole[row], rest = cloud[: self.length], cloud[self.length :]
             plane = rng.normal(size=SPACE)
-            side = cloud[cloud @ plane > 0]
+            side = rest[rest @ plane > 0]
             if not len(side):
-                side = cloud
+                side = rest
             seen[row] = side[np.arange(self.memory_length) % len(side)]
         inputs = self._places.expand(count, -1, -1).clone()
         return Batch(inputs, torch.from_numpy(whole), memory=torch.from_numpy(seen))

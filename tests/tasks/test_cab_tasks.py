@@ -109,6 +109,7 @@ def test_clouds_are_of_one_size_and_what_is_seen_is_one_side():
         for seen in batch.memory:
             normal = torch.linalg.lstsq(seen, torch.ones(len(seen), 1)).solution
             assert (seen @ normal > 0).float().mean() > 0.9
+        assert torch.cdist(batch.memory, batch.targets).min() > 1e-6  # copying what is seen is no answer
     cloud = superquadrics(np.random.default_rng(), 500)
     assert np.isfinite(cloud).all()
     assert cloud.shape == (500, 3)

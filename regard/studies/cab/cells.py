@@ -453,6 +453,7 @@ def make(chosen: Chosen) -> Reproduction:
         needs=needs(chosen),
         left_out=(*LEFT_OUT, *absent, *unasked(chosen)),
         timings=frozenset(name for name in made if name.startswith("cost: ")),
+        protocol=2,  # since what is seen of a cloud is not among what is to be predicted, and upscale has its own unit
         smoke={"steps": 2, "items": 2, "dim": 16, "heads": 2, "lengths": [16, 32, 64], "seconds": 0.01},
         seeds=2,
         more_seconds={name: SECONDS[chosen.preset][one.get("bench", "cost")] for name, one in made.items()},

@@ -26,6 +26,7 @@ from regard.measurement import provenance
 from regard.measurement.sharding import shard
 from regard.measurement.store import Store
 from regard.measurement.sweeps import Sweep
+from regard.measurement.units import counted
 from regard.models import StackConfig
 from regard.models.frames import MEANINGS
 from regard.tasks import Task
@@ -479,7 +480,7 @@ def _input(task: Task, length: int, device: str = "cpu") -> tuple[tuple[Tensor, 
 def _described(works: Sequence[Work], settings: CompareSettings) -> dict[str, Any]:
     cross = " (of the memory, in cross patterns)" if any(work.task.pattern.cross for work in works) else ""
     framed = {
-        "backbone": f"{settings.layers} layers, width {settings.dim}, {settings.heads} heads",
+        "backbone": f"{counted(settings.layers, 'layer')}, width {settings.dim}, {counted(settings.heads, 'head')}",
         "frame": settings.frames[0],
     }
     described: dict[str, Any] = {
