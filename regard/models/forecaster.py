@@ -50,7 +50,9 @@ class ForecasterConfig(LayersConfig):
     Attributes:
         features: number of features known in advance for each point of the horizon, 0 for none.
         memory_features: number of features observed at each point of the past.
-        target_features: indices of the memory features that are predicted, in the order of the output.
+        target_features: indices of the memory features that are predicted, in the order of the output; empty where the
+            memory has no past of the targets.
+        num_targets: number of values to predict when `target_features` is empty, else None.
         patch: number of past points that make up a token. The last patch ends with the last point; the first may be
             incomplete.
         quantiles: increasing levels between 0 and 1 to predict, which never cross; when empty, a single number is
@@ -76,6 +78,7 @@ class ForecasterConfig(LayersConfig):
     features: int
     memory_features: int
     target_features: tuple[int, ...] = (0,)
+    num_targets: int | None = None
     patch: int = 1
     quantiles: tuple[float, ...] = ()
     normalize: str = "mean"
@@ -93,11 +96,18 @@ class ForecasterConfig(LayersConfig):
         for name, low in (("features", 0), ("memory_features", 1), ("patch", 1)):
             at_least(name, getattr(self, name), low)
         targets, quantiles = tuple(self.target_features), tuple(self.quantiles)
+        if self.num_targets is not None:
+            at_least("num_targets", self.num_targets, 1)
+            if targets:
+                raise Unsupported(
+                    f"num_targets={self.num_targets} with target_features={targets}",
+                    supported="target_features for values that the memory holds too, or num_targets for others",
+                )
         in_range = all(0 <= index < self.memory_features for index in targets)
-        if not targets or not in_range or len(set(targets)) < len(targets):
+        if not (targets or self.num_targets) or not in_range or len(set(targets)) < len(targets):
             raise Unsupported(
                 f"target_features={targets} of {self.memory_features} memory features",
-                supported=f"different numbers from 0 to {self.memory_features - 1}, at least one",
+                supported=f"different numbers from 0 to {self.memory_features - 1}, at least one; or num_targets",
             )
         if not all(0 < q < 1 for q in quantiles) or list(quantiles) != sorted(set(quantiles)):
             raise Unsupported(
@@ -128,8 +138,17 @@ class ForecasterConfig(LayersConfig):
     @classmethod
     def for_task(cls, task: Task, plan: Any, *, positions: str, max_length: int, **sizes: Any) -> ForecasterConfig:
         """Return the config for a task, see :func:`regard.models.registry.config_for`; `plan` is the cross layers'."""
-        targets = task.target_features or tuple(range(task.num_targets or 0))
-        return cls(task.features or 0, task.memory_features or 0, target_features=targets, cross_plan=plan, **sizes)
+        targets = task.target_features
+        if targets is None:
+            targets = tuple(range(task.num_targets or 0))
+        known, past = task.features or 0, task.memory_features or 0
+        others = None if targets else task.num_targets
+        return cls(known, past, target_features=targets, num_targets=others, cross_plan=plan, **sizes)
+
+    @property
+    def width(self) -> int:
+        """Number of values that are predicted at each point, not counting quantiles."""
+        return self.num_targets or len(self.target_features)
 
 
 class Forecaster(nn.Module):
@@ -144,7 +163,7 @@ class Forecaster(nn.Module):
         self.memory_embedding = FeatureEmbedding(width, config.dim)
         self.embedding = FeatureEmbedding(config.features, config.dim) if config.features else None
         self.positions = Sinusoidal(dim=config.dim)
-        self.register_buffer("targets", torch.tensor(config.target_features), persistent=False)
+        self.register_buffer("targets", torch.tensor(config.target_features, dtype=torch.long), persistent=False)
         encoder_blocks = [Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan]
         self.encoder_blocks = Stack(encoder_blocks, config.stack)
         check_sequences(encoder_blocks, "a forecaster, which has no grids", supported="layers for sequences")
@@ -153,7 +172,7 @@ class Forecaster(nn.Module):
             [Block(entry, config, Pattern.NONCAUSAL_CROSS) for entry in config.cross_plan], config.stack
         )
         self.norm = make_norm(config.norm, config.dim)
-        self.head = make_linear(config.dim, len(config.target_features) * max(1, len(config.quantiles)), bias=True)
+        self.head = make_linear(config.dim, config.width * max(1, len(config.quantiles)), bias=True)
 
     def forward(
         self, inputs: Float[Tensor, "b h f"], memory: Float[Tensor, "b m g"], *, context: Context | None = None
@@ -186,8 +205,9 @@ class Forecaster(nn.Module):
             )
         losses: dict[str, Loss] = {}
         level, scale = self._level_and_scale(memory, past.lengths)  # (rows, 1, targets)
-        seen = (memory.index_select(-1, self.targets).to(level.dtype) - level) / scale
-        memory = memory.index_copy(-1, self.targets, seen.to(memory.dtype))
+        if self.config.target_features:
+            seen = (memory.index_select(-1, self.targets).to(level.dtype) - level) / scale
+            memory = memory.index_copy(-1, self.targets, seen.to(memory.dtype))
         keys, lengths, time = self._tokens(memory, past.lengths)  # (rows, tokens, dim)
         keys = self._dropout(keys, context)
         mask = None if lengths is None else Mask(lengths=lengths)
@@ -208,7 +228,7 @@ class Forecaster(nn.Module):
         add_losses(losses, result.losses)
         y = self.head(self.norm(result.output)).to(level.dtype)  # (rows, H, targets * quantiles)
         if self.config.quantiles:
-            y = _rising(y.unflatten(-1, (len(self.config.target_features), -1)))
+            y = _rising(y.unflatten(-1, (self.config.width, -1)))
             level, scale = level[..., None], scale[..., None]
         return Result(layout.scatter(y * scale + level, axis=1), None, losses, result.extras)
 
@@ -216,12 +236,13 @@ class Forecaster(nn.Module):
         return dropout(x, self.config.dropout, training=self.training, generator=context.generator)
 
     def _level_and_scale(self, memory: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The level and the scale by which each row's targets are normalised; (rows, 1, targets)."""
+        """The level and the scale by which each row's targets are normalised; (rows, 1, targets), or (rows, 1, 1) for
+        values that the memory does not hold."""
         x = memory.index_select(-1, self.targets)
         x = wide(x)
         rows, m, width = x.shape
-        if self.config.normalize == "none" or m == 0:
-            return x.new_zeros(rows, 1, width), x.new_ones(rows, 1, width)
+        if self.config.normalize == "none" or m == 0 or not width:
+            return x.new_zeros(rows, 1, width or 1), x.new_ones(rows, 1, width or 1)
         if lengths is None:
             lengths = torch.full((rows,), m, device=x.device)
         count = lengths.clamp(min=1)[:, None, None]

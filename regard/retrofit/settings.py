@@ -245,7 +245,7 @@ def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[in
     text = str(keep).strip()
     name, _, amount = text.partition(":")
     if name in (AUTO, RECALL):
-        if not amount:
+        if text == name:
             return 0.5
         if re.fullmatch(r"[0-9]+", amount):
             return int(amount)

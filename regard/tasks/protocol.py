@@ -162,7 +162,7 @@ class Task(Protocol):
         memory_length: tokens of the memory, padding included, in a cross pattern; None in a self pattern.
         memory_vocab_size, memory_features: `vocab_size` and `features` of the memory.
         target_features: columns of a float memory that hold the past of the targets, in the order of the targets; None
-            for the first `num_targets` columns.
+            for the first `num_targets` columns, empty if none do.
         generates: number of tokens to generate for each held-out item, to be scored by :meth:`score_generated` instead
             of :meth:`score`; None when logits are scored.
         stop_tokens: tokens that end a generated sequence.

@@ -60,6 +60,7 @@ class SpeechTask(Task):
     pattern = Pattern.NONCAUSAL_CROSS
     objective = "regression"
     features, num_targets = 3, MELS
+    target_features = ()
     metric = "MCD"
     higher_is_better = False
 

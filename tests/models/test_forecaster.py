@@ -137,6 +137,18 @@ def test_a_horizon_of_which_nothing_is_known():
     assert count_parameters(bare.config) < count_parameters(make_model().config)
 
 
+@pytest.mark.parametrize("quantiles", [(), (0.1, 0.9)])
+def test_values_that_the_memory_does_not_hold_are_predicted_as_they_are(quantiles):
+    model = make_model(target_features=(), num_targets=7, quantiles=quantiles)
+    inputs, memory = batch()
+    output = model(inputs, memory).output
+    assert output.shape == (3, 5, 7, *([2] if quantiles else []))
+    raw = make_model(target_features=(), num_targets=7, quantiles=quantiles, normalize="none")
+    raw.load_state_dict(model.state_dict())
+    assert torch.equal(raw(inputs, memory).output, output)
+    assert torch.isfinite(model.loss(inputs, memory, torch.randn(3, 5, 7, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("cross", ["softmax", "linear", "mamba2"])
 def test_half_precision_is_near_single_and_keeps_the_level(cross):
     model = make_model(cross)

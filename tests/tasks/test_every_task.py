@@ -11,7 +11,9 @@ import torch
 from task_data import SMALL, for_any_task, items, made, refused, save_json, words
 
 from regard.contract import Unsupported
+from regard.models import build_model, config_for
 from regard.tasks import TASKS, Scored, check_task, create_task, list_tasks
+from regard.training import TrainConfig, evaluate, train
 
 READERS = [
     "text",
@@ -68,6 +70,18 @@ def test_held_out_items_do_not_depend_on_the_batch_size(name, tmp_path):
     assert len(set(whole)) == len(whole)
     if name not in ("forecast", "upscale"):  # split by time and by photo
         assert whole != items(made(name, tmp_path, seed=1).evaluation_batches(64))
+
+
+def test_its_model_is_trained_and_scored(name, tmp_path):
+    task = made(name, tmp_path)
+    layers = "softmax" if task.grid is None or len(task.grid) < 3 else "fnet"
+    longest = max(task.length, task.memory_length or 0)
+    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "positions": "auto", "max_length": longest}
+    model = build_model(config_for(task, layers, **sizes))
+    before = [parameter.clone() for parameter in model.parameters()]
+    train(model, task, TrainConfig(steps=1, batch_size=2, measure_memory=False))
+    assert any(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    assert np.isfinite(evaluate(model, task, 64).score)
 
 
 TEXTS = {"text": "documents", "documents": "items", "matching": "items", "summarize": "pairs"}
