@@ -538,6 +538,7 @@ BAD = {
     "an unknown place": (lambda _: {"keep_layers": "left:1"}, "'left:1'.*bottom:NUMBER"),
     "a layer out of range": (lambda _: {"keep_layers": [0, 7]}, "layer 7 of a model of 2 layers"),
     "all layers kept": (lambda _: {"keep_layers": "auto:1.0"}, "leaves no layer"),
+    "no number of layers": (lambda _: {"keep_layers": "auto:"}, "auto, auto:SHARE"),
     "a layer of its own": (lambda _: {"mechanism": "mamba2:d_state=16"}, "a layer of its own.*gated_linear:gate=step"),
     "another setting": (lambda _: {"epochs": 3}, "setting 'epochs'"),
     "long lengths": (lambda _: {"lengths": (512,)}, "512,.* of a model of 256 positions.*try lengths"),
