@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Role
+from regard.core.precision import wide
 from regard.models.layer_plan import layer_accepts
 
 if TYPE_CHECKING:
@@ -51,15 +52,17 @@ def options_on(entry: tuple[str, Mapping[str, Any]], grid: tuple[int, int], *, b
 
 
 def resize_positions(
-    table: Float[Tensor, "p c"], before: int, old: tuple[int, int], new: tuple[int, int], mode: str
-) -> Float[Tensor, "p2 c"]:
-    """Interpolate a position table to another grid; the rows of class tokens are kept. Bicubic interpolation averages
-    (`antialias`), as timm's does."""
+    table: Float[Tensor, "*b p c"], before: int, old: tuple[int, int], new: tuple[int, int], mode: str = "bicubic"
+) -> Float[Tensor, "*b p2 c"]:
+    """Interpolate position tables to another grid, in at least float32; the rows of class tokens are kept. Bicubic
+    interpolation averages (`antialias`), as timm's does."""
     if old == new:
         return table
-    image = table[before:].mT.unflatten(-1, old)[None]
-    resized = F.interpolate(image, new, mode=mode, align_corners=False, antialias=mode == "bicubic")[0].flatten(1).mT
-    return torch.cat([table[:before], resized])
+    classes, places = table[..., :before, :], wide(table[..., before:, :])
+    images = places.mT.unflatten(-1, old).reshape(-1, places.shape[-1], *old)
+    resized = F.interpolate(images, new, mode=mode, align_corners=False, antialias=mode == "bicubic")
+    fitted = resized.flatten(2).mT.reshape(*places.shape[:-2], -1, places.shape[-1])
+    return torch.cat([classes, fitted.to(table.dtype)], -2)
 
 
 def agent_table(name: str, value: Tensor) -> tuple[str, Tensor]:

@@ -41,8 +41,8 @@ from regard.models.vision.tnt import (
     initialise,
     learned,
     make_attention,
+    on_grid,
     renamed,
-    resize_positions,
 )
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class PyramidTNT(Backbone):
             if name in found:
                 found[name] = _resize_pairs(found[name], grid, (grid[0] // reduction, grid[1] // reduction))
         if "outer_positions" in found:
-            found["outer_positions"] = resize_positions(found["outer_positions"], config.grids[0])
+            found["outer_positions"] = on_grid(found["outer_positions"], config.grids[0])
         return found
 
 
@@ -370,6 +370,6 @@ def _initialise_convolutions(module: nn.Module) -> None:
 def _resize_pairs(table: Float[Tensor, "1 h n m"], grid: tuple[int, int], keys: tuple[int, int]) -> Tensor:
     """Resize the pair biases to other grids of queries and keys."""
     heads, n = table.shape[1], table.shape[2]
-    by_key = resize_positions(table.permute(0, 3, 1, 2).flatten(2), keys)
+    by_key = on_grid(table.permute(0, 3, 1, 2).flatten(2), keys)
     by_query = by_key.unflatten(2, (heads, n)).permute(0, 3, 2, 1).flatten(2)
-    return resize_positions(by_query, grid).unflatten(2, (heads, math.prod(keys))).transpose(1, 2)
+    return on_grid(by_query, grid).unflatten(2, (heads, math.prod(keys))).transpose(1, 2)

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Pattern, Unsupported, at_least, one_of
 from regard.core.grids import tokens_of
-from regard.core.precision import wide_dtype
 from regard.create import create_layer
 from regard.layers.attention import AttentionLayer
 from regard.layers.base import Layer
@@ -38,6 +37,7 @@ from regard.layers.residual import add_feed_forward, fused_attention
 from regard.models.layer_plan import check_plan, read_plan
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of
 from regard.models.vision.blocks import Blocks
+from regard.models.vision.patch_tokens import resize_positions
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -246,7 +246,7 @@ class TNT(Backbone):
         table = found.get("outer_positions")
         if table is not None:
             prefix = int(config.pool == "class")
-            places = resize_positions(table[:, prefix:], config.grid)
+            places = on_grid(table[:, prefix:], config.grid)
             found["outer_positions"] = torch.cat([table[:, :prefix], places], 1)
         return found
 
@@ -445,8 +445,8 @@ def cut(maps: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "bn c p p"]:
     return squares.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).permute(0, 3, 1, 2)
 
 
-def resize_positions(table: Float[Tensor, "1 n c"], grid: tuple[int, int]) -> Float[Tensor, "1 m c"]:
-    """Interpolate a square position table to another grid (bicubic); kept as it is if the number of positions is equal.
+def on_grid(table: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b m c"]:
+    """Interpolate square position tables to another grid (bicubic), unless the number of positions is equal.
 
     Raises:
         Unsupported: for a table of another number of positions that is not square.
@@ -457,5 +457,4 @@ def resize_positions(table: Float[Tensor, "1 n c"], grid: tuple[int, int]) -> Fl
     side = math.isqrt(places)
     if side * side != places:
         raise Unsupported(f"positions of {places} places on a grid {grid}", supported="square tables, or the same size")
-    maps = map_of(table, (side, side)).to(wide_dtype(table))
-    return tokens_of(F.interpolate(maps, grid, mode="bicubic", antialias=True)).to(table.dtype)
+    return resize_positions(table, 0, (side, side), grid)

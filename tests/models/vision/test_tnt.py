@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regard.contract import Context
 from regard.core.grids import tokens_of
 from regard.models.vision import create_backbone
-from regard.models.vision.tnt import TNT, TNTConfig, TransformerBlock, cut, resize_positions
+from regard.models.vision.tnt import TNT, TNTConfig, TransformerBlock, cut, on_grid
 
 SMALL: dict[str, Any] = {
     "patch": 8,
@@ -211,7 +211,7 @@ def test_tables_of_another_size_are_interpolated_and_the_class_token_s_row_is_ke
     close(plane[3:5, 1], torch.tensor([16.25, 16.75], dtype=torch.float64), 1e-6)
     for name in ("inner_positions", "words.weight"):
         assert torch.equal(new.state_dict()[name], state[name])
-    refused("square tables", resize_positions, torch.zeros(1, 6, 2), (4, 4))
+    refused("square tables", on_grid, torch.zeros(1, 6, 2), (4, 4))
 
 
 def test_linear_maps_begin_small_and_a_mechanism_s_own_as_it_wants() -> None:
