@@ -17,6 +17,7 @@ import inspect
 import json
 import re
 import statistics
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -798,8 +799,8 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
         "where the name ends so: BiFormer and VMamba begin with a quarter of the sides), one learning rate for all, and the "
         "last weights (`benchmarks/fashion_mnist.py`). Training images are left as they are (`none`), half of them are "
         "mirrored (`flip`), or they are shifted too (`light`). Sizes are those of this project for small images and are not "
-        "matched, and nothing is tuned to any of them: the order says what came of so much time on that machine. With two seeds or more the error is the standard error over seeds, with one that of the "
-        "share of test images. Speeds are of batches of 64, medians of all models in turn in one process.",
+        "matched, and nothing is tuned to any of them: the order says what came of so much time on a machine. With two seeds "
+        "or more the error is the standard error over seeds, with one that of the share of test images. Speeds are of batches of 64, medians of all models in turn in one process.",
     ]
     if data is None or not data["cells"]:
         return [*parts, "Not measured in this build of the pages: `python benchmarks/fashion_mnist.py` does it."]
@@ -807,6 +808,8 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
     budget = max(budgets, key=budgets.count)
     cells = [cell for cell, own in zip(data["cells"], budgets, strict=True) if own == budget]
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    machines = sorted({machine_of(cell) for cell in cells})
+    letters = dict(zip(machines, string.ascii_uppercase, strict=False))
     for cell in cells:
         groups.setdefault((cell["model"], cell["augment"], cell["precision"]), []).append(cell)
 
@@ -815,14 +818,14 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
 
     scores = {key: [cell["accuracy"] for cell in group] for key, group in groups.items()}
     rows = []
-    for (name, augment, precision), found in sorted(scores.items(), key=lambda entry: -mean(entry[1])):
-        share, own = mean(found), groups[name, augment, precision][0]
+    for key, found in sorted(scores.items(), key=lambda entry: -mean(entry[1])):
+        (name, augment, precision), share, own = key, mean(found), groups[key][0]
         spread = statistics.stdev(map(float, found)) if len(found) > 1 and share >= 0 else None  # type: ignore[arg-type]
         error = spread / len(found) ** 0.5 if spread is not None else (max(share * (1 - share), 0) / budget[1]) ** 0.5
         speed = data["speeds"].get(name)
         shown = ["—"] * 4
         if speed is not None:
-            memory = (f"{speed[key] / 2**20:,.0f}" for key in ("training_bytes", "inference_bytes"))
+            memory = (f"{speed[kind] / 2**20:,.0f}" for kind in ("training_bytes", "inference_bytes"))
             shown = [f"{speed['training']:,.0f}", f"{speed['inference']:,.0f}", *memory]
         accuracy = f"{share:.2%} ± {error:.2%}" if share >= 0 else "diverged"
         rows.append(
@@ -834,6 +837,7 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
                 str(len(found)),
                 f"{own['parameters']:,}",
                 f"{own['steps']:,}",
+                *([] if len(machines) == 1 else ["".join(sorted({letters[machine_of(cell)] for cell in groups[key]}))]),
                 *shown,
             )
         )
@@ -845,17 +849,19 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
         "seeds",
         "parameters",
         "steps",
+        *([] if len(machines) == 1 else ["on"]),
         "images/s, training",
         "images/s, inference",
     )
     headings += ("MiB, training", "MiB, inference")
-    threads = {(cell["cpu"], cell["threads"]) for cell in cells}
-    machines = sorted(f"{cpu} with {count} thread{'s' * (count != 1)}" for cpu, count in threads)
-    parts += [
-        f"{budget[0]:g} minutes a run; {budget[1]:,} test images; trained on {', '.join(machines)}.",
-        table(headings, rows),
-    ]
-    return parts
+    on = f"on {machines[0]}." if len(machines) == 1 else ", ".join(f"on {it} ({letters[it]})" for it in machines) + ". "
+    if len(machines) > 1:
+        on += "A slower machine takes fewer steps in the same time, so compare rows of one."
+    return [*parts, f"{budget[0]:g} minutes a run; {budget[1]:,} test images; trained {on}", table(headings, rows)]
+
+
+def machine_of(cell: Mapping[str, Any]) -> str:
+    return f"{cell['cpu']} with {cell['threads']} thread{'s' * (cell['threads'] != 1)}"
 
 
 def _resolution(data: Mapping[str, Any] | None) -> list[str]:

@@ -264,6 +264,10 @@ def test_backbones_are_in_the_order_of_their_accuracy_with_its_error():
     )
     assert "vim_nano` | none | bfloat16 | diverged" in rows[3] and len(rows) == 4
     assert "20 minutes a run; 10,000 test images; trained on a CPU with 2 threads." in page
+    slower = {**cells[1], "cpu": "another CPU"}
+    page = generate.fashion_page({"cells": [*cells, slower], "speeds": {}}, None)
+    assert "trained on a CPU with 2 threads (A), on another CPU with 2 threads (B). A slower" in page
+    assert "| 3 | 1,000 | 50 | AB | —" in page and "| 1 | 1,000 | 50 | A | —" in page
     assert "python benchmarks/resolution.py" in page and "benchmarks/fashion_mnist.py` does it" not in page
 
 
