@@ -768,8 +768,20 @@ def _ranked_tasks(data: Mapping[str, Any], heading: str | None = None) -> list[s
         ]
         rule = data["baselines"].get(task)
         if rule:
-            parts.append(f"Without training, {rule['name']} scores {rule['score']:.4g}.")
+            parts.append(f"Without training, {rule['name']} scores {rule['score']:.4g}.{_not_better(own)}")
     return parts
+
+
+def _not_better(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The sentence on mechanisms that are not shown to be better than the rule."""
+    level, behind = (
+        [f"`{entry['mechanism']}`" for entry in entries if entry.get("beside_baseline") == standing]
+        for standing in ("level", "behind")
+    )
+    if entries and len(level) + len(behind) == len(entries):
+        return " No mechanism is shown to be better."
+    said = [(level, "not told apart from it"), (behind, "worse")]
+    return "".join(f" {', '.join(names)}: {told}." for names, told in said if names)
 
 
 def _ranked(entry: Mapping[str, Any]) -> tuple[str, ...]:

@@ -428,3 +428,18 @@ def test_other_tasks_have_sections_of_their_own_in_the_ranking(tmp_path, monkeyp
     assert all("Budget 41k tokens" in section for section in sections)
     rows = [re.findall(r"^\| (?:\d+|—) \| \[(\w+)\]", section, re.MULTILINE) for section in sections]
     assert sorted(rows[0]) == ["linear", "softmax"] and rows[1] == ["linear"]
+
+
+def test_the_ranking_says_which_mechanisms_are_not_better_than_the_rule():
+    def told(*standings):
+        entries = [{"task": "pairs", "mechanism": f"m{i}", "beside_baseline": it} for i, it in enumerate(standings)]
+        more = {"mean": 0.5, "standard_error": 0.1, "inference_ms": 1.0, "seeds": 3, "solved": None, "rank": 1}
+        more |= dict.fromkeys(("decode_tokens_per_second", "state_bytes", "separable_from_best"))
+        data = {"tasks": ["pairs"], "entries": [{**entry, **more} for entry in entries]}
+        data |= {"settings": {"table and picture at": "8 tokens"}, "descriptions": {"pairs": "pairs"}}
+        data["baselines"] = {"pairs": {"name": "a rule", "score": 0.4}}
+        return "\n".join(generate._ranked_tasks(data)).partition("a rule scores 0.4.")[2]
+
+    assert told("ahead", "ahead") == told(None) == ""
+    assert told("ahead", "level", "behind", "level") == " `m1`, `m3`: not told apart from it. `m2`: worse."
+    assert told("behind", "level") == " No mechanism is shown to be better."
