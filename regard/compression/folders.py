@@ -44,6 +44,7 @@ from regard.models import save_pretrained
 from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.pretrained import CONFIG, TOKENS, read_pretrained
 from regard.models.registry import MODELS
+from regard.models.vision.tnt import TNT
 from regard.models.vision.vit import VisionTransformer
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors
 from regard.version import VERSION
@@ -57,6 +58,8 @@ OWN_WEIGHTS = "compressed.safetensors"
 OWN_TIMM = "compressed_by_regard"
 """A made-up architecture name in ``config.json``, which timm refuses for the same reason."""
 LIBRARIES = ("regard", "transformers", "timm", "other")
+OWN_HOSTS = {VisionTransformer: "vit_t", TNT: "tnt_s"}
+"""Models of regard that may choose their patches, and a name under which an ImageModel builds them."""
 BESIDE = ("training.json", "tokenizer.json")
 """Files of a `regard train` folder that a compressed model still needs."""
 
@@ -88,13 +91,14 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
 def save_choosing(model: ChoosingTransformer, folder: str | os.PathLike[str]) -> None:
     """Write a vision transformer that has learned which patches to keep; see :meth:`ChoosingTransformer.save`."""
     whole: nn.Module = model
-    if isinstance(model.model, VisionTransformer):
+    name = next((name for kind, name in OWN_HOSTS.items() if isinstance(model.model, kind)), None)
+    if name is not None:
         config = model.model.config
         task = {"image_size", "channels", "num_classes"}
         options = {name: value for name, value in asdict(config).items() if name not in task}
         with torch.device("meta"):
             whole = ImageModel(
-                ImageModelConfig("vit_t", model.num_classes, config.grid, config.patch, config.channels, options)
+                ImageModelConfig(name, model.num_classes, config.grid, config.patch, config.channels, options)
             )
         whole.backbone = model
     _write(whole, Path(folder), None)

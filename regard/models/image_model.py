@@ -148,7 +148,7 @@ class ImageModel(nn.Module):
     @property
     def unsaved(self) -> str:
         """What was changed in the model that its config does not tell, in words; empty if nothing was."""
-        backbone = self.backbone
+        backbone = getattr(self.backbone, "model", self.backbone)  # inside a module that leaves out tokens
         changed = isinstance(backbone, Backbone) and backbone.global_pool != backbone.pools[0]
         return f"global_pool={backbone.global_pool!r} of its backbone" if changed else ""
 

@@ -23,25 +23,48 @@ from regard.compression.tokens import (
     train_dynamic,
     train_interpreters,
 )
+from regard.compression.tokens.hosts import host_of
 from regard.compression.tokens.reducers import DROPPED
 from regard.compression.tokens.trained import ChoosingTransformer
 from regard.models import save_pretrained
+from regard.models.vision.tnt import TNT, TNTConfig
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
 
 timm = pytest.importorskip("timm")
 SMALL: dict[str, Any] = {"image_size": 32, "patch": 8, "dim": 12, "num_layers": 3, "num_heads": 2, "num_classes": 5}
 PATCHES = 16
+TINY_TNT: dict[str, Any] = {
+    "image_size": 32,
+    "patch": 8,
+    "stride": 4,
+    "width": 12,
+    "heads": 2,
+    "inner_width": 6,
+    "inner_heads": 2,
+    "depth": 3,
+    "num_classes": 5,
+}
 KINDS = {"dynamicvit": DynamicTransformer, "ia_red2": InterpretedTransformer}
+VIT, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
+AVERAGED = {"global_pool": "avg", "fc_norm": False}
+HEADS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "class": (VIT, {}, {}),
+    "distilled": (DISTILLED, {}, {"distillation_token": True}),
+    "mean": (VIT, AVERAGED | {"class_token": False}, {"pool": "mean"}),
+    "mean beside a class token": (VIT, AVERAGED, {}),
+}
+"""For each head its name and options in timm, and options here."""
 
 
-def of_timm(name: str = "vit_tiny_patch16_224", **changed: Any) -> Any:
+def of_timm(name: str = VIT, **changed: Any) -> Any:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2, "num_classes": 5}
     return timm.create_model(name, **sizes, **changed).double().eval()
 
 
 def choosing(method: str, host: Any) -> Any:
     """A model that keeps other patches in each image."""
-    model = KINDS[method](host).double().eval()
+    asked = {"query": "policy"} if method == "ia_red2" and not host_of(host).class_token else {}
+    model = KINDS[method](host, **asked).double().eval()
     for name, parameter in model.named_parameters():
         if not name.startswith("model."):
             torch.nn.init.normal_(parameter, std=0.5)
@@ -52,12 +75,14 @@ def images(batch: int = 4) -> Tensor:
     return torch.randn(batch, 3, 32, 32, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("method", KINDS)
-def test_a_model_of_timm_keeps_the_same_patches_as_the_same_model_here(method: str, name: str) -> None:
-    other = of_timm(name)
-    distilled = "distilled" in name
-    own = VisionTransformer(VisionTransformerConfig(**SMALL, distillation_token=distilled)).double().eval()
+def test_a_model_of_timm_keeps_the_same_patches_as_the_same_model_here(method: str, head: str) -> None:
+    name, options, config = HEADS[head]
+    other = of_timm(name, **options)
+    own = VisionTransformer(VisionTransformerConfig(**SMALL, **config)).double().eval()
+    if head == "mean beside a class token":
+        own.reset_classifier(5, "avg")
     own.load_released(other.state_dict())
     models = choosing(method, own), choosing(method, other)
     choosers = getattr(models[0], models[0].choosers).state_dict()
@@ -65,7 +90,8 @@ def test_a_model_of_timm_keeps_the_same_patches_as_the_same_model_here(method: s
     x = images()
     close(models[1](x), models[0](x))
     places = [model.tokens.places for model in models]
-    assert torch.equal(*places) and (places[0][:, : 1 + distilled] == torch.arange(1 + distilled)).all()
+    first = models[0].host.protected
+    assert torch.equal(*places) and (places[0][:, :first] == torch.arange(first)).all()
     for masked in (
         ({"sampled": False}, {"generator": torch.Generator().manual_seed(0)}) if method == "dynamicvit" else ({},)
     ):
@@ -75,6 +101,25 @@ def test_a_model_of_timm_keeps_the_same_patches_as_the_same_model_here(method: s
             result: Any = model.forward_masked(x, **given)
             found.append(result[0] if isinstance(result, tuple) else result.logits)
         close(found[1], found[0])
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("method", KINDS)
+def test_registers_stay_and_are_no_part_of_an_average(method: str, class_token: bool) -> None:
+    host, x = of_timm(reg_tokens=2, class_token=class_token, global_pool="avg"), images()
+    model = choosing(method, host)
+    model.threshold = 0.4
+    logits, first = model(x), 2 + class_token
+    masked: Any = model.forward_masked(x, **({"sampled": False} if method == "dynamicvit" else {}))
+    close(logits, masked.logits if method == "dynamicvit" else masked[0], 1e-4)
+    tokens = model.tokens
+    assert (tokens.places[:, :first] == torch.arange(first)).all() and tokens.protected == first
+    kept, features = tokens.sizes.clone(), host.norm(tokens.x)
+    kept[:, :first] = 0
+    pooled = (features * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
+    close(logits, host.head(host.fc_norm(pooled)))
+    if not class_token:
+        refused("try query='policy'", InterpretedTransformer, host)
 
 
 def test_norms_and_gates_of_timms_attention_are_in_a_pass_under_masks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,16 +199,40 @@ def test_around_a_model_here_they_are_saved_alone_or_in_an_image_model(method: s
     assert record["tokens"] == model.tokens_record
 
 
-def test_hosts_that_do_not_fit_are_refused() -> None:
+@pytest.mark.parametrize("pool", ["class", "mean"])
+@pytest.mark.parametrize("method", KINDS)
+def test_around_a_tnt_they_are_trained_and_saved(method: str, pool: str, tmp_path: Path) -> None:
+    model, x = choosing(method, TNT(TNTConfig(**TINY_TNT, pool=pool, vanilla=(1,)))), images()
+    before, batch = copy.deepcopy(model.state_dict()), (x[:2], torch.tensor([0, 1]))
+    if method == "dynamicvit":
+        train_dynamic(model, lambda step: batch, steps=1)
+    else:
+        train_interpreters(model, lambda step: batch, policy_steps=1, block_steps=1)
+    moved = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"model", model.choosers}
+    model.save(tmp_path)
+    found: Any = load_compressed(tmp_path)
+    assert found.backbone.options == model.options and torch.equal(found.backbone(x), model(x))
+
+
+def test_a_head_that_the_config_does_not_tell_is_not_saved(tmp_path: Path) -> None:
     averaging = VisionTransformer(VisionTransformerConfig(**SMALL))
     averaging.reset_classifier(5, "avg")
+    for method in KINDS:
+        refused("global_pool='avg'", choosing(method, averaging).save, tmp_path)
+
+
+def test_hosts_that_do_not_fit_are_refused() -> None:
+    unpooled = VisionTransformer(VisionTransformerConfig(**SMALL))
+    unpooled.reset_classifier(0, "")
+    neither = "whose head reads neither a class token nor the average of the patches"
     for words, host in (
-        ("whose head does not read a class token", of_timm(global_pool="avg")),
+        (neither, of_timm(global_pool="max")),
+        (neither, of_timm(global_pool="avg", pool_include_prefix=True)),
         ("that drops patches at random", of_timm(patch_drop_rate=0.5)),
         ("with a ResPostBlock", of_timm(block_fn=timm.models.vision_transformer.ResPostBlock)),
         ("fewer tokens in a Linear", torch.nn.Linear(2, 2)),
-        ("without a class token", VisionTransformer(VisionTransformerConfig(**SMALL, pool="mean"))),
-        ("whose head does not read a class token", averaging),
+        ("without a pool", unpooled),
     ):
         for kind in KINDS.values():
             refused(words, kind, host)

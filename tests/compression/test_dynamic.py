@@ -10,6 +10,7 @@ import torch
 from support import close, load, recorded_state, refused
 from torch import Tensor
 
+from regard import Context
 from regard.compression.tokens import dynamic
 from regard.compression.tokens.dynamic import (
     DynamicTransformer,
@@ -20,6 +21,7 @@ from regard.compression.tokens.dynamic import (
     softmax_under,
     train_dynamic,
 )
+from regard.models.vision.tnt import TNT, TNTConfig
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
 
 SMALL: dict[str, Any] = {"image_size": 32, "patch": 8, "dim": 16, "num_layers": 4, "num_heads": 2, "num_classes": 5}
@@ -28,7 +30,18 @@ PATCHES = 16
 
 
 ROUTED = [("mixture_of_heads", {"shared_heads": 1, "active_heads": 2, "mechanism_options": {"bias": True}})] * 4
-KINDS: dict[str, dict[str, Any]] = {
+TINY_TNT: dict[str, Any] = {
+    "image_size": 32,
+    "patch": 8,
+    "stride": 4,
+    "width": 16,
+    "heads": 2,
+    "inner_width": 6,
+    "inner_heads": 2,
+    "depth": 4,
+    "num_classes": 5,
+}
+KINDS: dict[str, Any] = {
     "plain": {},
     "a mixture of heads": {"plan": ROUTED, "num_heads": 4},
     "norms, and keys for two heads each": {"plan": [("softmax", {"query_key_norm": "rms", "num_kv_heads": 1})] * 4},
@@ -36,13 +49,26 @@ KINDS: dict[str, dict[str, Any]] = {
     "rotary of rows and columns": {"positions": "rotary", "position_options": {"axes": 2}},
     "encoded positions": {"positions": "seqpe_mul"},
     "distillation": {"distillation_token": True},
+    "mean": {"pool": "mean"},
+    "mean, rotary": {"pool": "mean", "positions": "rotary", "position_options": {"axes": 2}},
+    "mean beside a class token": {},
+    "TNT": TNTConfig(**TINY_TNT, vanilla=(1,)),
+    "TNT, mean": TNTConfig(**TINY_TNT, pool="mean"),
 }
 
 
-def pruned(changed: dict[str, Any] | None = None, **options: Any) -> DynamicTransformer:
+def pruned(kind: str = "plain", **options: Any) -> DynamicTransformer:
     """A model whose predictors distinguish patches."""
-    config = VisionTransformerConfig(**SMALL | (changed or {}))
-    model = DynamicTransformer(VisionTransformer(config), **options).double().eval()
+    config, host = KINDS[kind], None
+    if isinstance(config, TNTConfig):
+        host = TNT(config)
+        for parameter in host.blocks.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    else:
+        host = VisionTransformer(VisionTransformerConfig(**SMALL | config))
+    if "beside" in kind:
+        host.reset_classifier(5, "avg")
+    model = DynamicTransformer(host, **options).double().eval()
     for predictor in model.predictors:
         for linear in (predictor.inner, *predictor.outer):
             torch.nn.init.normal_(linear.weight, std=0.5)
@@ -96,7 +122,7 @@ def test_a_policy_of_ones_is_softmax_and_a_masked_key_gets_nothing(monkeypatch: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_patches_left_out_and_patches_masked_give_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = pruned(KINDS[kind]), images()
+    model, x = pruned(kind), images()
     found = model.forward_masked(x, sampled=False)
     logits, places = model.forward_dropping(x)
     close(logits, found.logits, 1e-4)
@@ -109,6 +135,40 @@ def test_patches_left_out_and_patches_masked_give_the_same(kind: str, monkeypatc
         assert torch.equal(torch.zeros_like(decision).scatter(1, place, 1.0), decision)
     model.shares = 1.0
     close(model(x), model.model(x))
+
+
+@pytest.mark.parametrize("kind", ["mean", "mean beside a class token", "TNT", "TNT, mean"])
+def test_the_logits_are_those_of_blocks_run_on_the_patches_that_are_left(kind: str) -> None:
+    model, x = pruned(kind), images()
+    found, places = model.forward_dropping(x)
+    host: Any = model.model
+    first = model.host.protected
+    for row in range(len(x)):
+        own = x[row : row + 1]
+        words, tokens = host.embed(own) if isinstance(host, TNT) else (None, host.embed(own))
+        left = torch.arange(PATCHES)
+        for number, block in enumerate(host.blocks):
+            if number in model.stages:
+                kept = places[model.stages.index(number)][row]
+                chosen = torch.searchsorted(left, kept)
+                left, tokens = kept, torch.cat([tokens[:, :first], tokens[:, first:][:, chosen]], 1)
+                words = None if words is None else words[chosen]
+            if words is None:
+                tokens = block(tokens, context=Context()).output
+            else:
+                words, tokens = block(words, tokens, Context())
+        features = host.norm(tokens)
+        pooled = features[:, first:].mean(1) if host.global_pool == "avg" else features[:, 0]
+        close(found[row : row + 1], host.head(pooled))
+
+
+def test_where_patches_are_averaged_predictors_learn_from_the_average_too() -> None:
+    model, x = pruned("mean", blocks=[3]), images()
+    for parameter in model.model.blocks[3].parameters():
+        torch.nn.init.zeros_(parameter)  # no attention: patches that are not kept count in the average alone
+    logits = model.forward_masked(x, generator=torch.Generator().manual_seed(0)).logits
+    gradients = torch.autograd.grad(logits.square().sum(), [predictor.norm.weight for predictor in model.predictors])
+    assert all((gradient != 0).any() for gradient in gradients)
 
 
 def test_keeping_more_drops_none_kept_before_and_shares_may_change() -> None:
@@ -200,7 +260,8 @@ def test_training_meets_the_shares_and_goes_on_where_it_was_stopped(tmp_path: Pa
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    refused("class token", DynamicTransformer, VisionTransformer(VisionTransformerConfig(**SMALL | {"pool": "mean"})))
+    refused("an excitation", DynamicTransformer, TNT(TNTConfig(**TINY_TNT, excitation=True)))
+    refused("plain softmax, also", DynamicTransformer, TNT(TNTConfig(**TINY_TNT, mixer="linear")))
     refused("0 to 3", pruned, blocks=[4])
     refused("a share for each", pruned, keep=[0.5, 0.4])
     refused("a share for each", pruned, keep=0.0)

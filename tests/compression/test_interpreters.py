@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,37 @@ from regard.compression.tokens.interpreters import (
     reward,
     train_interpreters,
 )
+from regard.models.vision.tnt import TNT, Block, TNTConfig
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
+from regard.positions.none import NoPositions
 
 SMALL: dict[str, Any] = {"image_size": 32, "patch": 8, "dim": 12, "num_layers": 3, "num_heads": 6, "num_classes": 5}
 TOKENS = 17
 
 
 ROUTED = ("mixture_of_heads", {"shared_heads": 2, "active_heads": 2, "mechanism_options": {"bias": True}})
-KINDS: dict[str, dict[str, Any]] = {
+TINY_TNT: dict[str, Any] = {
+    "image_size": 32,
+    "patch": 8,
+    "stride": 4,
+    "width": 12,
+    "heads": 3,
+    "inner_width": 6,
+    "inner_heads": 2,
+    "depth": 3,
+    "num_classes": 5,
+}
+AVERAGING: dict[str, Any] = {
+    "mean": {"pool": "mean"},
+    "mean, rotary": {"pool": "mean", "positions": "rotary", "position_options": {"axes": 2}, "num_heads": 3},
+    "mean, agents": {"pool": "mean", "plan": [("agent", {"num_agents": 4}), "softmax", "universal_rpe"]},
+    "mean beside a class token": {},
+    "TNT, mean": TNTConfig(**TINY_TNT, pool="mean"),
+    "TNT, mean beside a class token": TNTConfig(**TINY_TNT),
+}
+KINDS: dict[str, Any] = AVERAGING | {
+    "TNT": TNTConfig(**TINY_TNT, vanilla=(1,)),
+    "TNT, rotary": TNTConfig(**TINY_TNT, mixer_options={"positions": "rotary"}),
     "a mixture of heads": {"plan": [ROUTED] * 3},
     "agents": {"plan": [("agent", {"num_agents": 4})] * 3},
     "agents with biases": {"plan": [("agent", {"num_agents": 4, "agent_bias": "all"}), "softmax", "softmax"]},
@@ -42,10 +66,19 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def interpreted(config: dict[str, Any] | None = None, **changed: Any) -> InterpretedTransformer:
+def interpreted(kind: str = "plain", **changed: Any) -> InterpretedTransformer:
     """A model with scores on both sides of the threshold."""
-    vit = VisionTransformer(VisionTransformerConfig(**SMALL | (config or {})))
-    model = InterpretedTransformer(vit, **changed).double().eval()
+    config, host = KINDS.get(kind, {}), None
+    if isinstance(config, TNTConfig):
+        host = TNT(config)
+        for parameter in host.blocks.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    else:
+        host = VisionTransformer(VisionTransformerConfig(**SMALL | config))
+    if "beside" in kind:
+        host.reset_classifier(5, "avg")
+    query = "class" if host.pools[0] == "token" else "policy"
+    model = InterpretedTransformer(host, **{"query": query, **changed}).double().eval()
     for interpreter in model.interpreters:
         for linear in (interpreter.query, interpreter.key):
             torch.nn.init.normal_(linear.weight)
@@ -123,7 +156,7 @@ def test_tokens_left_out_and_tokens_masked_give_the_same_logits(query: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_any_kind_are_the_same_on_tokens_left_out_and_masked(kind: str) -> None:
-    model, x = interpreted(KINDS[kind]), images(8)
+    model, x = interpreted(kind), images(8)
     logits, decisions = model.forward_masked(x)
     assert len(set(decisions[0].stays.sum(1).tolist())) > 1 and not decisions[0].stays.all()
     close(model(x), logits)
@@ -133,12 +166,60 @@ def test_layers_of_any_kind_are_the_same_on_tokens_left_out_and_masked(kind: str
     close(model.forward_masked(x)[0], model.model(x))
 
 
+def by_hand(model: InterpretedTransformer, x: Tensor, stays: Sequence[Tensor]) -> Tensor:
+    """Logits of one image: the blocks, one each decision, called on the tokens that stay (N,) alone."""
+    host: Any = model.model
+    words, tokens = host.embed(x) if isinstance(host, TNT) else (torch.zeros(TOKENS), host.embed(x))
+    left, first = torch.arange(tokens.shape[1]), model.host.protected
+    for block, kept in zip(host.blocks, stays, strict=True):
+        here, left = kept[left], left[kept[left]]
+        tokens, context = tokens[:, here], Context(grid=(4, 4), positions=left[None])
+        if isinstance(block, Block):
+            plain = isinstance(block.outer.attention.positions, NoPositions)
+            context = Context() if plain else context.replace(grid=None)
+            words, tokens = block(words[here[first:]], tokens, context)
+        else:
+            tokens = block(tokens, context=context).output
+    features = host.norm(tokens)
+    return host.head(features[:, first:].mean(1) if host.global_pool == "avg" else features[:, 0])
+
+
+ALONE = ["mean", "mean, rotary", "mean beside a class token", *(kind for kind in KINDS if "TNT" in kind)]
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_row_is_the_blocks_run_on_its_tokens_alone(kind: str) -> None:
+    model, x = interpreted(kind), images()
+    model.threshold = float(model.heat_map(x, 0).detach().mean())
+    _, decisions = model.forward_masked(x)
+    assert len(set(decisions[0].stays.sum(1).tolist())) > 1
+    found = model(x)
+    for row in range(4):
+        close(found[row : row + 1], by_hand(model, x[row : row + 1], [made.stays[row] for made in decisions]))
+
+
+@pytest.mark.parametrize("kind", AVERAGING)
+def test_where_patches_are_averaged_the_best_one_stays(kind: str) -> None:
+    model, x = interpreted(kind, threshold=1.0), images()
+    logits, decisions = model.forward_masked(x)
+    first = model.host.protected
+    best = decisions[0].scores[:, first:].argmax(1) + first
+    for made in decisions:
+        assert (made.stays.sum(1) == first + 1).all() and made.stays.gather(1, best[:, None]).all()
+    close(model(x), logits)
+    _, drawn = model.forward_masked(x, sampled=0, generator=torch.Generator().manual_seed(0))
+    stays, chances = drawn[0].stays[:, first:], drawn[0].scores[:, first:]
+    each = torch.where(stays, chances, 1 - chances).log().scatter(1, best[:, None] - first, 0.0)
+    close(drawn[0].log_probability, each.sum(1), 1e-6)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "softmax"])
 def test_rows_of_unequal_lengths_are_packed_without_padding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, seen = interpreted(KINDS.get(kind)), images(8), list[tuple[int, ...]]()
+    model, x, seen = interpreted(kind), images(8), list[tuple[int, ...]]()
     _, decisions = model.forward_masked(x)
     for block in model.model.blocks:
-        block.feed_forward.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape)))
+        network = block.outer.mlp if isinstance(block, Block) else block.feed_forward
+        network.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape)))
     packed = model(x)
     counts = [made.stays.sum(1) for made in decisions]
     assert len(counts[0].unique()) > 1
@@ -152,7 +233,7 @@ def test_rows_of_unequal_lengths_are_packed_without_padding(kind: str, monkeypat
 
 @pytest.mark.parametrize("kind", ["rotary", "rotary of rows and columns", "encoded positions"])
 def test_tokens_keep_their_positions(kind: str) -> None:
-    model, x = interpreted(KINDS[kind], groups=1), images()
+    model, x = interpreted(kind, groups=1), images()
     logits, (decision,) = model.forward_masked(x)
     hidden = torch.zeros(decision.stays.shape, dtype=torch.float64).masked_fill(~decision.stays, -torch.inf)
     tokens, context, _ = model.model.place(x)
@@ -163,7 +244,7 @@ def test_tokens_keep_their_positions(kind: str) -> None:
 
 
 def test_a_distillation_token_stays_and_is_no_part_of_a_decision() -> None:
-    model, x = interpreted({"distillation_token": True}, threshold=1.0), images()
+    model, x = interpreted("distillation", threshold=1.0), images()
     _, decisions = model.forward_masked(x)
     assert decisions[-1].stays.sum(1).tolist() == [2] * 4 and model.heat_map(x).shape == (4, 4, 4)
     _, drawn = model.forward_masked(x, sampled=0, generator=torch.Generator().manual_seed(0))
@@ -241,7 +322,8 @@ def test_an_untrained_policy_keeps_all_tokens_and_draws_most() -> None:
 
 
 def decided(stays: Tensor, scores: Tensor) -> Decision:
-    return Decision(scores.expand(len(stays), -1), stays, torch.ones_like(stays))
+    patches = torch.arange(stays.shape[1]).expand_as(stays) > 0
+    return Decision(scores.expand(len(stays), -1), stays, patches)
 
 
 def test_rewards_at_their_extremes() -> None:
@@ -349,5 +431,10 @@ def test_models_and_groups_that_do_not_fit_are_refused() -> None:
     refused("add up to 3", interpreted, groups=[1, 1])
     refused("add up to 3", interpreted, groups=2)
     refused("query", interpreted, query="patch")
-    other = VisionTransformer(VisionTransformerConfig(**{**SMALL, "pool": "mean"}))
-    refused("class token", InterpretedTransformer, other)
+    refused("try query='policy'", interpreted, "mean", query="class")
+    for kind in ("large_kernel", "bidirectional_mamba", "bilevel_routing"):
+        other: Any = VisionTransformer(VisionTransformerConfig(**SMALL | {"pool": "mean", "plan": kind}))
+        refused(f"{kind}, which reads the grid", InterpretedTransformer, other, query="policy")
+    other = TNT(TNTConfig(**TINY_TNT, pool="mean", mixer="large_kernel"))
+    refused("large_kernel, which reads the grid", InterpretedTransformer, other, query="policy")
+    refused("an excitation", InterpretedTransformer, TNT(TNTConfig(**TINY_TNT, excitation=True)))

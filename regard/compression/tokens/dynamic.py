@@ -19,6 +19,9 @@ The direction of the divergence follows the authors' code, KL(teacher, model) = 
 teacher's classes; the formula in the paper names the model first. In this direction, as usual in distillation, what the
 model misses is weighted by the teacher. Also from the code are the mean squared difference of tokens (its other option,
 a divergence between features, is left out), and that every row of a batch keeps the same number of patches.
+
+A head that averages patches averages those that are kept, in training weighted by d, so that its gradient reaches the
+predictors that way, too. In TNT, predictors read the sentences, and the words of a patch leave with its sentence.
 """
 
 from __future__ import annotations
@@ -103,9 +106,9 @@ class DynamicTransformer(ChoosingTransformer):
     """A vision transformer with a predictor before some of its blocks.
 
     Args:
-        model: :class:`regard.models.vision.vit.VisionTransformer` with a class token and softmax attention, also in a
-            mixture of heads, without positions that add to its scores; or timm's `VisionTransformer` of plain blocks
-            whose head reads the class token. It is shared, not copied.
+        model: :class:`regard.models.vision.vit.VisionTransformer` or :class:`regard.models.vision.tnt.TNT` with softmax
+            attention, also in a mixture of heads, without positions that add to its scores; or timm's `VisionTransformer`
+            of plain blocks. The head reads a class token or averages the patches. It is shared, not copied.
         keep: share of the initial patches that is left after each stage; a single number is raised to the first,
             second, third power and so on.
         blocks: numbers of the blocks, from 0, before which patches are removed; at a quarter, half and three quarters
@@ -165,7 +168,8 @@ class DynamicTransformer(ChoosingTransformer):
         for number, block in enumerate(self.host.blocks):
             if number in self.stages:
                 stage = self.stages.index(number)
-                scores = self.predictors[stage](x[:, before:], torch.ones_like(places[:, before:]))[..., 0]
+                patches = self.host.vectors(x)[:, before:]
+                scores = self.predictors[stage](patches, torch.ones_like(places[:, before:]))[..., 0]
                 chosen = scores.topk(self.count(stage, first), dim=1).indices.sort(1).values
                 chosen = F.pad(chosen + before, (before, 0))
                 chosen[:, :before] = places[:, :before]
@@ -196,7 +200,7 @@ class DynamicTransformer(ChoosingTransformer):
         for number, block in enumerate(self.host.blocks):
             if number in self.stages:
                 stage = self.stages.index(number)
-                found = self.predictors[stage](x[:, before:], kept)
+                found = self.predictors[stage](self.host.vectors(x)[:, before:], kept)
                 if sampled:
                     kept = draw(found, generator).to(x.dtype) * kept
                 else:
@@ -207,7 +211,8 @@ class DynamicTransformer(ChoosingTransformer):
             policy = wide(F.pad(kept, (before, 0), value=1.0))
             x = self.host.run_under(block, x, context, partial(softmax_under, policy=policy))
         features = self.host.norm(x)
-        return Pruned(self.host.logits(features), features[:, before:], decisions)
+        logits = self.host.logits(features, F.pad(kept, (before, 0), value=1.0))
+        return Pruned(logits, features[:, before:], decisions)
 
     def translate(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights of the official code's `VisionTransformerDiffPruning`."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Context, Mask, Mechanism, Result, Unsupported, an_instance, valid_from_lengths
-from regard.core.precision import wide
+from regard.core.precision import wide, wide_dtype
 from regard.layers.attention import AttentionLayer
 from regard.models.vision import tnt
 from regard.models.vision.patch_tokens import context_of
@@ -24,23 +24,25 @@ from regard.models.vision.vit import VisionBlock, VisionTransformer
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-HOSTS = "regard's VisionTransformer, timm's VisionTransformer of plain blocks"
+HOSTS = "regard's VisionTransformer and TNT, timm's VisionTransformer of plain blocks"
 Attend = Callable[[Tensor], Tensor]
 """A function from the scores of an attention layer (B, H, N, N) to its weights."""
 
 
 def host_of(model: nn.Module) -> Host:
-    """The parts of a vision transformer with class tokens; raises Unsupported for other models."""
+    """The parts of a vision transformer; raises Unsupported for other models."""
     timm = sys.modules.get("timm.models.vision_transformer")
     if isinstance(model, VisionTransformer):
         return OwnHost(model)
+    if isinstance(model, tnt.TNT):
+        return TNTHost(model)
     if timm is not None and isinstance(model, timm.VisionTransformer):
         return TimmHost(model)
     raise Unsupported(f"fewer tokens in {an_instance(model)}", supported=HOSTS)
 
 
 class Host(ABC):
-    """A vision transformer whose first token is a class token that its head reads.
+    """A vision transformer whose head reads class tokens, which come first, or averages the patches.
 
     Tokens that are left are a batch (B, N, C) with, if some were left out, their `places` (B, N), the numbers that they
     had among all tokens, class tokens included.
@@ -50,14 +52,16 @@ class Host(ABC):
 
     Attributes:
         protected: number of class tokens and registers, which come first and always stay.
-        width: width of the tokens.
+        class_token: whether the first token is a class token.
+        width: width of the tokens, as small networks read them.
         heads: number of heads of a block.
 
     Raises:
-        Unsupported: without such a class token, for other blocks, and for a model that is reduced already.
+        Unsupported: for another head, for other blocks, and for a model that is reduced already.
     """
 
     protected: int
+    class_token: bool
     width: int
     heads: int
 
@@ -69,14 +73,19 @@ class Host(ABC):
         if reason:
             raise Unsupported(
                 f"fewer tokens in {an_instance(model)} {reason}",
-                supported="vision transformers whose head reads a class token, of regard with layers of any mechanism, of "
-                "timm with plain blocks",
+                supported="vision transformers of regard, and of timm with plain blocks, whose head reads a class token or "
+                "averages the patches",
             )
 
     @property
     def blocks(self) -> list[Any]:
         """The blocks, in order."""
         return list(self.model.blocks)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the head averages the patches."""
+        return self.model.global_pool == "avg"
 
     @property
     @abstractmethod
@@ -162,12 +171,23 @@ class Host(ABC):
         better."""
         return self.run(blocks, _padded(kept, alive), context, alive=alive, places=places)
 
-    def norm(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """The features of the last block's output."""
-        return self.model.norm(x)
+    def vectors(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n width"]:
+        """What small networks read of tokens."""
+        return x
 
-    def logits(self, features: Float[Tensor, "b n c"]) -> Float[Tensor, "b k"]:
-        """The logits of features, of which only the class tokens' are read."""
+    def norm(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n width"]:
+        """The features of the last block's output."""
+        return self.model.norm(self.vectors(x))
+
+    def logits(
+        self, features: Float[Tensor, "b n width"], kept: Float[Tensor, "b n"] | Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b k"]:
+        """The logits of features. An average of patches is that of those with 1 or True in `kept`; of all when None."""
+        if kept is not None and self.averages:
+            counts = kept[:, self.protected :].to(wide_dtype(features))
+            counts = counts * counts.shape[1] / counts.sum(1, keepdim=True).clamp(min=0.5)  # for the head's mean
+            weights = F.pad(counts, (self.protected, 0), value=1.0)
+            features = (features * weights[..., None]).to(features.dtype)
         return self.model.forward_head(features)
 
     @abstractmethod
@@ -184,15 +204,23 @@ class OwnHost(Host):
     the other, which the layers of all mechanisms take.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: VisionTransformer | tnt.TNT) -> None:
         super().__init__(model)
-        config = model.config
-        self.protected, self.width, self.heads = config.class_tokens, config.dim, config.num_heads
+        self.protected, self.width, self.heads = self._sizes()
+        self.class_token = self.protected > 0
+
+    def _sizes(self) -> tuple[int, int, int]:
+        config = self.model.config
+        return config.class_tokens, config.dim, config.num_heads
 
     def _why_not(self) -> str:
-        if not self.model.config.class_tokens:
-            return "without a class token"
-        return "" if self.model.global_pool == "token" else "whose head does not read a class token"
+        if not self.model.global_pool:
+            return "without a pool"
+        for block in self.blocks:
+            card = card_of(block)
+            if card is not None and card.keeps_places and sees_grid(block):
+                return f"with a layer of {card.name}, which reads the grid of all patches"
+        return ""
 
     @property
     def ends(self) -> list[nn.Module]:
@@ -203,7 +231,7 @@ class OwnHost(Host):
         for block in self.blocks:
             layer = attention_of(block)
             if layer is None or layer.card.name != "softmax":
-                asked = f"a layer of {layer.card.name if layer else type(block.mixer).__name__}"
+                asked = f"a layer of {layer.card.name if layer else type(mixer_of(block)).__name__}"
             elif layer.config != layer.card.options() or layer.convolutions:
                 asked = "softmax attention with a window, softcap, sink or convolution"
             elif layer.positions.bias is not None:
@@ -227,21 +255,21 @@ class OwnHost(Host):
 
     def run(
         self,
-        blocks: Sequence[VisionBlock],
+        blocks: Sequence[Any],
         x: Float[Tensor, "b n c"],
         context: Context,
         *,
         alive: Bool[Tensor, "b n"] | None = None,
         places: Int[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n c"]:
-        if alive is None and places is not None and any(block.sees_grid for block in blocks):
+        if alive is None and places is not None and any(map(reads_grid, blocks)):
             alive = torch.ones_like(places, dtype=torch.bool)  # without a mask, tokens would have to fill the grid
         context = self._context(context, x, None if alive is None else Mask(valid=alive))
         return self._through(blocks, x, context, places)
 
     def run_ragged(
         self,
-        blocks: Sequence[VisionBlock],
+        blocks: Sequence[Any],
         kept: Float[Tensor, "tokens c"],
         context: Context,
         alive: Bool[Tensor, "b m"],
@@ -249,8 +277,8 @@ class OwnHost(Host):
     ) -> Float[Tensor, "b m c"]:
         borders = F.pad(alive.sum(1).cumsum(0), (1, 0))
         context = self._context(context, places, Mask(cu_seqlens=borders, max_length=alive.shape[1]))
-        assert context.roles is not None  # there are class tokens
-        context = context.replace(roles=context.roles[alive][None])
+        if context.roles is not None:
+            context = context.replace(roles=context.roles[alive][None])
         packed = self._through(blocks, kept[None], context, places[alive][None])
         return _padded(packed[0], alive)
 
@@ -279,11 +307,58 @@ class OwnHost(Host):
         return context.replace(mask=mask, roles=roles)
 
     def _through(
-        self, blocks: Sequence[VisionBlock], x: Tensor, context: Context, places: Tensor | None
+        self, blocks: Sequence[Any], x: Tensor, context: Context, places: Tensor | None
     ) -> Float[Tensor, "b n c"]:
         for block in blocks:
             x = block(x, context=context if places is None else placed(block, context, places)).output
         return x
+
+
+class TNTHost(OwnHost):
+    """A :class:`regard.models.vision.tnt.TNT`, whose tokens are sentences, each followed by its words.
+
+    Words leave with their sentence; small networks read sentences. A class token has words too, which nothing reads.
+    """
+
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.model.prefix, self.model.config.width, self.model.config.heads
+
+    def _why_not(self) -> str:
+        if self.model.config.excitation:
+            return "with an excitation, which averages over all patches"
+        return super()._why_not()
+
+    @property
+    def ends(self) -> list[nn.Module]:
+        return [self.model.norm, self.model.head]
+
+    def grid(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+        return self.model.config.grid
+
+    def embed(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n c"], Context]:
+        words, sentences = self.model.embed(self.model.check_images(images))
+        own = F.pad(words.unflatten(0, (len(images), -1)).flatten(2), (0, 0, self.protected, 0))
+        return torch.cat([sentences, own], -1), Context(grid=self.model.config.grid)
+
+    def vectors(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n width"]:
+        return x[..., : self.width]
+
+    def _context(self, context: Context, tokens: Tensor, mask: Mask | None) -> Context:
+        return context.replace(mask=mask, grid=None if self.protected else context.grid)
+
+    def _through(
+        self, blocks: Sequence[Any], x: Tensor, context: Context, places: Tensor | None
+    ) -> Float[Tensor, "b n c"]:
+        sentences, words = x[..., : self.width], x[..., self.width :]
+        words = words.unflatten(-1, (self.model.config.words, -1)).flatten(0, 1)
+        here = torch.arange(x.shape[1], device=x.device)[None] if places is None else places
+        patch = (here >= self.protected)[..., None]
+        for block in blocks:
+            if block.inner is not None:
+                words = block.inner(words)
+                sentences = sentences + torch.where(patch, block.fusion(words, sentences.shape[:2]), 0)
+            sentences = block.outer(sentences, context if places is None else placed(block, context, places))
+        return torch.cat([sentences, words.flatten(1).unflatten(0, sentences.shape[:2])], -1)
 
 
 class TimmHost(Host):
@@ -292,13 +367,13 @@ class TimmHost(Host):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.protected, self.width = model.num_prefix_tokens, model.embed_dim
-        self.heads = model.blocks[0].attn.num_heads
+        self.class_token, self.heads = model.has_class_token, model.blocks[0].attn.num_heads
 
     def _why_not(self) -> str:
         timm = importlib.import_module("timm.models.vision_transformer")
         model = self.model
-        if not model.has_class_token or model.global_pool != "token":
-            return "whose head does not read a class token"
+        if model.global_pool not in ("token", "avg") or (model.global_pool == "avg" and model.pool_include_prefix):
+            return "whose head reads neither a class token nor the average of the patches"
         if not isinstance(model.patch_drop, nn.Identity):
             return "that drops patches at random"
         for block in self.blocks:
@@ -363,6 +438,22 @@ def attention_of(block: VisionBlock | tnt.Block) -> AttentionLayer | None:
     mixer = mixer_of(block)
     attention = getattr(mixer, "attention", mixer)
     return attention if isinstance(attention, AttentionLayer) else None
+
+
+def card_of(block: VisionBlock | tnt.Block) -> Mechanism | None:
+    """The mechanism of a block's layer, of a mixture of heads the one whose heads are routed; None without a mechanism."""
+    return getattr(attention_of(block) or mixer_of(block), "card", None)
+
+
+def sees_grid(block: VisionBlock | tnt.Block) -> bool:
+    """Whether a block's layer is given the grid of patches."""
+    return not block.prefix if isinstance(block, tnt.Block) else block.sees_grid
+
+
+def reads_grid(block: VisionBlock | tnt.Block) -> bool:
+    """Whether a block's layer depends on the grid of patches."""
+    card = card_of(block)
+    return card is not None and sees_grid(block) and (card.keeps_places or bool(card.grid_variants))
 
 
 def placed(block: VisionBlock | tnt.Block, context: Context, places: Int[Tensor, "b n"]) -> Context:

@@ -6,10 +6,11 @@ N, C) that are still kept, with the class token at position 0 and m the mask of 
     x' = LN(x * m),   q = W_q x'_0 + b_q,   k_j = W_k x'_j + b_k      (W_q of a learned policy token, with `query="policy"`)
     p_j = m_j mean_h sigmoid(q_h . k_jh / sqrt(d))
 
-Before training p_j is `START` for every patch that is alive, whatever the image and the width, so that a threshold below
-that keeps all patches. A patch stays if p_j > `threshold` (in training, also by a draw with probability p_j); the class
-token always stays, and removed tokens do not come back. Policies learn by REINFORCE with the greedy decision û as the
-baseline: with c(u) the share of tokens that stays,
+Before training p_j is `START` for every patch that is alive, whatever the image and the width, so that a threshold
+below that keeps all patches. A patch stays if p_j > `threshold` (in training, also by a draw with probability p_j); the
+class token always stays, and removed tokens do not come back. A head that averages patches averages those that stay.
+There, so that some do, the patch with the highest score always stays, too, and is no part of the decision. Policies
+learn by REINFORCE with the greedy decision û as the baseline: with c(u) the share of tokens that stays,
 
     R(u) = b_i (1 - c(u)^2) where the class is right, -tau where it is wrong
     loss = -(R(u) - R(û)) log pi(u),   pi(u) = prod over the patches alive of p_j^u_j (1 - p_j)^(1 - u_j)
@@ -23,10 +24,11 @@ blocks of this project get the rows packed one after the other, without padding,
 and masked. :meth:`InterpretedTransformer.forward_masked` computes all tokens under masks, as in the paper's training; both
 give the same logits.
 
-Any layers can be inside, as all of them honour masks. The class token of the paper is the first of the model's class
-tokens; a distillation token stays too, and is no part of a decision. Rotary positions and those of SeqPE stay with the tokens; layers
-that count ranks (``alibi``, windows, recurrences) count the tokens that are left, and agent attention fills its grid with
-them row by row.
+Any layers can be inside, as all of them honour masks, but those that read the grid of all patches. The class token of
+the paper is the first of the model's class tokens; a distillation token stays too, and is no part of a decision.
+Without a class token the query is the policy token. Rotary positions and those of SeqPE stay with the tokens; layers
+that count ranks (``alibi``, windows, recurrences) count the tokens that are left, and agent attention fills its grid
+with them row by row. In TNT, interpreters read the sentences, and the words of a patch leave with its sentence.
 """
 
 from __future__ import annotations
@@ -116,14 +118,12 @@ class Decision:
     Attributes:
         scores: p (B, N), 0 for tokens that were removed before.
         stays: u (B, N); always True for class tokens.
-        alive: mask of the tokens that were left before the decision.
-        protected: number of class tokens, which come first and about which nothing is decided.
+        open: mask of the tokens that were decided about: those that were left, without the ones that stay always.
     """
 
     scores: Float[Tensor, "b n"]
     stays: Bool[Tensor, "b n"]
-    alive: Bool[Tensor, "b n"]
-    protected: int = 1
+    open: Bool[Tensor, "b n"]
 
     @property
     def share(self) -> Float[Tensor, " b"]:
@@ -132,20 +132,21 @@ class Decision:
 
     @property
     def log_probability(self) -> Float[Tensor, " b"]:
-        """Log probability of the decision, over the patches that were alive."""
+        """Log probability of the decision, over the patches that it is about."""
         p = self.scores.clamp(SURE, 1 - SURE)
         each = torch.where(self.stays, p.log(), (1 - p).log())
-        return torch.where(self.alive, each, 0)[:, self.protected :].sum(1)
+        return torch.where(self.open, each, 0).sum(1)
 
 
 class InterpretedTransformer(ChoosingTransformer):
     """A vision transformer with an interpreter before each group of its blocks.
 
     Args:
-        model: :class:`regard.models.vision.vit.VisionTransformer` with a class token, or timm's `VisionTransformer` of
-            plain blocks whose head reads the class token; it is shared, not copied.
+        model: :class:`regard.models.vision.vit.VisionTransformer`, :class:`regard.models.vision.tnt.TNT`, or timm's
+            `VisionTransformer` of plain blocks, whose head reads a class token or averages the patches; it is shared, not
+            copied.
         groups: number of blocks in each group, or the number of equal groups.
-        query: query of the interpreters, see :class:`Interpreter`.
+        query: query of the interpreters, see :class:`Interpreter`; ``policy`` in a model without a class token.
         threshold: score above which a patch stays; a higher threshold removes more. It may be changed at any time.
 
     Raises:
@@ -167,6 +168,12 @@ class InterpretedTransformer(ChoosingTransformer):
         if sum(sizes) != depth or min(sizes) < 1:
             raise Unsupported(
                 f"groups={groups} of {depth} blocks", supported=f"sizes that add up to {depth}, or a divisor"
+            )
+        if query == "class" and not self.host.class_token:
+            raise Unsupported(
+                "a query of the class token in a model without one",
+                supported="query='policy'",
+                nearest="query='policy'",
             )
         self.sizes, self.threshold = sizes, threshold
         self.interpreters = nn.ModuleList(Interpreter(self.host.width, self.host.heads, query) for _ in sizes)
@@ -193,7 +200,7 @@ class InterpretedTransformer(ChoosingTransformer):
             stays = self.decide(number, x, alive).stays
             x, alive, places = self.host.run_kept(self.group(number), x, context, stays, places)
         self.keep(x, alive, places, count)
-        return self.host.logits(self.host.norm(x))
+        return self.host.logits(self.host.norm(x), alive)
 
     def forward_masked(
         self,
@@ -224,7 +231,7 @@ class InterpretedTransformer(ChoosingTransformer):
                 alive = decisions[-1].stays
             kept = torch.where(alive[..., None], x, 0)
             x = self.host.run(self.group(number), kept, context, alive=alive, places=places)
-        return self.host.logits(self.host.norm(x)), decisions
+        return self.host.logits(self.host.norm(x), alive), decisions
 
     def decide(
         self,
@@ -236,13 +243,17 @@ class InterpretedTransformer(ChoosingTransformer):
         generator: torch.Generator | None = None,
     ) -> Decision:
         """The decision before a group: greedy, or sampled."""
-        scores = self.interpreters[number](x, alive)
+        scores = self.interpreters[number](self.host.vectors(x), alive)
         if sampled:
             level = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=scores.dtype)
         else:
             level = torch.full_like(scores, self.threshold)
-        stays, protected = alive & (scores.detach() > level), self.host.protected
-        return Decision(scores, torch.cat([alive[:, :protected], stays[:, protected:]], 1), alive, protected)
+        known = scores.detach()
+        about = alive & (torch.arange(x.shape[1], device=x.device) >= self.host.protected)
+        if self.host.averages:
+            best = torch.where(about, known, -1).argmax(1, keepdim=True)
+            about = about.scatter(1, best, False)
+        return Decision(scores, alive & (~about | (known > level)), about)
 
     def heat_map(self, images: Float[Tensor, "b c h w"], group: int = 1) -> Float[Tensor, "b rows columns"]:
         """Scores of the patches before a group, at their grid positions; 0 for patches that were removed before."""

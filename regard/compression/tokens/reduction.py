@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from regard.compression.tokens import timm_blocks
 from regard.compression.tokens.calls import PerThread
-from regard.compression.tokens.hosts import attention_of, mixer_of, placed
+from regard.compression.tokens.hosts import attention_of, card_of, mixer_of, placed, reads_grid
 from regard.compression.tokens.reducers import METHODS, Evidence, Heads, Tokens
 from regard.compression.tokens.schedules import Removal, removals
-from regard.contract import Context, Mask, Mechanism, Result, Unsupported, an_instance, one_of
+from regard.contract import Context, Mask, Result, Unsupported, an_instance, one_of
 from regard.layers.attention import AttentionLayer
 from regard.layers.residual import add_feed_forward
 from regard.models.vision import tnt
@@ -258,7 +258,7 @@ class GridReader:
     def among(cls, model: VisionTransformer | tnt.TNT) -> GridReader | None:
         """The last reader among the blocks of a model; None if there is none."""
         blocks: list[Any] = list(model.blocks)
-        readers = [(number, _name(block)) for number, block in enumerate(blocks) if _reads_grid(block)]
+        readers = [(number, _name(block)) for number, block in enumerate(blocks) if reads_grid(block)]
         return cls(*readers[-1], math.prod(model.config.grid)) if readers else None
 
     def check(self, removed: Sequence[Removal]) -> None:
@@ -272,18 +272,14 @@ class GridReader:
                 )
 
 
-def _card(block: OwnBlock) -> Mechanism | None:
-    return getattr(attention_of(block) or mixer_of(block), "card", None)  # blocks without heads have no mechanism
-
-
 def _name(block: OwnBlock) -> str:
-    card = _card(block)
+    card = card_of(block)
     return "no mixer" if card is None else card.name
 
 
 def _why_not(block: OwnBlock) -> str:
     """What stands against fewer tokens in a block, in words that follow "with"; empty if nothing does."""
-    layer, card = attention_of(block), _card(block)
+    layer, card = attention_of(block), card_of(block)
     if layer is not None:
         scheme = layer.positions
         if scheme.bias is not None or (scheme.rotate is not None and layer.places_keys):
@@ -324,12 +320,6 @@ def _check_heads(blocks: Sequence[OwnBlock], method: str, metric: str) -> None:
                 supported="layers that make queries and keys of their tokens",
                 nearest="metric='tokens'",
             )
-
-
-def _reads_grid(block: OwnBlock) -> bool:
-    card = _card(block)
-    sees = not block.prefix if isinstance(block, tnt.Block) else block.sees_grid
-    return card is not None and sees and (card.keeps_places or bool(card.grid_variants))
 
 
 class ReducedBlock(VisionBlock):

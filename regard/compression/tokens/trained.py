@@ -46,7 +46,8 @@ class ChoosingTransformer(nn.Module, ABC):
     """The base of both classes.
 
     Args:
-        model: a vision transformer of regard or timm, whose head reads a class token; shared, not copied.
+        model: a vision transformer of regard or timm, or a TNT of regard, whose head reads a class token or averages the
+            patches; shared, not copied.
 
     Attributes:
         method: name of the method in records.
@@ -145,4 +146,5 @@ class ChoosingTransformer(nn.Module, ABC):
         rank = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         found = torch.full((len(x), count + 1), DROPPED, device=x.device)
         found = found.scatter(1, torch.where(alive, places, count), rank)[:, :count]
-        self._last.tokens = Tokens(x.detach(), alive.to(x.dtype), found, places, self.host.protected)
+        left = self.host.vectors(x).detach()
+        self._last.tokens = Tokens(left, alive.to(x.dtype), found, places, self.host.protected)
