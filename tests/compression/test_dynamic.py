@@ -129,6 +129,7 @@ def test_patches_left_out_and_patches_masked_give_the_same(kind: str, monkeypatc
     monkeypatch.setattr(dynamic, "EPS", 0.0)
     found = model.forward_masked(x, sampled=False)
     close(model(x), found.logits)
+    assert model(x[:0]).shape == model.forward_masked(x[:0]).logits.shape == (0, 5)
     counts = [int(PATCHES * 0.7**i) for i in (1, 2, 3)]
     assert [p.shape[1] for p in places] == counts
     for place, decision in zip(places, found.decisions, strict=True):

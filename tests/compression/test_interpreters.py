@@ -161,6 +161,7 @@ def test_layers_of_any_kind_are_the_same_on_tokens_left_out_and_masked(kind: str
     assert len(set(decisions[0].stays.sum(1).tolist())) > 1 and not decisions[0].stays.all()
     close(model(x), logits)
     close(model(x[2:3]), logits[2:3])
+    assert model(x[:0]).shape == model.forward_masked(x[:0])[0].shape == (0, 5)
     model.threshold = 0.0
     close(model(x), model.model(x))
     close(model.forward_masked(x)[0], model.model(x))

@@ -323,6 +323,16 @@ def test_merged_tokens_count_as_often_as_they_stand_for_in_a_mean_beside_a_class
     close(model(x), model.head(features[:, 1:].mean(1)))
 
 
+@torch.no_grad()
+def test_torch_compile_follows_blocks_that_output_fewer_tokens() -> None:
+    model = small(plan=[("softmax", {"feed_forward": 0})], num_layers=1)
+    reduce_tokens(model, "stride", remove=4)
+    tokens, context, _ = model.place(images())
+    block = model.blocks[0]
+    compiled = torch.compile(lambda tokens: block(tokens, context=context).output, backend="eager", fullgraph=True)
+    close(compiled(tokens), block(tokens, context=context).output)
+
+
 def test_draws_are_the_generators_and_gradients_reach_what_is_merged() -> None:
     model, x = small(), images()
     found = []

@@ -152,6 +152,15 @@ def test_twins_at_one_position_are_merged_without_a_trace() -> None:
         assert sorted(reduction.tokens.sizes[0, model.num_prefix_tokens :].tolist()) == [2.0] * 8
 
 
+@torch.no_grad()
+def test_torch_compile_follows_blocks_with_biases_of_tokens_that_are_left() -> None:
+    model = small("beit")
+    reduce_tokens(model, "stride", remove=[4, 0, 0])
+    x = model.blocks[0](torch.randn(2, 17, model.embed_dim, dtype=torch.float64))
+    assert x.shape[1] == 13
+    close(torch.compile(model.blocks[1], backend="eager")(x), model.blocks[1](x), 1e-10)
+
+
 def test_a_merged_token_counts_in_the_average_of_patches() -> None:
     for name in ("eva02", "beit"):
         model, x = small(name, global_pool="avg"), images()

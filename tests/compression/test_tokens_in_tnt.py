@@ -107,6 +107,13 @@ def test_words_of_a_fused_token_are_the_sum_of_words_weighted_by_attention() -> 
         close(left[row, -1], (weights[row, gone][:, None, None] * each).sum(0))
 
 
+@pytest.mark.parametrize("kind", ["plain", "mean"])
+def test_an_empty_batch_has_no_logits(kind: str) -> None:
+    model = small(kind)
+    reduce_tokens(model, "tome", remove=2)
+    assert model(images()[:0]).shape == (0, 5)
+
+
 def test_copies_are_independent_and_what_layers_lack_is_refused() -> None:
     model, x = small(), images()
     whole = model(x)

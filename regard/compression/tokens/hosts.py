@@ -149,7 +149,7 @@ class Host(ABC):
             the tokens, padded on the right to the longest row, which of them are no padding, and their places.
         """
         lengths = stays.sum(1)
-        longest = int(lengths.max()) if len(lengths) else self.protected
+        longest = int(lengths.max()) if len(lengths) else x.shape[1]
         alive = valid_from_lengths(lengths, longest)
         kept, where = x[stays], places[stays]
         places = _padded(where, alive)
@@ -294,11 +294,11 @@ class OwnHost(Host):
             weights = attend(wide(query @ key.mT * query.shape[-1] ** -0.5)).to(value.dtype)
             return Result(F.dropout(weights, options.get("dropout", 0.0)) @ value)
 
-        layer.mix = mix
+        vars(layer)["mix"] = mix  # as torch.compile can follow it
         try:
             return self.run([block], x, context)
         finally:
-            del layer.mix
+            del vars(layer)["mix"]
 
     def _context(self, context: Context, tokens: Tensor, mask: Mask | None) -> Context:
         """The context of the tokens (B, N, ...) that are left."""
@@ -337,7 +337,8 @@ class TNTHost(OwnHost):
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n c"], Context]:
         words, sentences = self.model.embed(self.model.check_images(images))
-        own = F.pad(words.unflatten(0, (len(images), -1)).flatten(2), (0, 0, self.protected, 0))
+        each = words.flatten(1).unflatten(0, (len(images), sentences.shape[1] - self.protected))
+        own = F.pad(each, (0, 0, self.protected, 0))
         return torch.cat([sentences, own], -1), Context(grid=self.model.config.grid)
 
     def vectors(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n width"]:
@@ -350,7 +351,7 @@ class TNTHost(OwnHost):
         self, blocks: Sequence[Any], x: Tensor, context: Context, places: Tensor | None
     ) -> Float[Tensor, "b n c"]:
         sentences, words = x[..., : self.width], x[..., self.width :]
-        words = words.unflatten(-1, (self.model.config.words, -1)).flatten(0, 1)
+        words = words.unflatten(-1, (self.model.config.words, self.model.config.inner_width)).flatten(0, 1)
         here = torch.arange(x.shape[1], device=x.device)[None] if places is None else places
         patch = (here >= self.protected)[..., None]
         for block in blocks:

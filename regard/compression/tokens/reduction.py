@@ -368,7 +368,8 @@ class ReducedTNTBlock(tnt.Block):
         with _watched(attention_of(self)) as heads:
             mixed = mixer_of(self)(outer.norm1(sentences), context=seen).output
         sentences = sentences + outer.drop_path(outer.dropout(mixed))
-        own = F.pad(words.unflatten(0, (len(sentences), -1)).flatten(2), (0, 0, self.prefix, 0))
+        each = words.flatten(1).unflatten(0, (len(sentences), sentences.shape[1] - self.prefix))
+        own = F.pad(each, (0, 0, self.prefix, 0))
         joined = torch.cat([sentences, own], -1)  # (B, prefix + n, C + m * c)
         moved = reduction.after(self.number, tokens, joined, lambda: reduction.evidence(heads, sentences, bias)).x
         sentences, own = moved.split([sentences.shape[2], own.shape[2]], -1)
@@ -402,8 +403,8 @@ def _watched(layer: AttentionLayer | None) -> Iterator[Heads]:
         heads.given, heads.placed = given, made
         return made
 
-    layer.place = place  # type: ignore[method-assign, assignment]
+    vars(layer)["place"] = place  # as torch.compile can follow it
     try:
         yield heads
     finally:
-        del layer.place
+        del vars(layer)["place"]

@@ -185,11 +185,11 @@ def _biased(attention: Any, bias: Tensor | None) -> Iterator[None]:
     if bias is None:
         yield
         return
-    attention._get_rel_pos_bias = lambda: bias
+    vars(attention)["_get_rel_pos_bias"] = lambda: bias  # as torch.compile can follow it
     try:
         yield
     finally:
-        del attention._get_rel_pos_bias
+        del vars(attention)["_get_rel_pos_bias"]
 
 
 def _heads_of_beit(attention: Any, normed: Float[Tensor, "b n c"]) -> dict[str, Float[Tensor, "b h n d"]]:
