@@ -36,7 +36,8 @@ def told(value: float, error: float) -> str:
 def tick(value: float) -> str:
     """Format a value for an axis tick, as short as possible."""
     if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-3):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:,.10g}"
 
 

@@ -25,6 +25,7 @@ from regard.compression.tokens.applied import read_in_turn, tokens_record
 from regard.contract import Context
 from regard.layers.quantized import QuantizedLinear
 from regard.models import LanguageModel, LanguageModelConfig, from_pretrained
+from regard.models.image_model import ImageModel, ImageModelConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -285,6 +286,19 @@ def test_a_program_of_fewer_patches_is_that_of_the_reduced_model_for_any_number_
     for count in (1, 4):
         more = torch.randn(count, *data[0].shape[1:])
         close(program(more).detach(), answers(model, more), 1e-5)
+
+
+def test_patches_go_where_no_class_token_is_but_not_by_its_attention(tmp_path):
+    options = {"dim": 12, "num_layers": 2, "num_heads": 2, "pool": "mean"}
+    model = ImageModel(ImageModelConfig("vit_nano", 2, (4, 4), 4, options=options)).eval()
+    patches = torch.randn(2, 16, 48)
+    refused("without a class token", regard.compress, model, "tokens:method=evit")
+    whole = model(patches).output
+    small = regard.compress(model, "tokens:remove=3")
+    found = small.model(patches).output
+    assert not torch.equal(found, whole)
+    small.save(tmp_path)
+    assert torch.equal(load_compressed(tmp_path)(patches).output, found)
 
 
 def test_a_causal_model_whose_cache_cannot_be_made_cheaper_is_refused_with_the_reason():

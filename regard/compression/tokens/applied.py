@@ -6,7 +6,7 @@ small networks of their own, whose weights are among the model's (:func:`add_cho
 
 | model | methods | what is removed |
 |---|---|---|
-| vision transformers with a class token, of regard and timm | :data:`regard.compression.steps.IMAGES` | patches after blocks |
+| vision transformers of regard and timm | :data:`regard.compression.steps.IMAGES` | patches after blocks |
 | the same | `TRAINED` | patches before blocks, as small trained networks choose |
 | encoders of transformers with layers like BERT's | `TEXTS` | tokens after layers |
 | causal language models of regard and transformers | `CACHES` | tokens of a prompt from the cache, before the next token is written; with ``quest`` tokens that a new one reads; with ``int8`` bits |
@@ -30,7 +30,7 @@ from regard.compression.sparse.catalogue import make
 from regard.compression.steps import CACHES, IMAGES, KEEP, TEXTS, FewerTokens
 from regard.compression.tokens.dynamic import DynamicTransformer
 from regard.compression.tokens.interpreters import InterpretedTransformer
-from regard.compression.tokens.reduction import HOSTS, Reduction, blocks_of, reduce_tokens
+from regard.compression.tokens.reduction import ATTENDED, HOSTS, Reduction, blocks_of, reduce_tokens
 from regard.compression.tokens.text import PrunedTokens, layers_of
 from regard.compression.tokens.trained import ChoosingTransformer
 from regard.contract import Context, Result, Unsupported, an_instance
@@ -43,7 +43,7 @@ TRAINED: dict[str, type[ChoosingTransformer]] = {
     kind.method: kind for kind in (DynamicTransformer, InterpretedTransformer)
 }
 KNOWN = (
-    "vision transformers with a class token (of regard and timm), encoders of transformers with layers as BERT's, causal "
+    "vision transformers (of regard and timm), encoders of transformers with layers as BERT's, causal "
     "language models of regard and transformers"
 )
 OPTIONS = {
@@ -79,7 +79,7 @@ def kind_of(model: Any) -> str:
         layers_of(model)
         return "text"
     try:
-        blocks_of(_backbone(model))
+        blocks_of(_backbone(model), class_token=False)
     except Unsupported as error:
         supported = KNOWN if error.supported == HOSTS else error.supported
         raise Unsupported(error.asked, supported=supported, nearest=error.nearest) from None
@@ -96,6 +96,8 @@ def settle(model: nn.Module, step: FewerTokens) -> str:
             supported=", ".join(KINDS[kind]),
             nearest=f"tokens:method={KINDS[kind][0]}",
         )
+    if kind == "image":
+        blocks_of(_backbone(model), class_token=method in ATTENDED)
     if kind == "cache":
         try:
             sparsify(model, SPARSE[method]()).undo()

@@ -152,8 +152,8 @@ def detect(
         seed: seed of the inputs.
 
     Raises:
-        Unsupported: for a module that runs in no pattern, returns another shape, gives different outputs for the same
-            input, or keeps state between calls.
+        Unsupported: for a module that runs in no pattern, returns another shape, changes its input, gives different
+            outputs for the same input, or keeps state between calls.
     """
     at_least("length", length, 4)
     at_least("memory_length", memory_length, 4)
@@ -229,7 +229,14 @@ class _Trial:
 
     def fit(self) -> Tensor:
         """The output, checked to be as long and wide as the input, finite, and reproducible."""
+        given = [one for one in (self.x, self.memory) if one is not None]
+        copies = [one.clone() for one in given]
         y = self._shaped(self.call(self.x, self.memory), self.x)
+        if not all(map(torch.equal, given, copies)):
+            raise Unfit(
+                f"{self.name}, which changes its input in place",
+                supported="a module that leaves its input as it is, which others read too",
+            )
         if not bool(y.isfinite().all()):
             raise Unfit(f"{self.name}, whose output is not finite", supported="finite outputs for normal inputs")
         other = self.random(2, *self.x.shape[1:])

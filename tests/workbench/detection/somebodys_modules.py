@@ -201,6 +201,11 @@ class Raises(nn.Module):
         raise RuntimeError("sizes of tensors must match\nand more")
 
 
+class Overwrites(nn.Module):
+    def forward(self, x):
+        return x.mul_(2)
+
+
 class Shorter(nn.Module):
     def forward(self, x):
         return x[:, ::2]

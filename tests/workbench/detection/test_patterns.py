@@ -189,6 +189,7 @@ def test_what_a_constructor_hands_on_is_known() -> None:
         ("AddsTheLastOne", "keeps something from call to call"),
         ("Raises", "runs in no pattern .*RuntimeError: sizes of tensors must match\\)"),
         ("RaisesWhenMade", "runs in no pattern .*RuntimeError: no weights here"),
+        ("Overwrites", "changes its input in place"),
         ("Shorter", r"shape \(1, 12, 32\)"),
         ("Nowhere", "'Nowhere' in .*supported: .*Right"),
     ],
