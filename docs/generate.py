@@ -788,7 +788,8 @@ def _ranked(entry: Mapping[str, Any]) -> tuple[str, ...]:
     def shown(key: str, digits: str, scale: float = 1.0) -> str:
         return "—" if entry[key] is None else format(entry[key] / scale, digits)
 
-    score = "diverged" if entry["mean"] is None else f"{entry['mean']:.4g} ± {entry['standard_error']:.2g}"
+    error = "" if entry["standard_error"] is None else f" ± {entry['standard_error']:.2g}"
+    score = "diverged" if entry["mean"] is None else f"{entry['mean']:.4g}{error}"
     marks = "solved" if entry["solved"] else ""
     first = 1 if entry["separable_from_best"] is False else None
     costs = (

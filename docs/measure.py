@@ -365,8 +365,8 @@ def measure_reproductions() -> None:
 
 
 def measure_studies() -> None:
-    """Collect what `regard study` has left in runs/studies: each study's largest preset with any results, with all mechanisms
-    that have entered; nothing is run here."""
+    """Collect what `regard study` has left in runs/studies: each study's preset with the most results (presets share some
+    cells), with all mechanisms that have entered; nothing is run here."""
     found = []
     with Store(STUDIED, read_only=True) as store:
         rows = store.rows("reproduction")
@@ -376,12 +376,13 @@ def measure_studies() -> None:
                 continue
             entered = {row.key["options"].get("mechanism") for row in rows if row.key["reproduction"] == study.name}
             more = tuple(m for m in regard.list_mechanisms() if m in entered and m not in study.mechanisms)
-            for preset in reversed(study.presets):
-                chosen = dataclasses.replace(study.choose(preset), mechanisms=(*study.mechanisms, *more))
-                record = opened(study, chosen, store)
-                if record["done"]:
-                    found.append(record)
-                    break
+            chosen = (
+                dataclasses.replace(study.choose(preset), mechanisms=(*study.mechanisms, *more))
+                for preset in reversed(study.presets)
+            )
+            record = max((opened(study, one, store) for one in chosen), key=lambda record: int(record["done"]))
+            if record["done"]:
+                found.append(record)
     machines = sorted({cell["machine"] for one in found for cell in one["cells"]})
     _write("studies.json", {"measured": f"{MEASURED}; {' and '.join(machines)}", "studies": found}, "studies")
 

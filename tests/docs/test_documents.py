@@ -440,6 +440,9 @@ def test_the_ranking_says_which_mechanisms_are_not_better_than_the_rule():
         data["baselines"] = {"pairs": {"name": "a rule", "score": 0.4}}
         return "\n".join(generate._ranked_tasks(data)).partition("a rule scores 0.4.")[2]
 
+    one = {"mechanism": "softmax", "mean": 0.5, "standard_error": None, "rank": None, "solved": None}
+    one |= dict.fromkeys(("separable_from_best", "inference_ms", "decode_tokens_per_second", "state_bytes"))
+    assert generate._ranked(one)[2] == "0.5"  # a single seed has no error
     assert told("ahead", "ahead") == told(None) == ""
     assert told("ahead", "level", "behind", "level") == " `m1`, `m3`: not told apart from it. `m2`: worse."
     assert told("behind", "level") == " No mechanism is shown to be better."
