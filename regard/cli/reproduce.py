@@ -123,7 +123,8 @@ def run_cells(
         shown = bar.add_task("starting", total=None)
 
         def on_cell(cell: Any, left: int, seconds: float) -> None:
-            said = f"{cell.reproduction.name}: {cell.setting}, seed {cell.seed}; {left} cells, about {units.clock(seconds)} left"
+            remaining = f"{units.counted(left, 'cell')}, about {units.clock(seconds)} left"
+            said = f"{cell.reproduction.name}: {cell.setting}, seed {cell.seed}; {remaining}"
             bar.update(shown, description=said, completed=len(cells) - left, total=len(cells))
             line(said)
 

@@ -46,7 +46,10 @@ def study(
     plugin: PLUGINS = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the results; the same command resumes from it. runs/studies when not given."),
+        typer.Option(
+            help="Folder of the results; the same command resumes from it. When not given, runs/studies, or runs/reproduce "
+            "for a study that shares its cells with regard reproduce."
+        ),
     ] = None,
     table: Annotated[bool, typer.Option("--table", help="Show the finished runs; run nothing.")] = False,
     as_json: JSON = False,

@@ -172,5 +172,6 @@ REPRODUCTION = Reproduction(
     seconds=160,
     seeds=3,
     table=table,
+    question="What do dropping and merging tokens cost in accuracy, and what do they gain in speed and under distractors?",
     picture=("method", "images/s", "accuracy"),
 )

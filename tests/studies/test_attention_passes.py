@@ -436,7 +436,8 @@ def test_errors_in_a_users_cascade_name_the_file_as_given(tmp_path, monkeypatch)
     Path("mine/cycle.txt").write_text(HEAD + "A[m, p] = B[m, p] * Q[e, p]\nB[m, p] = A[m, p] * 2")
     for given, words in (
         ("mine/cycle.txt", r"mine/cycle\.txt: a cycle .* in line [23] \("),
-        ("mine/nothing.txt", "'mine/nothing.txt', which cannot be read"),
+        ("mine/nothing.txt", "'mine/nothing.txt', which does not exist"),
+        ("mine", "'mine', which cannot be read as text"),
     ):
         with pytest.raises(Unsupported, match=words):
             get_study("attention-passes").make(Chosen("tiny", ("softmax",), ("good.txt", given)))

@@ -1,7 +1,9 @@
 """Properties of every study: a checked choice, cells that are computed once, and a page."""
 
 import dataclasses
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 from command_line import answer, run
@@ -93,6 +95,13 @@ def test_a_budget_leaves_cells_for_later_and_showing_runs_nothing(capsys, exampl
     assert answer(capsys, "study an-example --table --output", tmp_path / "none")["done"] == 0
     assert not example and not (tmp_path / "none").exists()
     assert answer(capsys, "study an-example --budget 1h --output", tmp_path)["done"] == 4
+
+
+def test_the_line_before_a_cell_counts_what_is_left(capsys, example, monkeypatch, tmp_path):
+    later = SimpleNamespace(monotonic=itertools.count(0, 60).__next__)  # a minute passes between two looks at the clock
+    monkeypatch.setattr("regard.cli.progress.time", later)
+    _, _, said = run(capsys, "study an-example --seeds 1 --output", tmp_path)
+    assert "2 cells, about" in said and "1 cell, about" in said
 
 
 def test_a_plugin_enters_by_its_flag_alone_beside_the_study_s_own(capsys, example, tmp_path):
@@ -204,6 +213,7 @@ def test_every_study_has_a_page_before_anything_is_run(tmp_path):
 
     for name in list_studies():
         study = get_study(name)
+        assert study.question.endswith("?")
         for preset in study.presets:
             record = opened(study, study.choose(preset), None)
             assert record["done"] == 0 < record["planned"] and record["outcome"] == "not run"

@@ -42,6 +42,7 @@ class Reproduction:
         source: the paper, if it is not the paper of a mechanism.
         table: function from measurements by (setting, seed) to the rows of a table, for a claim about many mechanisms
             at once; ``regard study`` shows it.
+        question: what the table answers, as one sentence with a question mark.
         picture: columns of the table that the pages plot: names, x and y; more is better in both.
         protocol: version number, raised when `run_cell` changes its behaviour, so that older rows no longer count.
     """
@@ -63,6 +64,7 @@ class Reproduction:
     more_seconds: Mapping[str, float] = field(default_factory=dict)
     source: Paper | None = None
     table: Callable[[Mapping[tuple[str, int], Measurements]], list[dict[str, Any]]] | None = None
+    question: str = ""
     picture: tuple[str, str, str] | None = None
     protocol: int = 1
 

@@ -115,8 +115,9 @@ def _given_cascade(given: str) -> str:
         text = Path(given).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         names = (*MACHINES, THIS_PROCESSOR)
+        why = "cannot be read as text" if Path(given).exists() else "does not exist"
         raise Unsupported(
-            f"file {given!r}, which cannot be read as text",
+            f"file {given!r}, which {why}",
             supported=f"a cascade (.txt), a machine (.yaml), {', '.join(names)}",
             nearest=closest(Path(given).name, names),
         ) from None

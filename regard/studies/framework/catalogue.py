@@ -59,11 +59,11 @@ def _of(reproduction: Reproduction) -> Study:
                 for row in known
             }
             pictures.append(Points(f"{up} against {across}", across, up, points))
-        return [Section("What was measured", reproduction.instead, pictures, rows)]
+        return [Section("What was measured", "", pictures, rows)]
 
     return Study(
         name=reproduction.name.replace("_", "-"),
-        question=reproduction.claim,
+        question=reproduction.question,
         make=lambda _: reproduction,
         sections=sections,
         presets=("small",),
