@@ -102,24 +102,25 @@ def times(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def table(cells: Mapping[tuple[str, int], Measurements]) -> list[dict[str, Any]]:
-    """Return a row for each method and share with accuracy, images/s and speedup over all tokens: means over seeds of
-    `cells`, given by (setting, seed). None for missing measurements."""
+    """Return a row for each method and share with accuracy, accuracy with more distractors (of all tokens and
+    of trained methods), images/s and speedup over all tokens: means over seeds of `cells`, given by (setting, seed).
+    None for missing measurements."""
 
     def mean(setting: str, name: str) -> float | None:
         values = [found.get(name) for (own, _), found in cells.items() if own == setting]
         known = [v["median"] if isinstance(v, Mapping) else v for v in values if v is not None]
         return sum(known) / len(known) if known else None
 
-    def row(method: str, share: float | None, score: float | None, timed: str) -> dict[str, Any]:
+    def row(method: str, share: float | None, setting: str, score: str, timed: str) -> dict[str, Any]:
+        distracted = mean(setting, "distracted") if score == "score" else None
         rates = {kind: mean("time", f"{timed} {kind}") for kind in ("images/s", "speedup")}
-        return {"method": method, "share at a stage": share, "accuracy": score, **rates}
+        scores = {"accuracy": mean(setting, score), "with six blobs": distracted}
+        return {"method": method, "share at a stage": share, **scores, **rates}
 
-    rows = [row("all tokens", 1.0, mean("nothing", "score"), "all")]
-    rows += [
-        row(name, share, mean("nothing", f"{name} {share}"), f"{name} {share}") for name in METHODS for share in SHARES
-    ]
-    rows += [row("DynamicViT", share, mean(f"dynamic {share}", "score"), f"DynamicViT {share}") for share in KEPT]
-    return [*rows, row("IA-RED²", None, mean("policies", "score"), "IA-RED²")]
+    rows = [row("all tokens", 1.0, "nothing", "score", "all")]
+    rows += [row(name, share, "nothing", f"{name} {share}", f"{name} {share}") for name in METHODS for share in SHARES]
+    rows += [row("DynamicViT", share, f"dynamic {share}", "score", f"DynamicViT {share}") for share in KEPT]
+    return [*rows, row("IA-RED²", None, "policies", "score", "IA-RED²")]
 
 
 def _above(first: str, second: str) -> Any:

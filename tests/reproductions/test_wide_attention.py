@@ -124,6 +124,13 @@ def test_tasks_without_data_are_left_out_and_told(monkeypatch):
     assert made.checks and asked.sections(chosen, {})[0].rows
 
 
+def test_the_table_of_token_reduction_shows_accuracy_under_distractors_where_it_is_measured():
+    cells = {("nothing", 0): {"score": 0.9, "distracted": 0.8}, ("dynamic 0.5", 0): {"score": 0.7, "distracted": 0.6}}
+    rows = get_study("token-reduction").sections(Chosen("small"), cells)[0].rows
+    shown = {(row["method"], row["share at a stage"]): row["with six blobs"] for row in rows}
+    assert (shown["all tokens", 1.0], shown["DynamicViT", 0.5], shown["ToMe", 0.5]) == (0.8, 0.6, None)
+
+
 def test_the_command_lists_studies_and_shows_what_is_done(capsys, tmp_path):
     told = {one["name"]: one for one in answer(capsys, "study")["studies"]}
     assert {"token-reduction", "wide-attention"} <= told.keys()

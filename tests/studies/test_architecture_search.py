@@ -85,3 +85,5 @@ def test_what_has_no_causal_pattern_cannot_enter_and_other_mechanisms_may():
         STUDY.choose(mechanisms="softmax,fnet")
     made = STUDY.make(STUDY.choose(mechanisms="softmax,gated_linear"))
     assert not any("cosFormer" in check.says for check in made.checks)
+    assert any("without cosformer" in claim for claim in made.left_out)
+    assert not any("without cosformer" in claim for claim in STUDY.make(STUDY.choose()).left_out)
