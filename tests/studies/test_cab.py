@@ -224,6 +224,18 @@ def test_tables_follow_from_the_cells():
     assert {row["first"] for row in parts["Do patterns agree about mechanisms?"].rows} <= {p.value for p in Pattern}
 
 
+def test_beside_a_rule_stands_which_scores_are_better():
+    measured = {"score": 1.0, "rule": 2.0}
+    found = {
+        (name, 0): measured
+        for name, one in cells.settings(CHOSEN).items()
+        if one["mechanism"] == "softmax" and "bench" in one
+    }
+    (shown,) = (part for part in STUDY.sections(CHOSEN, found) if part.title == "Do the backbones learn?")
+    told = {row["task"]: (row["better"], row["beats the rule"]) for row in shown.rows}
+    assert told["MLM"] == ("less", True) and told["Sum"] == ("more", False)
+
+
 def test_the_leaderboard_and_the_claims_have_one_index():
     """Standardising is not linear: the mean over seeds of the index is not the index of the mean metrics."""
     found = made_cells(CHOSEN, {"abc": 0.3}, seeds=2)

@@ -205,7 +205,8 @@ def _learned(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
         if score is not None and rule is not None:
             higher = bench.metrics[next(iter(bench.metrics))]
             beats = score > rule if higher else score < rule
-            rows.append({"task": bench.name, "softmax": score, "rule": rule, "beats the rule": beats})
+            better = "more" if higher else "less"
+            rows.append({"task": bench.name, "better": better, "softmax": score, "rule": rule, "beats the rule": beats})
     says = (
         "The task's own score beside that of a rule without training. Where softmax attention does not beat the rule, the "
         "backbone has learned little in these steps, and the places of the mechanisms say little."
