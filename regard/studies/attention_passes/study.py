@@ -77,7 +77,7 @@ def make(chosen: Chosen) -> Reproduction:
             "that also add, compare and exponentiate it is 6.7 times as fast as the fused three passes of FLAT."
         ),
         instead=(
-            "The paper's machines as closed forms, in closed-form agreement with the authors' tables for four models at six "
+            "The paper's machines as closed forms, which agree with the authors' tables for four models at six "
             "lengths; the bytes that the unfused and FLAT mappings move, and all energies, are the authors' recorded numbers. "
             "Traversals and buffers are counted in a run of each cascade."
         ),
