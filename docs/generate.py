@@ -31,6 +31,7 @@ from tables import table
 from regard.catalogue import get_mechanism, get_module, list_mechanisms, load_plugin
 from regard.contract import Cost, Kind, Mechanism, Pattern, Shape, spelled
 from regard.functional import function_name
+from regard.measurement.units import counted
 from regard.positions import list_positions
 from regard.reproductions import Outcome, collect, list_reproductions
 from regard.reproductions.framework.telling import measured_words, remarks
@@ -813,7 +814,8 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
         "last weights (`benchmarks/fashion_mnist.py`). Training images are left as they are (`none`), half of them are "
         "mirrored (`flip`), or they are shifted too (`light`). Sizes are those of this project for small images and are not "
         "matched, and nothing is tuned to any of them: the order says what came of so much time on a machine. With two seeds "
-        "or more the error is the standard error over seeds, with one that of the share of test images. Speeds are of batches of 64, medians of all models in turn in one process.",
+        "or more the error is the standard error over seeds, with one that of the share of test images. Speeds are of "
+        "batches of 64, medians of all models in turn in one process.",
     ]
     if data is None or not data["cells"]:
         return [*parts, "Not measured in this build of the pages: `python benchmarks/fashion_mnist.py` does it."]
@@ -822,7 +824,7 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
     cells = [cell for cell, own in zip(data["cells"], budgets, strict=True) if own == budget]
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     machines = sorted({machine_of(cell) for cell in cells})
-    letters = dict(zip(machines, string.ascii_uppercase, strict=False))
+    letters, several = dict(zip(machines, string.ascii_uppercase, strict=False)), len(machines) > 1
     for cell in cells:
         groups.setdefault((cell["model"], cell["augment"], cell["precision"]), []).append(cell)
 
@@ -850,7 +852,7 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
                 str(len(found)),
                 f"{own['parameters']:,}",
                 f"{own['steps']:,}",
-                *([] if len(machines) == 1 else ["".join(sorted({letters[machine_of(cell)] for cell in groups[key]}))]),
+                *(["".join(sorted({letters[machine_of(cell)] for cell in groups[key]}))] if several else []),
                 *shown,
             )
         )
@@ -862,19 +864,21 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
         "seeds",
         "parameters",
         "steps",
-        *([] if len(machines) == 1 else ["on"]),
+        *(["on"] if several else []),
         "images/s, training",
         "images/s, inference",
     )
     headings += ("MiB, training", "MiB, inference")
-    on = f"on {machines[0]}." if len(machines) == 1 else ", ".join(f"on {it} ({letters[it]})" for it in machines) + ". "
-    if len(machines) > 1:
-        on += "A slower machine takes fewer steps in the same time, so compare rows of one."
-    return [*parts, f"{budget[0]:g} minutes a run; {budget[1]:,} test images; trained {on}", table(headings, rows)]
+    on = ", ".join(f"on {it} ({letters[it]})" if several else f"on {it}" for it in machines)
+    told = f"{budget[0]:g} minutes a run; {budget[1]:,} test images; trained {on}."
+    if several:
+        told += " A slower machine takes fewer steps in the same time, so compare rows of one."
+    return [*parts, told, table(headings, rows)]
 
 
 def machine_of(cell: Mapping[str, Any]) -> str:
-    return f"{cell['cpu']} with {cell['threads']} thread{'s' * (cell['threads'] != 1)}"
+    """The processor and the threads of a run, in words."""
+    return f"{cell['cpu']} with {counted(cell['threads'], 'thread')}"
 
 
 def _resolution(data: Mapping[str, Any] | None) -> list[str]:

@@ -102,9 +102,9 @@ def times(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def table(cells: Mapping[tuple[str, int], Measurements]) -> list[dict[str, Any]]:
-    """Return a row for each method and share with accuracy, accuracy with more distractors (of all tokens and
-    of trained methods), images/s and speedup over all tokens: means over seeds of `cells`, given by (setting, seed).
-    None for missing measurements."""
+    """Return a row for each method and share with accuracy, accuracy with more distractors (of all tokens and of trained
+    methods), images/s and speedup over all tokens: means over seeds of `cells`, given by (setting, seed). None for missing
+    measurements."""
 
     def mean(setting: str, name: str) -> float | None:
         values = [found.get(name) for (own, _), found in cells.items() if own == setting]

@@ -39,10 +39,11 @@ class CompletionTask(Task):
     """Predict points all over a shape from points on one side of it (as in PCN, Yuan et al., arXiv 1808.00671).
 
     The memory holds points on the visible side: one side of a randomly oriented plane through the centre. None of them
-    is among the points to predict, so that copying them earns no more than other points of that side would. The inputs are fixed places on a sphere, one for each point to predict. The training loss is the Chamfer distance to
-    points all over the shape: the mean distance to the nearest point, averaged over both directions; the score is the
-    same in thousandths of the shape's half size. CD-l2 (squared distances, summed over both directions) and an F-score
-    (share of points within `NEAR`) are reported too. The baseline returns the given points.
+    is among the points to predict, so that copying them earns no more than other points of that side would. The inputs
+    are fixed places on a sphere, one for each point to predict. The training loss is the Chamfer distance to points all
+    over the shape: the mean distance to the nearest point, averaged over both directions; the score is the same in
+    thousandths of the shape's half size. CD-l2 (squared distances, summed over both directions) and an F-score (share of
+    points within `NEAR`) are reported too. The baseline returns the given points.
 
     Args:
         data: a folder of meshes (OBJ, binary STL), of which a tenth is held out; None for combined superquadrics, drawn

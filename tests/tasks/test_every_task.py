@@ -74,10 +74,9 @@ def test_held_out_items_do_not_depend_on_the_batch_size(name, tmp_path):
 
 def test_its_model_is_trained_and_scored(name, tmp_path):
     task = made(name, tmp_path)
-    layers = "softmax" if task.grid is None or len(task.grid) < 3 else "fnet"
     longest = max(task.length, task.memory_length or 0)
     sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "positions": "auto", "max_length": longest}
-    model = build_model(config_for(task, layers, **sizes))
+    model = build_model(config_for(task, "softmax", **sizes))
     before = [parameter.clone() for parameter in model.parameters()]
     train(model, task, TrainConfig(steps=1, batch_size=2, measure_memory=False))
     assert any(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
