@@ -1,11 +1,13 @@
 """Fashion-MNIST from scratch: every image backbone in a small size, each trained for the same time, for the docs' table.
 
     pip install 'regard[vision]'
+    export OMP_NUM_THREADS=1                                       # the threads of the times and the runs
+    python benchmarks/fashion_mnist.py --timings                   # first, idle: speed and memory, all models in one process
     python benchmarks/fashion_mnist.py                             # 20 minutes each; the same command continues where it stopped
-    python benchmarks/fashion_mnist.py --precision bfloat16        # up to twice the steps if the processor supports it
     python benchmarks/fashion_mnist.py --models van_nano,vit_nano --minutes 5
     python benchmarks/fashion_mnist.py --best 5 --seeds 3          # more seeds for the five that are best so far
-    python benchmarks/fashion_mnist.py --timings                   # only speed and memory, all models in one process
+
+A run takes as many steps as fit into its minutes at the measured speed, so that other work beside it changes nothing.
 
 The images are those of Debian's dataset-fashion-mnist (`--data FOLDER` elsewhere), resized to 32 pixels (to 64 for models
 whose names end so: BiFormer and VMamba begin with a quarter of the sides). Half of the training images are mirrored
@@ -72,10 +74,10 @@ def task_of(side: int, data: str, items: int, augment: str) -> Task:
     return create_task("images", data=data, size=side, evaluation_items=items, **AUGMENT[augment])
 
 
-def settings_of(name: str, task: Task, seed: int, minutes: float, precision: str) -> CompareSettings:
+def settings_of(name: str, task: Task, seed: int, steps: int, precision: str) -> CompareSettings:
     return CompareSettings(
         (Variant(name, (), MODELS[name]),),
-        Budget("seconds", 60 * minutes),
+        Budget("steps", steps),
         seeds=1,
         first_seed=seed,
         rates=(RATE,),
@@ -98,6 +100,18 @@ def done(table: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any] | None
     return next((cell for cell in table["cells"] if wanted.items() <= cell.items()), None)
 
 
+def steps_of(name: str, speeds: dict[str, Any], minutes: float, precision: str) -> int:
+    """The training steps that fit into the minutes at the speed of the model on this machine."""
+    speed = speeds.get(name)
+    here = {"cpu": provenance.fingerprint()["cpu"], "threads": torch.get_num_threads(), "precision": precision}
+    if speed is None or not here.items() <= speed.items():
+        raise Unsupported(
+            f"speed of {name} in {precision} on {here['cpu']} with {units.counted(here['threads'], 'thread')}, not measured",
+            supported="models with measured speeds; add --timings to measure those of all, on an idle machine",
+        )
+    return max(1, round(60 * minutes * speed["training"] / BATCH))
+
+
 def train_cell(task: Task, wanted: dict[str, Any], work: Path) -> dict[str, Any]:
     """Train one cell, continuing from where it stopped."""
     name, seed = wanted["model"], wanted["seed"]
@@ -114,13 +128,12 @@ def train_cell(task: Task, wanted: dict[str, Any], work: Path) -> dict[str, Any]
             )
 
     folder = work / "-".join(f"{x:g}" if isinstance(x, float) else str(x) for x in wanted.values())
-    settings = settings_of(name, task, seed, wanted["minutes"], wanted["precision"])
+    settings = settings_of(name, task, seed, wanted["steps"], wanted["precision"])
     record = train_model(task, settings, folder, best_of=0, on_step=tell, say=partial(print, flush=True)).record
     return {
         **wanted,
         "accuracy": None if record["state"] == DIVERGED else record["score"],
         "parameters": record["parameters"],
-        "steps": record["steps"],
         "threads": record["settings"]["threads"],
         "cpu": record["machine"],
         "regard": record["regard"],
@@ -129,7 +142,7 @@ def train_cell(task: Task, wanted: dict[str, Any], work: Path) -> dict[str, Any]
 
 
 def measure_speeds(tasks: dict[str, Task], seconds: float, precision: str) -> dict[str, Any]:
-    """Images/s and peak bytes of float32 training and inference at the training batch size, all models in turn; `tasks`
+    """Images/s and peak bytes of training and float32 inference at the training batch size, all models in turn; `tasks`
     has each model's."""
     models = {name: build_model(ImageModelConfig.for_task(task, *MODELS[name])) for name, task in tasks.items()}
     steps = TrainConfig(steps=1, batch_size=BATCH, learning_rate=RATE, precision=precision, measure_memory=False)
@@ -167,7 +180,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
     parser.add_argument("--best", type=int, help="of the models, those that are best so far")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=20.0, help="of each run, with its scoring")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of each training run")
     parser.add_argument(
         "--items", type=int, default=10_000, help="test images that are scored, balanced over the classes"
     )
@@ -194,11 +207,13 @@ def main() -> None:
         return
     for seed in range(arguments.seeds):
         for name in names:
-            wanted = {"model": name, "seed": seed, **protocol}
+            steps = steps_of(name, table["speeds"], arguments.minutes, arguments.precision)
+            wanted = {"model": name, "seed": seed, **protocol, "steps": steps}
             if done(table, wanted) is None:
                 cell = train_cell(tasks[name], wanted, arguments.work)
                 table = read()  # another process may have added cells
-                table["cells"].append(cell)
+                same = wanted.items() - {"steps": steps}.items()
+                table["cells"] = [other for other in table["cells"] if not same <= other.items()] + [cell]
                 write(table)
             cell = done(table, wanted) or {}
             print(f"{name}, seed {seed}: {cell['accuracy']}", flush=True)

@@ -809,9 +809,10 @@ def fashion_page(data: Mapping[str, Any] | None, resolution: Mapping[str, Any] |
 
 def _backbones(data: Mapping[str, Any] | None) -> list[str]:
     parts = [
-        "A small size of every backbone, trained from scratch for the same time on images resized to 32 x 32 pixels (64 x 64 "
-        "where the name ends so: BiFormer and VMamba begin with a quarter of the sides), one learning rate for all, and the "
-        "last weights (`benchmarks/fashion_mnist.py`). Training images are left as they are (`none`), half of them are "
+        "A small size of every backbone, trained from scratch on images resized to 32 x 32 pixels (64 x 64 where the name "
+        "ends so: BiFormer and VMamba begin with a quarter of the sides), with one learning rate for all and as many steps as "
+        "fit into the same time at the speed measured in training; the last weights count "
+        "(`benchmarks/fashion_mnist.py`). Training images are left as they are (`none`), half of them are "
         "mirrored (`flip`), or they are shifted too (`light`). Sizes are those of this project for small images and are not "
         "matched, and nothing is tuned to any of them: the order says what came of so much time on a machine. With two seeds "
         "or more the error is the standard error over seeds, with one that of the share of test images. Speeds are of "
