@@ -2,7 +2,7 @@
 
 The past of a series is embedded point by point or in patches (as in PatchTST, arXiv 2211.14730) and encoded. Each point
 of the horizon, embedded from its time and the features known in advance, then attends to the encoded past through cross
-attention, so that all points are predicted at once::
+attention, so that all points are predicted at once. With ``ordered=False`` both are sets, such as clouds of points::
 
     config = ForecasterConfig(features=4, memory_features=5, target_features=(0,), patch=8, quantiles=(0.1, 0.5, 0.9))
     forecast = Forecaster(config)(calendar, past).output      # (B, H, targets, quantiles)
@@ -67,9 +67,11 @@ class ForecasterConfig(LayersConfig):
         num_layers: number of cross layers; when None, the length of a plan given as a list, else 4.
         encoder_layers: number of encoder layers; when None, the length of a plan given as a list, else that of the
             cross layers.
+        ordered: whether the memory is a series. If not, no point gets a time, and the points to predict differ by their
+            features alone; layers have no positions unless a plan names a scheme, `patch` is 1, and `normalize` not ``last``.
         positions: the scheme inside the encoder's layers: one of :mod:`regard.positions` or ``auto``, as in
             :class:`regard.models.LanguageModelConfig`. Sinusoids of the time, which is 0 at the first point of the
-            horizon and negative in the past, are always added to both inputs. Cross layers have no positions unless
+            horizon and negative in the past, are added to both inputs of a series. Cross layers have no positions unless
             their plan names a scheme.
         num_heads, head_dim, num_kv_heads, feed_forward, dropout, norm, loss_weights, stack: as in
             :class:`regard.models.LanguageModelConfig`; `stack` applies to both stacks and has no exits.
@@ -87,6 +89,7 @@ class ForecasterConfig(LayersConfig):
     cross_plan: Any = "softmax"
     num_layers: int | None = None
     encoder_layers: int | None = None
+    ordered: bool = True
     serves: ClassVar = ((Pattern.NONCAUSAL_CROSS, "regression"),)
 
     def __post_init__(self) -> None:
@@ -116,6 +119,9 @@ class ForecasterConfig(LayersConfig):
                 nearest="quantiles=(0.1, 0.5, 0.9)",
             )
         one_of("normalize", self.normalize, LEVELS)
+        if not self.ordered:
+            self._check_set()
+            object.__setattr__(self, "positions", "none")
         if self.positions in ("learned", "seqpe", *SHARED_POSITIONS):
             raise Unsupported(
                 f"{self.positions} positions in a forecaster", supported="positions of its encoder's layers"
@@ -135,6 +141,24 @@ class ForecasterConfig(LayersConfig):
         object.__setattr__(self, "num_layers", layers)
         object.__setattr__(self, "encoder_layers", encoder_layers)
 
+    def _check_set(self) -> None:
+        wrong = [
+            f"{name}={given!r}"
+            for name, given, fits in (
+                ("patch", self.patch, self.patch == 1),
+                ("normalize", self.normalize, self.normalize != "last"),
+                ("features", self.features, self.features > 0),
+                ("positions", self.positions, self.positions in ("auto", "none")),
+            )
+            if not fits
+        ]
+        if wrong:
+            raise Unsupported(
+                f"ordered=False with {', '.join(wrong)}",
+                supported="patch=1, normalize='mean' or 'none', positions='none', and features that tell the points to "
+                "predict apart",
+            )
+
     @classmethod
     def for_task(cls, task: Task, plan: Any, *, positions: str, max_length: int, **sizes: Any) -> ForecasterConfig:
         """Return the config for a task, see :func:`regard.models.registry.config_for`; `plan` is the cross layers'."""
@@ -143,7 +167,8 @@ class ForecasterConfig(LayersConfig):
             targets = tuple(range(task.num_targets or 0))
         known, past = task.features or 0, task.memory_features or 0
         others = None if targets else task.num_targets
-        return cls(known, past, target_features=targets, num_targets=others, cross_plan=plan, **sizes)
+        given = {"target_features": targets, "num_targets": others, "ordered": task.memory_ordered}
+        return cls(known, past, cross_plan=plan, **given, **sizes)
 
     @property
     def width(self) -> int:
@@ -216,14 +241,11 @@ class Forecaster(nn.Module):
         add_losses(losses, encoded.losses)
         horizon = torch.arange(inputs.shape[1], device=inputs.device)[None]
         x = inputs.new_zeros(*inputs.shape[:2], self.config.dim) if self.embedding is None else self.embedding(inputs)
-        x = self._dropout(self.positions.embed(x, horizon), context)
-        inner = shared.replace(
-            mask=inner_mask(layout),
-            memory_mask=mask,
-            positions=horizon.expand(inputs.shape[0], -1),
-            memory_positions=time,
-            want=context.want,
-        )
+        inner = shared.replace(mask=inner_mask(layout), memory_mask=mask, want=context.want)
+        if self.config.ordered:
+            x = self.positions.embed(x, horizon)
+            inner = inner.replace(positions=horizon.expand(inputs.shape[0], -1), memory_positions=time)
+        x = self._dropout(x, context)
         result = self.blocks.run(x, inner, [None] * len(self.blocks), self.encoder_norm(encoded.output))
         add_losses(losses, result.losses)
         y = self.head(self.norm(result.output)).to(level.dtype)  # (rows, H, targets * quantiles)
@@ -274,8 +296,8 @@ class Forecaster(nn.Module):
         time = ((rank - count) * patch + patch - 1).expand(rows, -1)
         if lengths is not None:
             time = torch.where(valid_from_lengths(lengths, m), time, 0)
-        x = self.positions.embed(self.memory_embedding(memory), time)
-        return x, lengths, time
+        x = self.memory_embedding(memory)
+        return self.positions.embed(x, time) if self.config.ordered else x, lengths, time
 
     def loss(
         self,

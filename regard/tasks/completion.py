@@ -58,6 +58,8 @@ class CompletionTask(Task):
     pattern = Pattern.NONCAUSAL_CROSS
     objective = "regression"
     features = memory_features = num_targets = SPACE
+    target_features = ()
+    memory_ordered = False
     metric = "CD-l1"
     higher_is_better = False
 

@@ -163,6 +163,7 @@ class Task(Protocol):
         memory_vocab_size, memory_features: `vocab_size` and `features` of the memory.
         target_features: columns of a float memory that hold the past of the targets, in the order of the targets; None
             for the first `num_targets` columns, empty if none do.
+        memory_ordered: whether a float memory is a series; if not, its order means nothing, nor does that of the inputs.
         generates: number of tokens to generate for each held-out item, to be scored by :meth:`score_generated` instead
             of :meth:`score`; None when logits are scored.
         stop_tokens: tokens that end a generated sequence.
@@ -198,6 +199,7 @@ class Task(Protocol):
     memory_vocab_size: int | None = None
     memory_features: int | None = None
     target_features: tuple[int, ...] | None = None
+    memory_ordered: bool = True
     generates: int | None = None
     stop_tokens: tuple[int, ...] = ()
     grid: tuple[int, ...] | None = None
@@ -298,7 +300,7 @@ def check_task(task: Any) -> Task:
     told = f"the task {getattr(task, 'name', type(task).__name__)!r}"
     required = ["name", "pattern", "objective", "length", "vocab_size", "features", "num_classes", "grid", "metric"]
     required += ["higher_is_better", "solved", "chance", "num_targets", "memory_length", "memory_vocab_size"]
-    required += ["memory_features", "target_features", "generates", "stop_tokens", "loss"]
+    required += ["memory_features", "target_features", "memory_ordered", "generates", "stop_tokens", "loss"]
     required += ["describe", "training_batch", "evaluation_batches", "score"]
     missing = [name for name in required if not hasattr(task, name)]
     if missing:

@@ -67,6 +67,19 @@ def test_numbers_as_they_are_do_not_move_forecasts_along_and_a_constant_past_is_
     assert (make_model(normalize="mean")(inputs, memory).output - memory[:, :1, [2, 0]]).abs().max() < 100
 
 
+def test_the_order_of_sets_changes_nothing_and_of_series_does():
+    inputs, memory = batch()
+    order = torch.randperm(8)
+    for ordered in (False, True):
+        model = make_model(ordered=ordered)
+        output = model(inputs, memory).output
+        same = torch.allclose(model(inputs, memory[:, order]).output, output)
+        assert same is torch.allclose(model(inputs.flip(1), memory).output, output.flip(1)) is not ordered
+    for wrong in ({"patch": 3}, {"normalize": "last"}, {"features": 0}, {"positions": "rotary"}):
+        with pytest.raises(Unsupported, match="ordered=False"):
+            make_model(ordered=False, **wrong)
+
+
 def test_each_point_has_its_own_forecast_and_depends_on_all_of_the_past(model):
     if model.config.cross_plan[0][0] == "aaren":
         pytest.skip("its query is learned, and the same for each point")
