@@ -326,10 +326,19 @@ int residual_feed_forward(const regard_residual_feed_forward_args* args) {
   return REGARD_OK;
 }
 
+// Whether sequences follow one another from row 0 on, none longer than `n`.
+bool in_order(const int64_t* borders, int64_t batch, int64_t n) {
+  bool right = borders[0] == 0;
+  for (int64_t i = 0; i < batch; ++i) right = right && borders[i] <= borders[i + 1] && borders[i + 1] - borders[i] <= n;
+  return right;
+}
+
 int residual_attention(const regard_residual_attention_args* args) {
   const auto& a = *args;
-  const int64_t width = a.around.width, m = a.batch * a.n;
-  if (a.threads < 1 || a.batch < 0 || a.n < 0 || a.heads < 1 || a.kv_heads < 1 || a.heads % a.kv_heads != 0)
+  const auto first_of = [&](int64_t sequence) { return a.borders ? a.borders[sequence] : sequence * a.n; };
+  if (a.batch < 0 || (a.borders && !in_order(a.borders, a.batch, a.n))) return REGARD_BAD_ARGUMENT;
+  const int64_t width = a.around.width, m = first_of(a.batch);
+  if (a.threads < 1 || a.n < 0 || a.heads < 1 || a.kv_heads < 1 || a.heads % a.kv_heads != 0)
     return REGARD_BAD_ARGUMENT;
   if (wrong(a.query, a.query.n, width) || wrong(a.key, a.key.n, width) || wrong(a.value, a.value.n, width) ||
       wrong(a.output, width, a.output.k))
@@ -342,7 +351,7 @@ int residual_attention(const regard_residual_attention_args* args) {
   const regard_dense* const weights[] = {&a.query, &a.key, &a.value, &a.output};
   const bool few = are_few(m, a.threads), alone = !few && a.batch >= 2 * a.threads;
   // sequences processed together: all, or few enough for the cache of the one thread that processes them
-  const int64_t together = alone ? most<int64_t>(1, BLOCK / a.n) : a.batch, most_rows = together * a.n;
+  const int64_t together = alone ? most<int64_t>(1, BLOCK / a.n) : a.batch, most_rows = least(together * a.n, m);
   const int threads = static_cast<int>(a.threads), teams = alone ? threads : 1, members = alone ? 1 : threads;
   const int64_t lds[] = {row_of(a.query.n), row_of(a.key.n), row_of(a.value.n), row_of(a.output.k)}, narrow = row_of(width);
   const size_t room = numbers(least(m, BLOCK), narrow);
@@ -365,7 +374,7 @@ int residual_attention(const regard_residual_attention_args* args) {
     float* tensors[4] = {heads + static_cast<size_t>(team) * each};
     for (int i = 1; i < 4; ++i)
       tensors[i] = tensors[i - 1] + Workspace::bytes_of<float>(numbers(most_rows, lds[i - 1])) / sizeof(float);
-    const int64_t start = sequence * a.n, rows_here = sequences * a.n;
+    const int64_t start = first_of(sequence), rows_here = first_of(sequence + sequences) - start;
     const auto room_of = [&](int part) { return rooms + static_cast<size_t>(team + part) * room; };
     // a thread's own panels of queries, keys, values and outputs, if rows are few
     const auto share = [&](int part, int i) {
@@ -403,14 +412,8 @@ int residual_attention(const regard_residual_attention_args* args) {
     attention.size = sizeof attention;
     attention.threads = members;
     attention.dtype = REGARD_FLOAT32;
-    attention.q = tensors[0];
-    attention.k = tensors[1];
-    attention.v = tensors[2];
-    attention.out = tensors[3];
-    attention.batch = sequences;
     attention.heads = a.heads;
     attention.kv_heads = a.kv_heads;
-    attention.n = attention.m = a.n;
     attention.width = key_width;
     attention.value_width = value_width;
     const auto strides = [&](int64_t (&to)[3], int64_t head, int64_t token) {
@@ -426,8 +429,18 @@ int residual_attention(const regard_residual_attention_args* args) {
     attention.rule = REGARD_SOFTMAX;
     attention.visibility.query_ranks = attention.visibility.key_ranks = ranks;
     attention.visibility.left = attention.visibility.right = -1;
-    const int status = regard_attention(&attention);
-    if (status != REGARD_OK) __atomic_store_n(&failed, status, __ATOMIC_RELAXED);
+    // sequences of one length all at once, others one by one
+    for (int64_t at = sequence, step = a.borders ? 1 : sequences; at < sequence + sequences; at += step) {
+      const int64_t row = first_of(at) - start;
+      attention.batch = step;
+      attention.n = attention.m = a.borders ? first_of(at + 1) - first_of(at) : a.n;
+      attention.q = tensors[0] + row * lds[0];
+      attention.k = tensors[1] + row * lds[1];
+      attention.v = tensors[2] + row * lds[2];
+      attention.out = tensors[3] + row * lds[3];
+      const int status = regard_attention(&attention);
+      if (status != REGARD_OK) __atomic_store_n(&failed, status, __ATOMIC_RELAXED);
+    }
 
     if (few)
       parallel(threads, [&](int part) {

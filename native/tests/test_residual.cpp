@@ -1,6 +1,9 @@
 // Residual branches of a block against plain loops in double, in buffers of exactly their size.
 
 #include "regard_residual.h"
+
+#include <array>
+
 #include "testing.h"
 
 namespace {
@@ -70,23 +73,30 @@ void feed_forward(int64_t m, int64_t width, int64_t hidden, int64_t threads, boo
   around.compare_with(down.of(inner));
 }
 
-void attention(int64_t batch, int64_t n, int64_t width, int64_t heads, int64_t kv_heads, int64_t threads, bool learned) {
-  now("attention of %d x %d x %d, %d heads, %d threads", int(batch), int(n), int(width), int(heads), int(threads));
+// `lengths` of the sequences, all of which have n if it is empty.
+void attention(int64_t batch, int64_t n, int64_t width, int64_t heads, int64_t kv_heads, int64_t threads, bool learned,
+               const std::vector<int64_t>& lengths = {}) {
+  now("attention of %d x %d x %d, %d heads, %d threads%s", int(batch), int(n), int(width), int(heads), int(threads),
+      lengths.empty() ? "" : ", unequal lengths");
   const int64_t d = 5, e = 3;
-  Around around(batch * n, width, true, learned);
+  std::vector<int64_t> borders{0};
+  for (int64_t b = 0; b < batch; ++b) borders.push_back(borders.back() + (lengths.empty() ? n : lengths[b]));
+  Around around(borders.back(), width, true, learned);
   const Layer query(heads * d, width, learned), key(kv_heads * d, width, learned), value(kv_heads * e, width, learned);
   const Layer output(width, heads * e, learned);
-  regard_residual_attention_args a{sizeof a,        threads,        batch,       n,           heads,         kv_heads, 0.7f,
-                                   around.struct_of(), query.dense(), key.dense(), value.dense(), output.dense()};
+  regard_residual_attention_args a{sizeof a, threads, batch,    n, lengths.empty() ? nullptr : borders.data(),
+                                   heads,    kv_heads, 0.7f,    around.struct_of(), query.dense(), key.dense(),
+                                   value.dense(), output.dense()};
   must("taken", regard_residual_attention(&a));
   const Doubles normed = around.normed(), q = query.of(normed), k = key.of(normed), v = value.of(normed);
-  Doubles read(batch * n * heads * e);
-  for (int64_t t = 0; t < batch * n; ++t)
+  Doubles read(borders.back() * heads * e);
+  for (int64_t t = 0, b = 0; t < borders.back(); ++t) {
+    while (t >= borders[b + 1]) ++b;
     for (int64_t h = 0; h < heads; ++h) {
-      const int64_t own = h / (heads / kv_heads), first = t / n * n;
+      const int64_t own = h / (heads / kv_heads);
       double total = 0;
       Doubles sums(e);
-      for (int64_t j = first; j < first + n; ++j) {
+      for (int64_t j = borders[b]; j < borders[b + 1]; ++j) {
         double score = 0;
         for (int64_t i = 0; i < d; ++i) score += q[(t * heads + h) * d + i] * k[(j * kv_heads + own) * d + i];
         const double weight = exp(0.7f * score);
@@ -95,6 +105,7 @@ void attention(int64_t batch, int64_t n, int64_t width, int64_t heads, int64_t k
       }
       for (int64_t i = 0; i < e; ++i) read[(t * heads + h) * e + i] = sums[i] / total;
     }
+  }
   around.compare_with(output.of(read));
 }
 
@@ -116,6 +127,9 @@ void every_size() {
     attention(1, 600, 4, 2, 1, threads, true);
     attention(200, 4, 6, 4, 2, threads, false);  // several sequences at once, different ones in each thread
     attention(7, 101, 3, 1, 1, threads, true);
+    attention(3, 40, 8, 2, 1, threads, true, {5, 0, 40});
+    attention(8, 150, 6, 2, 2, threads, true, {150, 0, 1, 97, 150, 3, 96, 140});
+    attention(300, 5, 4, 1, 1, threads, false, std::vector<int64_t>(300, 3));
   }
 }
 
@@ -154,12 +168,18 @@ void refusals() {
   a = right;
   a.size = 8;
   must("another version", regard_residual_feed_forward(&a), REGARD_WRONG_SIZE);
-  regard_residual_attention_args b{sizeof b, 1, 1, 1, 1, 1, 1.f, around, dense, dense, dense, dense};
+  regard_residual_attention_args b{sizeof b, 1, 1, 1, nullptr, 1, 1, 1.f, around, dense, dense, dense, dense};
   b.heads = 2;
   must("heads that do not divide", regard_residual_attention(&b), REGARD_BAD_ARGUMENT);
   b.heads = 1;
   b.key = wide;
   must("keys wider than queries", regard_residual_attention(&b), REGARD_BAD_ARGUMENT);
+  b.key = dense;
+  b.batch = 2;
+  for (const auto& borders : {std::array<int64_t, 3>{1, 1, 1}, {0, 1, 0}, {0, 0, 2}}) {
+    b.borders = borders.data();
+    must("borders out of order", regard_residual_attention(&b), REGARD_BAD_ARGUMENT);
+  }
 }
 
 }  // namespace

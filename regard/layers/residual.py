@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from regard.apply import apply
-from regard.contract import Context, Pattern
+from regard.contract import Context, Mask, Pattern
 from regard.engines import residual
 from regard.engines.residual import Dense, RowNorm
 from regard.layers.attention import AttentionLayer
@@ -63,10 +63,17 @@ def fused_attention(
     x: Float[Tensor, "b n c"], norm: nn.Module, layer: nn.Module, *after: nn.Module, context: Context | None = None
 ) -> Float[Tensor, "b n c"] | None:
     """x + after(layer(norm(x))) for softmax self-attention, in one native call; None if there is no kernel for it, as
-    for masks, windows, positions and gates."""
-    if context is not None and (context.want or any(getattr(context, name) is not None for name in TOLD)):
-        return None
-    return fused(x, [(norm, layer, after)])
+    for windows, positions, gates, and masks other than :func:`regard.core.ragged.packed`."""
+    documents = None
+    if context is not None:
+        if context.want or any(getattr(context, name) is not None for name in TOLD):
+            return None
+        if context.mask is not None:
+            documents = _documents(context.mask)
+            if documents is None:
+                return None
+    natives = _natives(x, [(norm, layer, after)])
+    return None if natives is None else natives[0](x, documents)
 
 
 def fused(x: Float[Tensor, "b n c"], branches: Iterable[Branch]) -> Float[Tensor, "b n c"] | None:
@@ -75,14 +82,9 @@ def fused(x: Float[Tensor, "b n c"], branches: Iterable[Branch]) -> Float[Tensor
     All branches are inspected before the first one runs: a native call evicts Python's data from the processor's cache,
     and inspecting a branch afterwards takes several times as long.
     """
-    if not may_be_fused(x) or not residual.plain(x):
+    natives = _natives(x, branches)
+    if natives is None:
         return None
-    natives = []
-    for norm, inner, after in branches:
-        native = _native(norm, inner, after)
-        if native is None or not native.takes(x):
-            return None
-        natives.append(native)
     for native in natives:
         x = native(x)
     return x
@@ -100,8 +102,16 @@ def is_called_plainly(module: nn.Module) -> bool:
     )
 
 
-TOLD = ("mask", "memory_mask", "positions", "memory_positions", "roles", "teacher")
+TOLD = ("memory_mask", "positions", "memory_positions", "roles", "teacher")
 """Fields of a context that the fused attention does not support."""
+
+
+def _documents(mask: Mask) -> residual.Documents | None:
+    """The documents of a mask that a model made for its layers; None if there is more to a mask, or another kind."""
+    borders, longest = mask.cu_seqlens, mask.max_length
+    if borders is None or longest is None or mask.layout is None or mask.bias is not None or mask.blocks is not None:
+        return None
+    return residual.Documents(borders, longest) if borders.dtype is torch.int64 else None
 
 
 class _Parts:
@@ -163,6 +173,19 @@ class _Parts:
 
 _PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
 """The parts of each feed-forward network or layer, from its latest call."""
+
+
+def _natives(x: Tensor, branches: Iterable[Branch]) -> list[Any] | None:
+    """The native forms of branches of `x`; None if one of them has none."""
+    if not may_be_fused(x) or not residual.plain(x):
+        return None
+    natives = []
+    for norm, inner, after in branches:
+        native = _native(norm, inner, after)
+        if native is None or not native.takes(x):
+            return None
+        natives.append(native)
+    return natives
 
 
 def _native(

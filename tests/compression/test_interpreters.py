@@ -13,6 +13,7 @@ from support import close, load, recorded_state, refused
 from torch import Tensor
 
 from regard import Context, Mask
+from regard.backends.native import library
 from regard.compression.tokens.hosts import Host, OwnHost
 from regard.compression.tokens.interpreters import (
     START,
@@ -230,6 +231,16 @@ def test_rows_of_unequal_lengths_are_packed_without_padding(kind: str, monkeypat
     monkeypatch.setattr(OwnHost, "run_ragged", Host.run_ragged)
     close(model(x), packed)
     assert seen[len(counts)] == (8, int(counts[0].max()), 12)
+
+
+@torch.no_grad()
+def test_packed_rows_of_softmax_attention_go_to_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, kernels, call = interpreted(), images(16), list[str](), library.call
+    logits, decisions = model.forward_masked(x)
+    assert len(decisions[0].stays.sum(1).unique()) > 1
+    monkeypatch.setattr(library, "call", lambda arguments: (kernels.append(arguments.kernel), call(arguments)))
+    close(model.float()(x.float()), logits.float(), 1e-5)
+    assert kernels.count("residual_attention") == 3
 
 
 @pytest.mark.parametrize("kind", ["rotary", "rotary of rows and columns", "encoded positions"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Mask, Mechanism, Result, Unsupported, an_instance, valid_from_lengths
 from regard.core.precision import wide, wide_dtype
+from regard.core.ragged import packed
 from regard.layers.attention import AttentionLayer
 from regard.models.vision import tnt
 from regard.models.vision.patch_tokens import context_of
@@ -275,12 +276,11 @@ class OwnHost(Host):
         alive: Bool[Tensor, "b m"],
         places: Int[Tensor, "b m"],
     ) -> Float[Tensor, "b m c"]:
-        borders = F.pad(alive.sum(1).cumsum(0), (1, 0))
-        context = self._context(context, places, Mask(cu_seqlens=borders, max_length=alive.shape[1]))
+        context = self._context(context, places, packed(alive.sum(1), len(kept)))
         if context.roles is not None:
             context = context.replace(roles=context.roles[alive][None])
-        packed = self._through(blocks, kept[None], context, places[alive][None])
-        return _padded(packed[0], alive)
+        found = self._through(blocks, kept[None], context, places[alive][None])
+        return _padded(found[0], alive)
 
     def run_under(
         self, block: VisionBlock, x: Float[Tensor, "b n c"], context: Context, attend: Attend

@@ -4,6 +4,6 @@ In PyTorch such a branch is ten operators, whose intermediate results are writte
 form in PyTorch: otherwise the block itself computes its branches.
 """
 
-from regard.engines.residual.native_form import Attention, Dense, FeedForward, RowNorm, is_small, plain
+from regard.engines.residual.native_form import Attention, Dense, Documents, FeedForward, RowNorm, is_small, plain
 
-__all__ = ["Attention", "Dense", "FeedForward", "RowNorm", "is_small", "plain"]
+__all__ = ["Attention", "Dense", "Documents", "FeedForward", "RowNorm", "is_small", "plain"]

@@ -51,6 +51,18 @@ class RowNorm(NamedTuple):
     centred: bool
 
 
+class Documents(NamedTuple):
+    """Documents packed into one sequence, one after the other.
+
+    Attributes:
+        borders: (documents + 1,) int64, from 0 to the number of tokens.
+        longest: length of the longest one.
+    """
+
+    borders: Tensor
+    longest: int
+
+
 class DenseArguments(ctypes.Structure):
     """The struct `regard_dense`."""
 
@@ -108,6 +120,7 @@ class AttentionArguments(library.Arguments):
         ("threads", ctypes.c_int64),
         ("batch", ctypes.c_int64),
         ("n", ctypes.c_int64),
+        ("borders", ctypes.c_void_p),
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
         ("scale_of_scores", ctypes.c_float),
@@ -215,7 +228,7 @@ class FeedForward(_Branch):
 
 class Attention(_Branch):
     """x + scale * output(softmax(scale_of_scores q k^T) v) for heads of q, k and v, which are linear maps of norm(x);
-    every token sees all tokens of its sequence.
+    every token sees all tokens of its sequence, or of its document where documents are packed into one sequence.
 
     Args:
         norm: norm of the input's rows.
@@ -260,11 +273,15 @@ class Attention(_Branch):
         fits = fits and all(x.weight.shape[1] == self.width for x in (query, key, value))
         return "" if fits else "sizes that do not belong together"
 
-    def __call__(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+    def __call__(self, x: Float[Tensor, "b n c"], documents: Documents | None = None) -> Float[Tensor, "b n c"]:
         """Compute the branch for a :func:`plain` input that it :meth:`takes`."""
         x, arguments = x.contiguous(), AttentionArguments.from_buffer_copy(self._arguments)
         y = torch.empty_like(x)
         arguments.threads, arguments.batch, arguments.n = torch.get_num_threads(), x.shape[0], x.shape[1]
+        if documents is not None:
+            borders = documents.borders.contiguous()
+            arguments.batch, arguments.n = len(borders) - 1, documents.longest
+            arguments.borders = pointer(borders)
         arguments.around.x, arguments.around.y = pointer(x), pointer(y)
         library.call(arguments)
         return y

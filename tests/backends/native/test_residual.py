@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from regard import Context, Mask, backends, create_layer
 from regard.backends.native import library
+from regard.core.ragged import packed
 from regard.layers.drop_path import DropPath
 from regard.layers.feed_forward import MLP, Bilinear, SwiGLU
 from regard.layers.linear import Linear
@@ -83,6 +85,18 @@ def test_attention_is_that_of_float64(instruction_set, threads, called, shape, o
     found = fused_attention(x, *parts, context=Context(grid=(1, shape[1])))
     assert called == ["residual_attention"]
     close(found, _plain(x.double(), *(copy.deepcopy(part).double() for part in parts)).float(), 2e-6)
+
+
+@pytest.mark.parametrize("lengths", [[32], [5, 0, 1, 60, 33], [7] * 40])
+@torch.no_grad()
+def test_attention_in_packed_documents_is_that_of_each_alone(instruction_set, threads, called, lengths):
+    parts = _filled(LayerNorm(WIDTH), _softmax(num_kv_heads=2), LayerScale(WIDTH))
+    x = torch.randn(1, sum(lengths), WIDTH)
+    found = fused_attention(x, *parts, context=Context(mask=packed(torch.tensor(lengths), sum(lengths))))
+    assert called == ["residual_attention"]
+    in_double = [copy.deepcopy(part).double() for part in parts]
+    alone = [_plain(document, *in_double) for document in x.double().split(lengths, 1)]
+    close(found, torch.cat(alone, 1).float(), 2e-6)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 9])
@@ -302,9 +316,11 @@ def test_layers_with_more_than_softmax_are_left_to_themselves(name):
 def test_calls_that_ask_for_more_than_the_output_are_left_to_the_layer():
     x, norm, layer = torch.randn(2, 40, WIDTH), LayerNorm(WIDTH), _softmax()
     assert fused_attention(x, norm, layer, context=Context()) is not None
-    lengths = Mask(lengths=torch.tensor([40, 7]))
+    borders = torch.tensor([0, 40])
     for context in (
-        Context(mask=lengths),
+        Context(mask=Mask(lengths=torch.tensor([40, 7]))),
+        Context(mask=Mask(cu_seqlens=borders)),
+        Context(mask=dataclasses.replace(packed(borders[1:], 40), bias=torch.zeros(1, 1, 1, 1))),
         Context(want=frozenset({"weights"})),
         Context(roles=torch.zeros(2, 40).long()),
     ):
