@@ -167,8 +167,8 @@ class ForecasterConfig(LayersConfig):
             targets = tuple(range(task.num_targets or 0))
         known, past = task.features or 0, task.memory_features or 0
         others = None if targets else task.num_targets
-        given = {"target_features": targets, "num_targets": others, "ordered": task.memory_ordered}
-        return cls(known, past, cross_plan=plan, **given, **sizes)
+        sizes |= {"num_targets": others, "ordered": task.memory_ordered}
+        return cls(known, past, target_features=targets, cross_plan=plan, **sizes)
 
     @property
     def width(self) -> int:
