@@ -195,11 +195,11 @@ def right_padded(lengths: Int[Tensor, " b"], n: int) -> Mask:
     return Mask(lengths=lengths, layout=Gathering(rows, n, rows, n, lengths.device, lengths, valid))
 
 
-def packed(lengths: Int[Tensor, " documents"], n: int) -> Mask:
+def packed(lengths: Int[Tensor, " documents"], n: int, longest: int) -> Mask:
     """The mask of documents of these lengths, `n` tokens in all, packed into one row, for the inside of a model."""
-    mask = Mask(cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)))
-    layout = gathering(mask, 1, n, lengths.device)
-    return Mask(cu_seqlens=mask.cu_seqlens, max_length=layout.length, layout=layout)
+    borders = F.pad(lengths.cumsum(0), (1, 0))
+    layout = _gathering_of_documents(borders, longest, 1, n)
+    return Mask(cu_seqlens=borders, max_length=longest, layout=layout)
 
 
 def inner_mask(layout: Gathering, *, bias: Tensor | None = None, blocks: BlockMask | None = None) -> Mask | None:

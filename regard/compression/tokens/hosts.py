@@ -276,7 +276,7 @@ class OwnHost(Host):
         alive: Bool[Tensor, "b m"],
         places: Int[Tensor, "b m"],
     ) -> Float[Tensor, "b m c"]:
-        context = self._context(context, places, packed(alive.sum(1), len(kept)))
+        context = self._context(context, places, packed(alive.sum(1), len(kept), alive.shape[1]))
         if context.roles is not None:
             context = context.replace(roles=context.roles[alive][None])
         found = self._through(blocks, kept[None], context, places[alive][None])

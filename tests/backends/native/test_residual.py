@@ -92,7 +92,7 @@ def test_attention_is_that_of_float64(instruction_set, threads, called, shape, o
 def test_attention_in_packed_documents_is_that_of_each_alone(instruction_set, threads, called, lengths):
     parts = _filled(LayerNorm(WIDTH), _softmax(num_kv_heads=2), LayerScale(WIDTH))
     x = torch.randn(1, sum(lengths), WIDTH)
-    found = fused_attention(x, *parts, context=Context(mask=packed(torch.tensor(lengths), sum(lengths))))
+    found = fused_attention(x, *parts, context=Context(mask=packed(torch.tensor(lengths), sum(lengths), max(lengths))))
     assert called == ["residual_attention"]
     in_double = [copy.deepcopy(part).double() for part in parts]
     alone = [_plain(document, *in_double) for document in x.double().split(lengths, 1)]
@@ -320,7 +320,7 @@ def test_calls_that_ask_for_more_than_the_output_are_left_to_the_layer():
     for context in (
         Context(mask=Mask(lengths=torch.tensor([40, 7]))),
         Context(mask=Mask(cu_seqlens=borders)),
-        Context(mask=dataclasses.replace(packed(borders[1:], 40), bias=torch.zeros(1, 1, 1, 1))),
+        Context(mask=dataclasses.replace(packed(borders[1:], 40, 40), bias=torch.zeros(1, 1, 1, 1))),
         Context(want=frozenset({"weights"})),
         Context(roles=torch.zeros(2, 40).long()),
     ):
