@@ -116,9 +116,10 @@ def explain(
             used, weight = maps.explain(model, inputs, reader.grid, label, method)
             drawn = maps.draw(picture, weight, smooth=used != "regions")
         else:
-            left = int((at_work.tokens.sizes[0] > 0).sum())
-            used = f"{reduce or at_work.method}, {left} token{'s' * (left != 1)} left"
-            drawn = maps.draw_tokens(picture, patches_in(model, at_work.tokens)[0])
+            tokens, went = at_work.tokens, patches_in(model, at_work.tokens)[0]
+            left = int((tokens.sizes[0, tokens.protected :] > 0).sum())
+            used = f"{reduce or at_work.method}, {left} of {went.numel()} patch tokens left"
+            drawn = maps.draw_tokens(picture, went)
         asked = [word for word in (reduce, method, of) if word is not None]
         place = place_of(output, path, taken, PICTURES, asked)
         write_atomically(place, functools.partial(drawn.save, format="PNG"))

@@ -95,7 +95,7 @@ def test_the_tokens_that_are_left_are_drawn(folder: Path, capsys: pytest.Capture
     photo = folder / "photos" / "dark" / "0.png"
     line = f"explain --output {tmp_path / 'drawn'} --reduce"
     (found,) = answer(capsys, f"{line} tome:remove=4", folder, photo)["images"]
-    assert "9 tokens left" in found["method"]
+    assert "8 of 16 patch tokens left" in found["method"]
     with image.open(found["drawing"]) as drawn:
         assert drawn.size == (2 * SHOWN + 8, SHOWN)
     code, _, said = run(capsys, f"{line} tome:remove=4 --method rollout", folder, photo)
@@ -108,10 +108,10 @@ def test_the_tokens_of_a_model_with_larger_patches_than_the_task_are_drawn(
     save_pretrained(ImageModel(ImageModelConfig("vit_nano", 2, (4, 4), 4, options=OPTIONS | {"patch": 8})), folder)
     line = f"explain --output {tmp_path / 'drawn'} --reduce tome:remove=1"
     (found,) = answer(capsys, line, folder, folder / "photos" / "dark" / "0.png")["images"]
-    assert "3 tokens left" in found["method"] and Path(found["drawing"]).is_file()
+    assert "2 of 4 patch tokens left" in found["method"] and Path(found["drawing"]).is_file()
 
 
-def test_a_single_token_is_told_in_the_singular(
+def test_a_class_token_alone_leaves_no_patch_tokens(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     trained = open_trained(folder)
@@ -120,7 +120,7 @@ def test_a_single_token_is_told_in_the_singular(
     trained.save_as(tmp_path / "alone", model)
     line = f"explain --output {tmp_path / 'drawn'}"
     (found,) = answer(capsys, line, tmp_path / "alone", folder / "photos" / "dark" / "0.png")["images"]
-    assert found["method"] == "ia_red2, 1 token left"
+    assert found["method"] == "ia_red2, 0 of 16 patch tokens left"
 
 
 def test_drawings_are_kept_beside_those_of_other_questions(
@@ -173,8 +173,8 @@ def test_a_model_that_has_learned_what_to_keep_is_scored_and_drawn_as_any_other(
     assert dict(found["classes"])["dark"] == pytest.approx(float(expected.softmax(-1)[0, 0]), rel=1e-5)
     line = f"explain --output {tmp_path / 'drawn'}"
     (found,) = answer(capsys, line, tmp_path / "chosen", photo)["images"]
-    left = int((kept.places >= 0).sum())
-    assert found["method"] == f"{method}, {left} tokens left" and 1 <= left < 17
+    left = int((kept.places[:, 1:] >= 0).sum())
+    assert found["method"] == f"{method}, {left} of 16 patch tokens left" and left < 16
     with image.open(found["drawing"]) as drawn:
         pixels = np.asarray(drawn.convert("L")).astype(int)[2::4, SHOWN + 8 + 2 :: 4]
         plain = np.asarray(drawn.convert("L")).astype(int)[2::4, 2:SHOWN:4]
@@ -193,7 +193,7 @@ def test_a_model_that_was_saved_with_fewer_tokens_is_drawn_with_them(
     regard.compress(model := open_trained(folder).model(), "tokens:method=tome,remove=4").save(folder)
     photo = folder / "photos" / "dark" / "0.png"
     (found,) = answer(capsys, f"explain --output {tmp_path / 'drawn'}", folder, photo)["images"]
-    assert found["method"] == "tome, 9 tokens left"
+    assert found["method"] == "tome, 8 of 16 patch tokens left"
     refused("with fewer tokens", rollout, model.backbone, torch.randn(1, 3, 16, 16))
 
 
