@@ -208,12 +208,12 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for name in names:
             steps = steps_of(name, table["speeds"], arguments.minutes, arguments.precision)
-            wanted = {"model": name, "seed": seed, **protocol, "steps": steps}
+            same = {"model": name, "seed": seed, **protocol}
+            wanted = {**same, "steps": steps}
             if done(table, wanted) is None:
                 cell = train_cell(tasks[name], wanted, arguments.work)
                 table = read()  # another process may have added cells
-                same = wanted.items() - {"steps": steps}.items()
-                table["cells"] = [other for other in table["cells"] if not same <= other.items()] + [cell]
+                table["cells"] = [other for other in table["cells"] if not same.items() <= other.items()] + [cell]
                 write(table)
             cell = done(table, wanted) or {}
             print(f"{name}, seed {seed}: {cell['accuracy']}", flush=True)
