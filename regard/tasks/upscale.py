@@ -16,6 +16,7 @@ from regard.measurement.units import counted
 from regard.tasks.documents import Paths, one_folder, walk
 from regard.tasks.image_files import images_among, read_image, require_pillow
 from regard.tasks.protocol import (
+    EVALUATION,
     TRAINING,
     Baseline,
     Batch,
@@ -34,6 +35,10 @@ SIDE_READ = 512
 PHOTOS_MEASURED, LEAST_UNIT = 64, 1e-4
 """Training photos that the unit of the differences is measured on, and its least value (for photos of one colour)."""
 CHANNELS = 3
+SHAPES, PAINTED = "shapes", 3
+"""Name of the drawn pictures, and number of shapes in each."""
+MEASURED = 256
+"""Drawn pictures that the unit is measured on."""
 
 
 class UpscaleTask(Task):
@@ -45,11 +50,12 @@ class UpscaleTask(Task):
 
     Args:
         data: a folder of photos, the last of which are held out; None for scikit-learn's two photos: china.jpg for
-            training, flower.jpg held out.
+            training, flower.jpg held out; ``shapes`` for patches that are drawn afresh: discs and bars of any colour and
+            rotation, whose edges tell more than those of photos.
         size: side of a patch in pixels, 12 to 256 (SSIM has windows of 11).
         factor: downscaling factor; a divisor of `size`.
         evaluation_items: largest number of held-out patches, 1 to 65536.
-        seed: unused, since held-out patches are evenly spread; accepted as by other tasks.
+        seed: seed of the shapes held out; unused for photos, whose held-out patches are evenly spread.
     """
 
     name = "upscale"
@@ -78,18 +84,16 @@ class UpscaleTask(Task):
                 nearest=f"factor={max(f for f in (2, 4, 8) if size % f == 0 or f == 2)}, size={size - size % 2}",
             )
         self.length, self.grid = size**2, (size, size)
-        self._training, held_out, self._named = _photos(data)
-        for photo in (*self._training, *held_out):
-            if min(photo.shape[-2:]) < size:
-                raise Unsupported(
-                    f"size={size} of a photo of {photo.shape[-2]} x {photo.shape[-1]}",
-                    supported="patches within each photo",
-                    nearest=f"size={min(photo.shape[-2:]) // factor * factor}",
-                )
-        patches = torch.cat([_tiles(photo, size) for photo in held_out])
-        self._held_out = patches[torch.from_numpy(spread(len(patches), evaluation_items))]
-        self._count = len(patches)
-        self.unit = self._typical_difference()
+        self._training: list[Tensor] | None = None
+        if data == SHAPES:
+            self._held_out = draw_shapes(counter_generator(self.seed, 0, EVALUATION), evaluation_items, size)
+            self._described = (
+                f"{PAINTED} coloured shapes\ntraining: drawn afresh at each step; held out: {evaluation_items}"
+            )
+            measured = iter([draw_shapes(counter_generator(self.seed, 1, EVALUATION), MEASURED, size)])
+        else:
+            measured = self._read(data, evaluation_items)
+        self.unit = self._typical_difference(measured)
         self.baseline: Baseline | None = Baseline.of(
             "bicubic enlargement", self, lambda batch: torch.zeros_like(batch.targets)
         )
@@ -98,6 +102,8 @@ class UpscaleTask(Task):
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
         check_integer("batch_size", batch_size, 1, 1 << 20)
         draws = counter_generator(seed, step, TRAINING)
+        if self._training is None:
+            return self._batch(draw_shapes(draws, batch_size, self.size))
         chosen = []
         for which, top, left in zip(
             draws.integers(0, len(self._training), batch_size), *draws.random((2, batch_size)), strict=True
@@ -130,21 +136,37 @@ class UpscaleTask(Task):
         return "\n".join(
             [
                 f"upscale: patches of {self.size} x {self.size} pixels from {self.size // self.factor} x "
-                f"{self.size // self.factor}, of {self._named}",
-                f"training: patches anywhere in {counted(len(self._training), 'photo')}, half of them mirrored; held out: "
-                f"{len(self._held_out)} of {self._count} patches of other photos",
+                f"{self.size // self.factor}, of {self._described}",
                 f"scored in PSNR (dB); {self.baseline.name}: {self.baseline.score:.2f}",
             ]
         )
 
-    def _typical_difference(self) -> float:
-        """The root mean square of the differences over patches of up to `PHOTOS_MEASURED` training photos.
+    def _read(self, data: Paths | None, evaluation_items: int) -> Iterator[Tensor]:
+        """Read the photos to train on and those to hold out. Returns patches of training photos, photo by photo, for the
+        unit."""
+        self._training, held_out, named = _photos(data)
+        for photo in (*self._training, *held_out):
+            if min(photo.shape[-2:]) < self.size:
+                raise Unsupported(
+                    f"size={self.size} of a photo of {photo.shape[-2]} x {photo.shape[-1]}",
+                    supported="patches within each photo",
+                    nearest=f"size={min(photo.shape[-2:]) // self.factor * self.factor}",
+                )
+        patches = torch.cat([_tiles(photo, self.size) for photo in held_out])
+        self._held_out = patches[torch.from_numpy(spread(len(patches), evaluation_items))]
+        self._described = (
+            f"{named}\ntraining: patches anywhere in {counted(len(self._training), 'photo')}, half of them mirrored; "
+            f"held out: {len(self._held_out)} of {len(patches)} patches of other photos"
+        )
+        measured = (self._training[i] for i in spread(len(self._training), PHOTOS_MEASURED))
+        return (_tiles(photo, self.size) for photo in measured)
+
+    def _typical_difference(self, measured: Iterator[Float[Tensor, "b 3 s s"]]) -> float:
+        """The root mean square of the differences over patches, each photo's counting the same.
 
         As pixels are, differences are around 0.02: far less than what a model outputs before it is trained.
         """
-        photos = (self._training[i] for i in spread(len(self._training), PHOTOS_MEASURED))
-        patches = (_tiles(photo, self.size) for photo in photos)
-        squares = [float((each - self._enlarged(each)).double().square().mean()) for each in patches]
+        squares = [float((each - self._enlarged(each)).double().square().mean()) for each in measured]
         return max(math.sqrt(sum(squares) / len(squares)), LEAST_UNIT)
 
     def _enlarged(self, patches: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
@@ -185,6 +207,20 @@ def structural_similarity(
     alike = (2 * mean * mean_other + small) * (2 * shared + large)
     unlike = (mean**2 + mean_other**2 + small) * (variance + variance_other + large)
     return (alike / unlike).mean((1, 2, 3))
+
+
+def draw_shapes(rng: np.random.Generator, count: int, side: int) -> Float[Tensor, "b 3 s s"]:
+    """Draw pictures of a disc or a bar over a disc or a bar over another, each of any colour, size and rotation."""
+    row, column = (np.mgrid[:side, :side] + 0.5) / side
+    picture = np.broadcast_to(rng.random((count, CHANNELS, 1, 1)), (count, CHANNELS, side, side))
+    for _ in range(PAINTED):
+        y, x = (at - centre for at, centre in zip((row, column), rng.random((2, count, 1, 1)), strict=True))
+        half, turn = rng.uniform(0.15, 0.5, (count, 1, 1)), rng.uniform(0, math.pi, (count, 1, 1))
+        along, across = y * np.sin(turn) + x * np.cos(turn), y * np.cos(turn) - x * np.sin(turn)
+        bar = (abs(along) < half) & (abs(across) < half * rng.uniform(0.3, 1, (count, 1, 1)))
+        inside = np.where(rng.random((count, 1, 1)) < 0.5, bar, np.hypot(y, x) < half)
+        picture = np.where(inside[:, None], rng.random((count, CHANNELS, 1, 1)), picture)
+    return torch.from_numpy(picture).float()
 
 
 def _tiles(photo: Tensor, size: int) -> Tensor:

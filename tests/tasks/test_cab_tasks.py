@@ -54,10 +54,12 @@ def test_the_rule_of_masked_text_knows_neighbours(tmp_path):
     assert output.shape == (2, 64, task.vocab_size)
 
 
-def test_psnr_and_ssim_of_hand_cases():
-    pytest.importorskip("sklearn")
-    pytest.importorskip("PIL")
-    task = create_task("upscale", size=16, evaluation_items=4)
+@pytest.mark.parametrize("data", [None, "shapes"])
+def test_psnr_and_ssim_of_hand_cases(data):
+    if data is None:
+        pytest.importorskip("sklearn")
+        pytest.importorskip("PIL")
+    task = create_task("upscale", data=data, size=16, evaluation_items=4)
     batch = next(iter(task.evaluation_batches(4)))
     perfect = task.score(batch.targets, batch)[0]
     assert perfect.tolist() == [100.0] * 4
@@ -72,6 +74,25 @@ def test_psnr_and_ssim_of_hand_cases():
     assert -1e-6 < whole.min() < 0.2 and 0.8 < whole.max() < 1 + 1e-6  # pictures again
     drawn = task.training_batch(0, 0, 256).targets
     assert 0.8 < drawn.square().mean().sqrt() < 1.25  # the unit is typical of what is trained on
+
+
+def test_even_a_linear_filter_sharpens_drawn_shapes():
+    task = create_task("upscale", data="shapes", size=16, factor=2, evaluation_items=64)
+
+    def around(batch):
+        pictures = batch.inputs.mT.unflatten(-1, task.grid).flatten(0, 1)[:, None]
+        seen = torch.nn.functional.unfold(torch.nn.functional.pad(pictures, [2] * 4, "replicate"), 5).mT
+        return (seen - seen[..., 12:13]).double()
+
+    batch = task.training_batch(0, 0, 256)
+    weights = torch.linalg.lstsq(
+        around(batch).flatten(0, 1), batch.targets.mT.flatten()[:, None].double(), driver="gelsd"
+    ).solution
+    (held,) = task.evaluation_batches(64)
+    found = (around(held) @ weights)[..., 0].unflatten(0, (64, 3)).mT
+    assert task.score(found, held)[0].mean() > task.baseline.score + 0.2
+    other = create_task("upscale", data="shapes", size=16, factor=2, evaluation_items=64, seed=1)
+    assert not torch.equal(next(iter(other.evaluation_batches(64))).inputs, held.inputs)
 
 
 def test_differences_have_a_unit_even_where_all_photos_are_of_one_colour(tmp_path):

@@ -200,6 +200,8 @@ def _forward(
     told = NOTHING
     if placed is None:
         attend = _without_weights(mechanism, () if softcap is None else (("softcap", softcap),))
+        if _reads_encoder(module):
+            attend.chosen.require_pattern(Pattern.CAUSAL_CROSS)  # else a query would depend on later ones
     else:
         attend, told = placed, _told_of(module)
         if told is NOTHING and placed.placement.layer is not None:
@@ -262,6 +264,14 @@ def _forward(
         cache.take(result.state, n, None if shift is None else shift.expand(batch))
     hand_back(module, result)
     return result.output.transpose(1, 2), None
+
+
+def _reads_encoder(module: nn.Module) -> bool:
+    """Whether this is the attention of a decoder's layer that reads the tokens of an encoder."""
+    if getattr(module, "is_causal", True):
+        return False
+    decodes = (getattr(given, "is_decoder", False) for given in (module, getattr(module, "config", None)))
+    return any(decodes) or bool(getattr(module, "is_cross_attention", False))
 
 
 def _slots(given: Tensor | None, n: int, m: int) -> int:
