@@ -170,6 +170,31 @@ def test_a_decoder_reads_an_encoder_without_seeing_later_tokens(make, reading):
         near(model(tokens, decoder_input_ids=target[:, :4]).logits, whole[:, :4])
 
 
+def bert_gpt2():
+    crossing = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
+    decoder = transformers.GPT2LMHeadModel(crossing)
+    return transformers.EncoderDecoderModel(encoder=bert(), decoder=decoder).eval()
+
+
+def bert_bert():
+    crossing = transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
+    return transformers.EncoderDecoderModel(encoder=bert(), decoder=transformers.BertLMHeadModel(crossing)).eval()
+
+
+@pytest.mark.parametrize("make", [bart, bert_gpt2, bert_bert])
+def test_an_implementation_whose_queries_see_later_ones_is_refused_where_a_decoder_reads_an_encoder(make):
+    model = make()
+    disturb(model)
+    tokens, target = ids(), ids(length=6)
+    model.set_attn_implementation("regard:linear")
+    with torch.no_grad():
+        whole = model(input_ids=tokens, decoder_input_ids=target).logits
+        near(model(input_ids=tokens, decoder_input_ids=target[:, :4]).logits, whole[:, :4])
+    model.set_attn_implementation("regard:flow_attention")
+    with pytest.raises(Unsupported, match=r"flow_attention\" in an? \w+, where queries would see later ones"):
+        model(input_ids=tokens, decoder_input_ids=target)
+
+
 def test_queries_that_are_no_text_read_an_encoder_all_at_once():
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "d_model": 32}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}

@@ -200,8 +200,12 @@ def _forward(
     told = NOTHING
     if placed is None:
         attend = _without_weights(mechanism, () if softcap is None else (("softcap", softcap),))
-        if _reads_encoder(module):
-            attend.chosen.require_pattern(Pattern.CAUSAL_CROSS)  # else a query would depend on later ones
+        if Pattern.CAUSAL_CROSS not in attend.card.patterns and _reads_encoder(module):
+            raise Unsupported(
+                f'attn_implementation="{PREFIX}{mechanism}" in {an_instance(module)}, where queries would see later ones',
+                supported="mechanisms with the pattern causal-cross",
+                nearest='attn_implementation="regard:softmax"',
+            )
     else:
         attend, told = placed, _told_of(module)
         if told is NOTHING and placed.placement.layer is not None:
