@@ -115,12 +115,13 @@ def compare(
         ),
     ] = 0,
     frame: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=f"What surrounds each mechanism in its layer: {FRAMES}. With several frames, all mechanisms are compared in "
-            "the first, and the leaders in the others too."
+            "the first, and the leaders in the others too. Default: convolution,bare,unnormed; bare,unnormed where tokens have "
+            "no order."
         ),
-    ] = "convolution,bare,unnormed",
+    ] = None,
     leaders: Annotated[int, typer.Option(help="Number of leaders compared in the other frames.")] = 2,
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command resumes from it.")] = Path(
         "runs/compare"
@@ -132,6 +133,12 @@ def compare(
     dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 64,
     layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 2,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 2,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in a training step. 2048 when not given, or at least 16 images of a backbone (4 with masks)."
+        ),
+    ] = None,
     rates: Annotated[
         str,
         typer.Option(
@@ -202,7 +209,7 @@ def compare(
     from regard.workbench.comparison.compare import train_share
     from regard.workbench.comparison.settings import CompareSettings
     from regard.workbench.comparison.summary_table import figures_table, terminal_table
-    from regard.workbench.comparison.task_models import default_mechanisms, fitting
+    from regard.workbench.comparison.task_models import default_frames, default_mechanisms, fitting
     from regard.workbench.reports.view import SCHEMA
 
     def recognised(described: str) -> None:
@@ -223,11 +230,13 @@ def compare(
         Budget.parse(budget),
         seeds=seeds,
         first_seed=seed_offset,
-        frames=tuple(part.strip() for part in frame.split(",") if part.strip()),
+        frames=default_frames(*tasks) if frame is None else tuple(filter(None, map(str.strip, frame.split(",")))),
         leaders=leaders,
         dim=dim,
         layers=layers,
         heads=heads,
+        batch_tokens=CompareSettings.batch_tokens if batch_tokens is None else batch_tokens,
+        whole_batches=batch_tokens is None,
         rates=read_numbers("rates", rates),
         lengths=read_lengths(lengths),
         at_length=at_length,

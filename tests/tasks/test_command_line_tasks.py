@@ -15,9 +15,9 @@ from regard.cli.arguments import read_tasks
 from regard.contract import Pattern
 from regard.measurement.budget import Budget
 from regard.models.registry import served
-from regard.tasks import TASKS
+from regard.tasks import TASKS, create_task
 from regard.workbench.comparison.settings import CompareSettings
-from regard.workbench.comparison.task_models import default_mechanisms, fitting
+from regard.workbench.comparison.task_models import default_frames, default_mechanisms, fitting
 
 
 def table(path):
@@ -195,6 +195,9 @@ def test_default_mechanisms_fit_every_task(tmp_path):
         assert (kept, left_out) == (names, {})
     assert default_mechanisms(tasks[0]) == ("softmax", "local", "gated_linear", "delta_rule")
     assert set(default_mechanisms(*tasks)) <= set(default_mechanisms(tasks[-1]))
+    assert default_frames(*tasks) == CompareSettings.frames and "convolution" in CompareSettings.frames
+    cloud = create_task("completion", length=16, seen=8)
+    assert default_frames(tasks[0], cloud) == default_frames(cloud) == ("bare", "unnormed")  # points have no order
 
 
 def test_a_files_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
@@ -211,14 +214,15 @@ def test_a_files_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
 def test_documents_are_compared_from_the_command_line(tmp_path, capsys):
     files = f"{reviews(tmp_path / 'a.jsonl', 200)} --validation {reviews(tmp_path / 'b.jsonl', 40, first=190)}"
     line = f"compare {files} --task documents:text=body,label=stars --length 32 {SMALL_COMPARISON}"
-    found = answer(capsys, f"{line} --budget '40k tokens' --output", tmp_path / "run")
+    found = answer(capsys, f"{line} --budget '40k tokens' --batch-tokens 1024 --output", tmp_path / "run")
     (row,) = found["summary"]["documents"]
     assert row["mean"] > 0.8
     assert found["baselines"]["documents"]["name"] == "majority class"
     assert row["beside_baseline"] == "ahead"
     warned = "10 items of the held-out data (b.jsonl) also in the training data: not trained on"
     assert warned in found["tasks"]["documents"]
-    assert warned in (tmp_path / "run" / "report.html").read_text()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert warned in report and "of 32 x 32 tokens" in report
 
 
 def test_a_file_of_series_is_one_of_time_series_and_typescript_is_text(tmp_path):

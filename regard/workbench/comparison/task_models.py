@@ -183,6 +183,12 @@ def default_mechanisms(*tasks: Task) -> tuple[str, ...]:
     return tuple(name for name in DEFAULTS if patterns <= set(get_mechanism(name).patterns))[:4]
 
 
+def default_frames(*tasks: Task) -> tuple[str, ...]:
+    """The frames if none is named: those of the settings, without convolutions where the order of tokens means nothing."""
+    frames = CompareSettings.frames
+    return frames if all(task.memory_ordered for task in tasks) else tuple(f for f in frames if f != "convolution")
+
+
 def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names of the mechanisms that have a matched model for every task, and the reasons why others do not."""
     targets = [target_of(task, settings) for task in tasks]
