@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,7 +74,8 @@ def prepare(host: Host, student: Any, numbers: Sequence[int], settings: Retrofit
     config = peft.LoraConfig(
         r=settings.lora, lora_alpha=2 * settings.lora, target_modules=targets, fan_in_fan_out=transposed
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses a name that transformers has deprecated
         torch.manual_seed(settings.seed)
         adapted = peft.get_peft_model(student, config)
     for module in placed:

@@ -209,7 +209,6 @@ def folder_of(made):
 
 
 @pytest.mark.parametrize(("mechanism", "train"), [("gated_softmax", "all"), ("gated_linear", "lora:2")])
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's warning about names in transformers
 def test_killed_at_any_stage_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch, mechanism, train):
     if train != "all":
         pytest.importorskip("peft")
@@ -266,7 +265,6 @@ def gpt2():
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's warning about names in transformers
 def test_low_rank_updates_of_gpt2_measured_up_to_its_last_position(tmp_path):
     pytest.importorskip("peft")
     settings = {**WORK, "lengths": (64,), "train": "lora:2", "keep_layers": "0", "distil": 0.0}

@@ -85,7 +85,6 @@ def test_a_folder_of_timm_becomes_one_that_timm_loads(capsys, place):
     assert (code, out) == (2, "") and "swapped before" in message
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's warning about names in transformers
 def test_killed_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     model, data = vit(num_classes=0, class_token=False, global_pool="avg"), images()
