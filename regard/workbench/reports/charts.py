@@ -16,7 +16,17 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from regard.measurement import units
-from regard.workbench.reports.labels import CHARACTER, LINE, Box, Point, collision, place_labels, short, spread
+from regard.workbench.reports.labels import (
+    CHARACTER,
+    LINE,
+    Box,
+    Point,
+    collision,
+    place_labels,
+    short,
+    shortened,
+    spread,
+)
 from regard.workbench.reports.markers import COLOURS, marker
 from regard.workbench.reports.scales import Axis, Scale
 
@@ -155,7 +165,8 @@ def scatter(
         taken.extend(_along((x(a.x), y(a.y)), (x(b.x), y(b.y))))
     named = [i for i, p in enumerate(points) if p.label]
     centres = [(x(p.x), y(p.y)) for p in points]
-    widths = [len(short(points[i].name)) * CHARACTER + 2 for i in named]
+    names = shortened([p.name for p in points])
+    widths = [len(names[i]) * CHARACTER + 2 for i in named]
     frame = (LEFT, TOP - 12, WIDTH - 2, bottom - 2)
     placed = place_labels([centres[i] for i in named], [radii[i] for i in named], widths, taken, frame)
     boxes = dict(zip(named, placed, strict=True))
@@ -177,8 +188,8 @@ def scatter(
             side, anchor = min((abs(beside[0] - at), beside[0], ""), (abs(beside[2] - at), beside[2], " end"))[1:]
             if beside[0] < at < beside[2]:
                 side, anchor = (beside[0] + beside[2]) / 2, " middle"
-            name = "label" + anchor + (" winner" if p.winner else "")
-            parts.append(_text(side, (beside[1] + beside[3]) / 2 + 4, short(p.name), name))
+            style = "label" + anchor + (" winner" if p.winner else "")
+            parts.append(_text(side, (beside[1] + beside[3]) / 2 + 4, names[i], style))
         body.append(_of_mechanism(p.number, parts))
     return _figure(identity, title, description, body)
 
@@ -250,8 +261,8 @@ def lines(
     lost = [px for _, points in kept for px, py in points if not y_axis.usable(py)] if missing else []
     if not values and not lost:
         return None
-    named = [short(s.name) for s, points in kept if s.label and points]
-    room = max((len(name) for name in named), default=0) * CHARACTER + 24
+    names = dict(zip((s.name for s in series), shortened([s.name for s in series]), strict=True))
+    room = max((len(names[s.name]) for s, points in kept if s.label and points), default=0) * CHARACTER + 24
     right, bottom = WIDTH - room, HEIGHT - BOTTOM
     x = x_axis.scale([px for _, points in kept for px, py in points if missing or y_axis.usable(py)], LEFT + 6, right)
     y = y_axis.scale(values or [1.0], bottom - (24 if lost else 6), TOP)
@@ -268,7 +279,7 @@ def lines(
     heights = spread([at for _, (_, at) in ends], LINE, TOP - 6, bottom - 2)
     for (s, (end_x, end_y)), height in zip(ends, heights, strict=True):
         parts = [_line(f"lead k{s.number % COLOURS}", end_x + 5, end_y, right + 14, height)]
-        parts.append(_text(right + 17, height + 4, short(s.name), "label"))
+        parts.append(_text(right + 17, height + 4, names[s.name], "label"))
         body.append(_of_mechanism(s.number, parts))
     return _figure(identity, title, description, body)
 

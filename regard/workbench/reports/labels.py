@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 CHARACTER = 7.0
@@ -18,6 +19,16 @@ Box = tuple[float, float, float, float]
 def short(name: str, longest: int = LONGEST_LABEL) -> str:
     """Shorten a name so that it fits next to a mark."""
     return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """:func:`short` for names in one chart; of those that would look the same, the end is shown too."""
+    alike = Counter(map(short, set(names)))
+    half = (LONGEST_LABEL - 1) // 2
+    return [
+        short(name) if alike[short(name)] == 1 else f"{name[:half]}…{name[half + 1 - LONGEST_LABEL :]}"
+        for name in names
+    ]
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

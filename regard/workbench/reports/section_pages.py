@@ -12,7 +12,7 @@ from regard.catalogue import list_mechanisms
 from regard.measurement import units
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Figure, ScatterPoint, Series
-from regard.workbench.reports.labels import CHARACTER, short
+from regard.workbench.reports.labels import CHARACTER, shortened
 from regard.workbench.reports.markers import numbers
 from regard.workbench.reports.scales import Axis, is_number
 from regard.workbench.reports.sections import Curves, Heat, Picture, Section
@@ -97,17 +97,17 @@ def _heat(picture: Heat, identity: str) -> Markup | None:
     if not known:
         return None
     low, high = min(known), max(known)
-    left = 8 + CHARACTER * max(len(short(name)) for name in picture.rows)
+    rows, columns = shortened(picture.rows), shortened(picture.columns)
+    left = 8 + CHARACTER * max(map(len, rows))
     width = (charts.WIDTH - left - 4) / len(picture.columns)
     height = min(18.0, 240.0 / len(picture.rows))
     body = []
     for i, row in enumerate(picture.values):
         top = 12 + i * height
         if height >= 9 or i % 4 == 0:
-            text = short(picture.rows[i])
             body.append(
                 Markup('<text class="tick end" x="{:.1f}" y="{:.1f}">{}</text>').format(
-                    left - 6, top + height / 2 + 4, text
+                    left - 6, top + height / 2 + 4, rows[i]
                 )
             )
         for j, value in enumerate(row):
@@ -126,7 +126,7 @@ def _heat(picture: Heat, identity: str) -> Markup | None:
     for j in range(0, len(picture.columns), every):
         body.append(
             Markup('<text class="tick middle" x="{:.1f}" y="{:.1f}">{}</text>').format(
-                left + (j + 0.5) * width, bottom + 14, short(picture.columns[j])
+                left + (j + 0.5) * width, bottom + 14, columns[j]
             )
         )
     return Markup(

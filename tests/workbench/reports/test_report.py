@@ -20,7 +20,7 @@ from regard.measurement import units
 from regard.workbench.comparison.summary_table import figures_table, terminal_table
 from regard.workbench.reports import charts, view
 from regard.workbench.reports.charts import Series
-from regard.workbench.reports.labels import place_labels, spread
+from regard.workbench.reports.labels import place_labels, shortened, spread
 from regard.workbench.reports.markers import numbers
 from regard.workbench.reports.pages import pages
 from regard.workbench.reports.report import render, write_report
@@ -332,6 +332,19 @@ def test_spread_labels_do_not_overlap_and_keep_their_order():
         assert ordered[0] >= -1e-9 and ordered[-1] <= 200 + 1e-9
     for already in ([10, 60, 150], []):
         assert spread(already, 14, 0, 200) == already
+
+
+def test_long_names_are_shortened_so_that_they_stay_apart():
+    names = [
+        "softmax",
+        "dynamicvit, trained to keep a half",
+        "dynamicvit, trained to keep a third",
+        "another name that is too long",
+    ]
+    found = shortened([*names, names[1]])
+    assert found[:2] == ["softmax", "dynamicvit,… keep a half"]
+    assert len(set(found)) == len(names) and max(map(len, found)) == 24
+    assert found[1] == found[4] and found[3] == "another name that is to…"
 
 
 def test_labels_of_points_do_not_overlap():
