@@ -33,7 +33,8 @@ def is_same_place(one: Path, other: Path) -> bool:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary_path)`` and atomically move the result to `path`, synced to disk.
+    """Call ``write(temporary_path)`` and atomically move the result to `path`, synced to disk, with the permissions of any
+    new file (safetensors would let nobody else read it).
 
     Raises:
         Unsupported: if it cannot be written, or the disk is full; an older file is then left unchanged.
@@ -42,7 +43,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            permissions = temporary.stat().st_mode
             write(temporary)
+            temporary.chmod(permissions)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -32,6 +32,7 @@ def test_a_saved_model_comes_back_bit_for_bit(kind, options, dtype, tmp_path):
     check_comes_back_from_disk(model, inputs, tmp_path)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1  # whoever may read one may read the other
 
 
 def language_model(plan="softmax", **options):
