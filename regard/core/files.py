@@ -46,7 +46,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.touch()
             permissions = temporary.stat().st_mode
             write(temporary)
-            temporary.chmod(permissions)
+            if temporary.stat().st_mode != permissions:
+                temporary.chmod(permissions)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
