@@ -118,8 +118,8 @@ def compare(
         str | None,
         typer.Option(
             help=f"What surrounds each mechanism in its layer: {FRAMES}. With several frames, all mechanisms are compared in "
-            "the first, and the leaders in the others too. Default: convolution,bare,unnormed; bare,unnormed where tokens have "
-            "no order."
+            "the first, and the leaders in the others too. Default: convolution,bare,unnormed; bare where tokens have no "
+            "order."
         ),
     ] = None,
     leaders: Annotated[int, typer.Option(help="Number of leaders compared in the other frames.")] = 2,

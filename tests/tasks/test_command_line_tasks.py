@@ -197,7 +197,7 @@ def test_default_mechanisms_fit_every_task(tmp_path):
     assert set(default_mechanisms(*tasks)) <= set(default_mechanisms(tasks[-1]))
     assert default_frames(*tasks) == CompareSettings.frames and "convolution" in CompareSettings.frames
     cloud = create_task("completion", length=16, seen=8)
-    assert default_frames(tasks[0], cloud) == default_frames(cloud) == ("bare", "unnormed")  # points have no order
+    assert default_frames(tasks[0], cloud) == default_frames(cloud) == ("bare",)  # points have no order
 
 
 def test_a_files_control_characters_do_not_reach_the_terminal(tmp_path, capsys):

@@ -184,9 +184,9 @@ def default_mechanisms(*tasks: Task) -> tuple[str, ...]:
 
 
 def default_frames(*tasks: Task) -> tuple[str, ...]:
-    """The frames if none is named: those of the settings, without convolutions where the order of tokens means nothing."""
-    frames = CompareSettings.frames
-    return frames if all(task.memory_ordered for task in tasks) else tuple(f for f in frames if f != "convolution")
+    """The frames if none is named: those of the settings, or the one without convolutions where the order of tokens means
+    nothing."""
+    return CompareSettings.frames if all(task.memory_ordered for task in tasks) else ("bare",)
 
 
 def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str, ...], dict[str, str]]:
