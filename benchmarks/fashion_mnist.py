@@ -8,6 +8,7 @@
     python benchmarks/fashion_mnist.py --best 5 --seeds 3          # more seeds for the five that are best so far
 
 A run takes as many steps as fit into its minutes at the measured speed, so that other work beside it changes nothing.
+With `--recorded-speeds` another machine trains these steps, so that a table keeps one measure.
 
 The images are those of Debian's dataset-fashion-mnist (`--data FOLDER` elsewhere), resized to 32 pixels (to 64 for models
 whose names end so: BiFormer and VMamba begin with a quarter of the sides). Half of the training images are mirrored
@@ -100,14 +101,17 @@ def done(table: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any] | None
     return next((cell for cell in table["cells"] if wanted.items() <= cell.items()), None)
 
 
-def steps_of(name: str, speeds: dict[str, Any], minutes: float, precision: str) -> int:
-    """The training steps that fit into the minutes at the speed of the model on this machine."""
+def steps_of(name: str, speeds: dict[str, Any], minutes: float, precision: str, recorded: bool) -> int:
+    """The training steps that fit into the minutes at the speed of the model: on this machine, or `recorded` on any."""
     speed = speeds.get(name)
     here = {"cpu": provenance.fingerprint()["cpu"], "threads": torch.get_num_threads(), "precision": precision}
+    if recorded and speed is not None:
+        here["cpu"] = speed["cpu"]
     if speed is None or not here.items() <= speed.items():
         raise Unsupported(
             f"speed of {name} in {precision} on {here['cpu']} with {units.counted(here['threads'], 'thread')}, not measured",
-            supported="models with measured speeds; add --timings to measure those of all, on an idle machine",
+            supported="models with measured speeds; --timings measures those of all on an idle machine, and "
+            "--recorded-speeds takes those on record, of another processor",
         )
     return max(1, round(60 * minutes * speed["training"] / BATCH))
 
@@ -189,6 +193,9 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--work", type=Path, default=Path("runs/fashion_mnist"), help="folder of the runs")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two kinds of timings")
+    parser.add_argument(
+        "--recorded-speeds", action="store_true", help="take the steps from the speeds on record, of another processor"
+    )
     parser.add_argument("--timings", action="store_true", help="nothing but speeds and memory")
     arguments = parser.parse_args()
     names = [name for name in arguments.models.split(",") if name]
@@ -207,7 +214,7 @@ def main() -> None:
         return
     for seed in range(arguments.seeds):
         for name in names:
-            steps = steps_of(name, table["speeds"], arguments.minutes, arguments.precision)
+            steps = steps_of(name, table["speeds"], arguments.minutes, arguments.precision, arguments.recorded_speeds)
             same = {"model": name, "seed": seed, **protocol}
             wanted = {**same, "steps": steps}
             if done(table, wanted) is None:
