@@ -1,9 +1,9 @@
 """The training runs of a comparison made ahead on other processes; the comparison then finds their rows.
 
 Decisions are those of :class:`regard.workbench.comparison.trainer.Trainer`, which afterwards goes through all runs and
-makes the missing ones: first the given learning rates for all mechanisms at once, then further rates where the best is
-at an end of the range, then all other seeds, then longer runs for the failed seeds of mechanisms that solved the task
-with others.
+makes the missing ones: first the given learning rates for all mechanisms at once, then further rates where those do
+not settle which is best, then all other seeds, then longer runs for the failed seeds of mechanisms that solved the
+task with others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def make_ahead(sweep: Sweep, trainer: Trainer, work: Work, names: Sequence[str])
 
     _fill(sweep, trainer, work, [(name, rate, first) for name in names for rate in rates[name]])
     for _ in range(MORE_RATES if len(settings.rates) > 1 else 0):
-        further = [(name, rate) for name in names if (rate := further_rate(tried(name))) is not None]
+        further = [(name, rate) for name in names if (rate := further_rate(work, tried(name))) is not None]
         _fill(sweep, trainer, work, [(name, rate, first) for name, rate in further])
         for name, rate in further:
             rates[name].append(rate)

@@ -19,7 +19,7 @@ from regard.workbench.comparison.recommend import PREFERENCES
 RATES = (3e-3, 1e-2, 3e-2)
 """For 48 mechanisms on recall and text, all 96 best rates were between 0.003 and 0.1, and half of them were 0.01."""
 MORE_RATES = 3
-"""Rates beyond the given ones that are tried, one at a time, while the best is at an end of the range."""
+"""Rates beyond the given ones that are tried, one at a time, while these do not settle which is best."""
 
 LEAST_IMAGES, LEAST_SCENES = 16, 4
 """Images of a training step of an image backbone, at least, and images with masks of a segmentation network."""
@@ -49,8 +49,8 @@ class CompareSettings:
         whole_batches: whether a step of image backbones has at least 16 images, or 4 with masks, whatever
             `batch_tokens` says: they cut images into patches of their own, and their norms are of a batch.
         rates: learning rates, each tried in a full run of the first seed; the best one trains the other seeds. While
-            the best is at an end of the range, the next one beyond is tried, at most `MORE_RATES` times. A single rate
-            is not varied.
+            the best is at an end of the range, the next one beyond is tried, and while no run is above chance the next
+            lower one, at most `MORE_RATES` times. A single rate is not varied.
         lengths: lengths, in addition to the tasks' own, at which inference, decoding, memory and state are measured.
         at_length: the length that the table and the recommendation use; each task's own when None.
         prefer: the cost that decides among mechanisms of equal quality; one of `PREFERENCES`.

@@ -8,6 +8,7 @@ frames) are made only while time is left for all the required ones. What was lef
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import shutil
 import time
@@ -244,11 +245,11 @@ class Trainer:
         return row
 
     def _extend(self, work: Work, name: str, tried: list[Row], runs: Runs, after: int) -> tuple[Row, float | None]:
-        """The run with the lowest loss on the items for choosing, after trying further rates while the best is at an
-        end of the range; and the rate for which there was no time."""
+        """The run with the lowest loss on the items for choosing, after trying further rates as long as
+        :func:`further_rate` names one; and the rate for which there was no time."""
         tried = list(tried)
         for _ in range(MORE_RATES if len(tried) > 1 else 0):
-            rate = further_rate(tried)
+            rate = further_rate(work, tried)
             if rate is None:
                 break
             needed = work.run_seconds(name) + after * work.run_seconds(name)
@@ -411,15 +412,29 @@ def beyond(rate: float, *, up: bool) -> float:
     return float(f"{10 ** (step / 2):.1g}")
 
 
-def further_rate(tried: Sequence[Row]) -> float | None:
-    """The rate to try next if the best one is at an end of those tried; otherwise None."""
-    best, rates = best_of(tried)["lr"], [row["lr"] for row in tried]
+def further_rate(work: Work, tried: Sequence[Row]) -> float | None:
+    """The rate to try next: the one beyond the best if that is at an end of those tried, otherwise None.
+
+    Where no run is above chance the losses are noise around the same value, unless they fall with every higher rate:
+    the next rate is then the one below all, since too high a rate is why runs learn nothing.
+    """
+    rates = [row["lr"] for row in tried]
+    if not any(work.above_chance(row["search"]["score"]) for row in tried):
+        losses = [_choosing_loss(row) for row in sorted(tried, key=lambda row: row["lr"])]
+        falling = all(after < before for before, after in itertools.pairwise(losses))
+        return beyond(max(rates), up=True) if falling else beyond(min(rates), up=False)
+    best = best_of(tried)["lr"]
     return beyond(best, up=best == max(rates)) if best in (min(rates), max(rates)) else None
 
 
 def best_of(rows: Sequence[Row]) -> Row:
     """The run with the lowest loss on the items that choose the learning rate."""
-    return min(rows, key=lambda row: math.inf if row["search"]["loss"] is None else row["search"]["loss"])
+    return min(rows, key=_choosing_loss)
+
+
+def _choosing_loss(row: Row) -> float:
+    loss = row["search"]["loss"]
+    return math.inf if loss is None or math.isnan(loss) else float(loss)
 
 
 def _reaches(task: Task, score: float) -> bool:

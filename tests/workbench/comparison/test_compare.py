@@ -1,4 +1,6 @@
+import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -24,7 +26,7 @@ from regard.workbench.comparison.cost import model_costs
 from regard.workbench.comparison.planning import OF_SOLVABLE, share_steps
 from regard.workbench.comparison.settings import MORE_RATES, CompareSettings
 from regard.workbench.comparison.task_models import build, fitting
-from regard.workbench.comparison.trainer import Trainer
+from regard.workbench.comparison.trainer import Trainer, further_rate
 from regard.workbench.comparison.work import Work
 from regard.workbench.trained.folder import open_trained
 
@@ -138,6 +140,26 @@ def test_rates_go_on_beyond_an_end_until_the_best_lies_between(tmp_path):
     assert sorted(losses) == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3][: 2 + MORE_RATES]
     best = min(losses, key=losses.get)
     assert (best == max(losses)) == ("may do better than shown" in outcome.recommendation.text)
+
+
+@pytest.mark.parametrize(
+    ("scores", "losses", "following"),
+    [
+        ((0.51, 0.49, 0.5), (0.694, 0.692, 0.693), 1e-3),  # chance: the losses are noise
+        ((0.51, 0.49, 0.5), (0.694, 0.693, math.nan), 1e-3),
+        ((0.51, 0.49, 0.5), (0.9, 0.8, 0.7), 1e-1),  # not yet above chance, but falling with the rate
+        ((0.5, 0.7, 0.5), (0.694, 0.6, 0.693), None),
+        ((0.8, 0.7, 0.5), (0.5, 0.6, 0.693), 1e-3),
+        ((0.5, 0.7, 0.8), (0.693, 0.6, 0.5), 1e-1),
+    ],
+)
+def test_where_no_rate_is_above_chance_the_next_lower_one_is_tried(scores, losses, following):
+    task = create_task("pathfinder", size=16, dashes=2, distractors=0, evaluation_items=256)
+    work = Work(task, settings(mechanisms=("softmax",), rates=(3e-3, 1e-2, 3e-2)))
+    found = zip(work.settings.rates, scores, losses, strict=True)
+    tried = [{"lr": rate, "search": {"score": score, "loss": loss}} for rate, score, loss in found]
+    for order in itertools.permutations(tried):
+        assert further_rate(work, order) == following
 
 
 def test_mechanisms_that_no_time_was_left_for_share_a_sentence(tmp_path, monkeypatch):
@@ -349,7 +371,7 @@ KILLED = """
 import os, signal
 from regard.cli import main
 from regard.workbench.comparison import planning, work
-from regard.workbench.comparison.trainer import Trainer
+from regard.workbench.comparison.trainer import Trainer, further_rate
 
 planning.CALIBRATION_SECONDS, work.LEAST_SECONDS = 0.4, 0.02
 whole, begun = Trainer._on_step, []
