@@ -16,7 +16,7 @@ from regard.cli.app import COMMANDS, SECONDS_FOR_THE_FIRST, parser
 from regard.cli.arguments import read_lengths
 from regard.cli.sweeps import printing_apart
 from regard.contract import Pattern
-from regard.tasks import list_tasks
+from regard.tasks import TASKS, list_tasks
 from regard.workbench.packages import OPTIONAL
 from regard.workbench.verification.verify import verified_backends
 
@@ -97,6 +97,22 @@ def test_show_takes_options_behind_a_name(capsys):
     for count in (2, 5):
         weights = answer(capsys, f"show local:window={count} --matrix")["weights"]
         assert sum(weight > 0 for weight in weights[-1]) == count
+
+
+@pytest.mark.parametrize("name", list_tasks())
+def test_show_says_what_each_option_of_a_task_means(capsys, name):
+    told = answer(capsys, f"show {name}")
+    assert told["summary"] and told["options"].keys() == inspect.signature(TASKS[name]).parameters.keys()
+    assert all(option["meaning"] for option in told["options"].values())
+    code, out, _ = run(capsys, f"show {name}")
+    assert code == 0 and all(f"\n{option} " in out for option in told["options"])
+    assert not re.search(r"Args:|:class:|::|``", out)
+
+
+def test_tasks_are_listed_and_have_no_matrix(capsys):
+    assert [row["name"] for row in answer(capsys, "list --tasks")] == list_tasks()
+    code, _, err = run(capsys, "show recall --matrix")
+    assert code == 2 and "a matrix of the task recall" in err
 
 
 def test_show_draws_a_mixing_matrix(capsys):

@@ -17,6 +17,8 @@ from regard.cli.console import console, emit
 from regard.cli.options import JSON, PLUGINS
 from regard.contract import Mechanism, Pattern, Unsupported, spelled
 from regard.functional import function_name
+from regard.tasks import TASKS
+from regard.tasks.described import described
 from regard.workbench.plugins import enter_plugins
 
 
@@ -35,10 +37,11 @@ def list_command(
     backbones: Annotated[
         bool, typer.Option("--backbones", help="List the image backbones (for --model and --models) instead.")
     ] = False,
+    tasks: Annotated[bool, typer.Option("--tasks", help="List the tasks (for --task) instead.")] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """List the mechanisms in the catalogue, or the image backbones.
+    """List the mechanisms in the catalogue, or the image backbones, or the tasks.
 
     Examples:
 
@@ -47,9 +50,13 @@ def list_command(
         regard list --pattern causal-self --recurrent
         regard list --kind mixer --json
         regard list --backbones
+        regard list --tasks
     """
     if backbones:
         _list_backbones(as_json)
+        return
+    if tasks:
+        _list_tasks(as_json)
         return
     enter_plugins(plugin)
     cards = [get_mechanism(n) for n in list_mechanisms(pattern=pattern, kind=kind, recurrent=recurrent)]
@@ -108,6 +115,49 @@ def _list_backbones(as_json: bool) -> None:
     console.print(table)
 
 
+def _list_tasks(as_json: bool) -> None:
+    rows = [_task(name) for name in TASKS]
+    if as_json:
+        emit(rows)
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("task", "pattern", "what it is"):
+        table.add_column(heading, no_wrap=heading != "what it is")
+    for row in rows:
+        table.add_row(row["name"], row["pattern"], Text(row["summary"].partition("\n")[0]))
+    console.print(table)
+
+
+def _task(name: str) -> dict[str, Any]:
+    summary, options = described(TASKS[name])
+    return {
+        "name": name,
+        "pattern": str(TASKS[name].pattern),
+        "summary": summary,
+        "options": {option.name: {"default": option.default, "meaning": option.meaning} for option in options},
+    }
+
+
+def _show_task(name: str, as_json: bool) -> None:
+    row = _task(name)
+    if as_json:
+        emit(row)
+        return
+    console.print(f"[bold]{name}[/bold]  task, {row['pattern']}")
+    console.print()
+    console.print(Text(row["summary"]))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("option", "default", "meaning"):
+        table.add_column(heading, no_wrap=heading == "option")
+    for option, told in row["options"].items():
+        table.add_row(option, Text(str(told["default"])), Text(told["meaning"]))
+    console.print()
+    console.print(table)
+    console.print()
+    option, told = next((o, t) for o, t in row["options"].items() if t["default"] is not None)
+    console.print(Text(f"for example: regard compare --task {name}:{option}={told['default']}"))
+
+
 WIDE = 110
 """Terminal width from which a mechanism's kind and paper are shown too."""
 
@@ -150,7 +200,7 @@ def _default(field: Any) -> Any:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="Mechanism, with or without options, such as local:window=4.")],
+    name: Annotated[str, typer.Argument(help="Mechanism, with or without options, such as local:window=4; or a task.")],
     matrix: Annotated[
         bool,
         typer.Option("--matrix", help="Show its mixing matrix on an example instead, and measurements of that matrix."),
@@ -164,7 +214,7 @@ def show(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Show a mechanism: its equations, symbols, options, patterns and how to call it; or how it mixes tokens.
+    """Show a mechanism: its equations, symbols, options, patterns and how to call it, or how it mixes tokens; or a task.
 
     Examples:
 
@@ -173,8 +223,14 @@ def show(
         regard show gla --json
         regard show local:window=32
         regard show local --matrix --pattern noncausal-self
+        regard show recall
     """
     enter_plugins(plugin)
+    if name in TASKS and name not in list_mechanisms():
+        if matrix or pattern is not None:
+            raise Unsupported(f"a matrix of the task {name}", supported=f"regard show {name}, or a mechanism")
+        _show_task(name, as_json)
+        return
     if matrix:
         _show_matrix(name, pattern, as_json)
         return

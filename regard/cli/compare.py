@@ -105,7 +105,10 @@ def compare(
         ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="Time for the whole comparison (8m, 2h), or work of each run (2M tokens, 5e13 flops).")
+        str,
+        typer.Option(
+            help="Time for the whole comparison (8m, 2h), or work of each run (2M tokens, 500steps, 5e13 flops)."
+        ),
     ] = "8m",
     seeds: Annotated[int, typer.Option(help="Runs of each mechanism; two or more to judge differences.")] = 3,
     seed_offset: Annotated[

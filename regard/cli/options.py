@@ -112,7 +112,7 @@ DISTIL = Annotated[
     float,
     typer.Option(
         help="Weight of the loss against the original's outputs, 0 to 1; the rest is that of next tokens, masked tokens or classes. "
-        "0 for masformer, and for selective_temperature, which at 1 learns to change nothing."
+        "Give 0 for masformer, and for selective_temperature and stochastic_subsampling, which at 1 learn to change nothing."
     ),
 ]
 TRANSFER_RATE = Annotated[

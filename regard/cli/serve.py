@@ -32,7 +32,8 @@ OF_BENCH = ("clients", "requests", "prompt_tokens", "new_tokens", "shared_tokens
 def serve(
     given: typer.Context,
     folder: Annotated[
-        Path | None, typer.Argument(help="Folder of regard train, a folder of transformers, or a .gguf file.")
+        Path | None,
+        typer.Argument(help="Folder of regard train, compress or retrofit, a folder of transformers, or a .gguf file."),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for all addresses of this machine.")
