@@ -205,12 +205,13 @@ class Work:
         runner.evaluate(model, self.task, self.scored_at_once, last=some)
         return step, (time.monotonic() - started) * max(1.0, self.items / max(1, some))
 
-    def above_chance(self, score: float) -> bool:
+    def above_chance(self, score: float | None) -> bool:
         """Whether a score on the items that choose the learning rate is better than that of a model which ignores its
-        input, an accuracy by over two standard errors; True if the task names no chance score."""
+        input, an accuracy by over two standard errors; True if the task names no chance score. A run that diverged has
+        no score."""
         chance = self.task.chance
-        if chance is None:
-            return True
+        if chance is None or score is None:
+            return score is not None
         noise = math.sqrt(chance * (1 - chance) / max(1, self.search_items)) if self.task.metric == "accuracy" else 0.0
         return (score - chance if self.task.higher_is_better else chance - score) > 2 * noise
 

@@ -1,6 +1,5 @@
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -146,7 +145,8 @@ def test_rates_go_on_beyond_an_end_until_the_best_lies_between(tmp_path):
     ("scores", "losses", "following"),
     [
         ((0.51, 0.49, 0.5), (0.694, 0.692, 0.693), 1e-3),  # chance: the losses are noise
-        ((0.51, 0.49, 0.5), (0.694, 0.693, math.nan), 1e-3),
+        ((0.51, 0.49, None), (0.694, 0.693, None), 1e-3),  # diverged at the highest
+        ((None, None, None), (None, None, None), 1e-3),
         ((0.51, 0.49, 0.5), (0.9, 0.8, 0.7), 1e-1),  # not yet above chance, but falling with the rate
         ((0.5, 0.7, 0.5), (0.694, 0.6, 0.693), None),
         ((0.8, 0.7, 0.5), (0.5, 0.6, 0.693), 1e-3),
