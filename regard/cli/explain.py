@@ -80,7 +80,7 @@ def explain(
     from regard.workbench.trained.folder import open_trained
     from regard.workbench.trained.reading import readable
     from regard.workbench.trained.reduced import patches_in, reduced
-    from regard.workbench.trained.segment import check_output, place_of
+    from regard.workbench.trained.segment import check_output, places_of
 
     enter_plugins(plugin)
     trained = open_trained(folder)
@@ -102,11 +102,12 @@ def explain(
         raise Unsupported(
             f"class {of!r}", supported=", ".join(reader.classes[:20]), nearest=closest(of, reader.classes)
         )
-    told, skipped, taken = [], list[str](), set[str]()
+    told, skipped = [], list[str]()
     paths = [path for given in images for path in files_of(given, PICTURES)]
     check_output(output, len(paths), PICTURES, "drawing")
     paths = readable(reader, paths, skipped if skip_unreadable else None)
-    for path in paths:
+    asked = [word for word in (reduce, method, of) if word is not None]
+    for path, place in zip(paths, places_of(output, paths, PICTURES, asked), strict=True):
         inputs = reader.read([path])[0].to(device)
         with torch.inference_mode():
             logits = model(inputs[None], context=Context(grid=reader.grid)).output[0]
@@ -120,8 +121,6 @@ def explain(
             left = int((tokens.sizes[0, tokens.protected :] > 0).sum())
             used = f"{reduce or at_work.method}, {left} of {went.numel()} patch tokens left"
             drawn = maps.draw_tokens(picture, went)
-        asked = [word for word in (reduce, method, of) if word is not None]
-        place = place_of(output, path, taken, PICTURES, asked)
         write_atomically(place, functools.partial(drawn.save, format="PNG"))
         told.append(
             {

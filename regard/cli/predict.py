@@ -132,14 +132,15 @@ def _segment(
     masks: Any = segment if isinstance(reader, MaskReader) else segment_3d
     if output is not None:
         segment.check_output(output, len(paths), kind)
-    found, taken = list[dict[str, Any]](), set[str]()
-    for path in readable(reader, paths, skipped):
+    found = list[dict[str, Any]]()
+    paths = readable(reader, paths, skipped)
+    places = None if output is None else segment.places_of(output, paths, kind)
+    for number, path in enumerate(paths):
         classes, shares = masks.segment(model, reader, path, device)
         row: dict[str, Any] = {"image": str(path), "shares": shares}
-        if output is not None:
-            place = segment.place_of(output, path, taken, kind)
-            masks.write(place, classes, reader)
-            row["mask"] = str(place)
+        if places is not None:
+            masks.write(places[number], classes, reader)
+            row["mask"] = str(places[number])
         found.append(row)
     notes = several_pictures([Path(row["image"]) for row in found]) if isinstance(reader, MaskReader) else []
     if as_json:

@@ -361,9 +361,18 @@ def _watcher(monitor: str, task: Any, output: Path) -> Any:
     """The monitor of a run, whose records go into the folder of the model."""
     from regard.workbench.trained.attention_monitor import AttentionMonitor
     from regard.workbench.trained.conservation import ConservationMonitor
+    from regard.workbench.trained.folder import BEGUN, read_record
 
     path = output / f"{monitor}.json"
-    return AttentionMonitor(task, path=path) if monitor == "attention" else ConservationMonitor(task, path=path)
+    watcher = AttentionMonitor(task, path=path) if monitor == "attention" else ConservationMonitor(task, path=path)
+    record = read_record(output)
+    if record is not None and record["state"] != BEGUN and not watcher.as_record()["looks"]:
+        raise Unsupported(
+            f"--monitor {monitor} of the run in {output}, which has ended and was not monitored",
+            supported="a run that has not ended",
+            nearest="another --output",
+        )
+    return watcher
 
 
 def _frozen(context: typer.Context, folder: Path, exits: str | None, device: str) -> Any:

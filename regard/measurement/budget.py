@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -49,8 +50,9 @@ class Budget:
         if unit == "seconds" and factor:
             raise Unsupported(f"budget {text!r}", supported=ACCEPTED, nearest=f"{number}h")
         amount = float(number.replace("_", "")) * _FACTORS[factor] * size
-        if amount <= 0:
-            raise Unsupported(f"budget {text!r} of nothing", supported=ACCEPTED, nearest="8m")
+        if amount <= 0 or not math.isfinite(amount):
+            what = "nothing" if amount <= 0 else "more than a number holds"
+            raise Unsupported(f"budget {text!r} of {what}", supported=ACCEPTED, nearest="8m")
         return cls(unit, amount)
 
     def __str__(self) -> str:

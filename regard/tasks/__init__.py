@@ -115,7 +115,7 @@ def create_task(
     """
     if name not in TASKS:
         raise Unsupported(f"task {name!r}", supported=", ".join(TASKS), nearest=closest(str(name), TASKS))
-    accepted = [parameter for parameter in inspect.signature(TASKS[name]).parameters]
+    accepted = inspect.signature(TASKS[name]).parameters
     given = {"length": length, "data": data, "validation": validation}
     given = {option: value for option, value in given.items() if value is not None} | options | {"seed": seed}
     if tokenizer != "bytes":
@@ -127,6 +127,7 @@ def create_task(
                 supported=", ".join(accepted),
                 nearest=closest(option, accepted),
             )
+        _check_kind(name, option, given[option], str(accepted[option].annotation))
     if not (scored is None or isinstance(scored, Scored)):
         raise Unsupported(f"scored={scored!r} of the task {name}", supported="a regard.tasks.Scored, in Python")
     kind = TASKS[name]
@@ -136,6 +137,19 @@ def create_task(
     task.registered = name
     task.origin = {option: _lasting(option, value, TASKS[name].named) for option, value in given.items()}
     return task
+
+
+def _check_kind(task: str, option: str, value: Any, kind: str) -> None:
+    """Raise Unsupported for a value of another kind than a switch, a number or a single path where one is expected."""
+    single, *others = kind.split(" | ")
+    if value is None and "None" in others:
+        return
+    if single == "bool" and not isinstance(value, bool):
+        raise Unsupported(f"{option}={value!r} of the task {task}", supported="true or false")
+    if single == "int" and isinstance(value, bool):
+        raise Unsupported(f"{option}={value!r} of the task {task}", supported="an integer")
+    if "Path" in others and isinstance(value, list | tuple) and len(value) != 1:
+        raise Unsupported(f"{len(value)} paths as {option} of the task {task}", supported="one folder")
 
 
 def _lasting(option: str, value: Any, named: tuple[str, ...]) -> Any:

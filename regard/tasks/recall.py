@@ -61,7 +61,7 @@ class RecallTask(GeneratedTask):
         self.pairs = check_integer("pairs", pairs, 1, self.keys)
         self.queries = check_integer("queries", queries, 1, MAX_LENGTH)
         if not isinstance(overwrite, bool):
-            raise Unsupported(f"overwrite={overwrite!r}", supported="True or False")
+            raise Unsupported(f"overwrite={overwrite!r}", supported="true or false")
         self.overwrite = overwrite
         self.writes = 2 * pairs if overwrite else pairs
         shortest = 2 * self.writes + self.queries

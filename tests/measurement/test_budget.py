@@ -30,7 +30,7 @@ def test_it_is_printed_as_a_person_writes_it(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "banana", "8", "8 bananas", "-3m", "0m", "0 tokens", "2M m", "nan m", "1e999 h x"]
+    "text", ["", "banana", "8", "8 bananas", "-3m", "0m", "0 tokens", "2M m", "nan m", "1e999 h x", "1e400 steps"]
 )
 def test_nonsense_is_refused_with_what_is_accepted(text):
     with pytest.raises(Unsupported, match="budget") as caught:

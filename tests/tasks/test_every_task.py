@@ -172,7 +172,7 @@ def test_nonsense_is_refused_by_every_task_that_has_the_option(name, tmp_path, o
         ("recall", {"pairs": 99}, "from 1 to 8; try pairs=8"),
         ("recall", {"pairs": 2.5}, "an integer"),
         ("recall", {"vocab_size": True}, "an integer"),
-        ("recall", {"overwrite": "yes"}, "True or False"),
+        ("recall", {"overwrite": "yes"}, "true or false"),
         ("recall", {"data": "x.txt"}, "option 'data' of the task recall"),
         ("recall", {"tokenizer": "bpe:512"}, "option 'tokenizer' of the task recall"),
         ("copying", {"length": 8, "tokens": 16}, "try length=32"),
@@ -236,3 +236,19 @@ def test_nonsense_options_are_refused_with_what_is_accepted(tmp_path, name, opti
 
 def test_batch_size_must_be_positive(name, tmp_path):
     refused(lambda: made(name, tmp_path).training_batch(0, 0, 0), "try batch_size=1")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("images", {"flip": "no"}, "flip='no'.*true or false"),
+        ("images", {"data": "photos", "skip_unreadable": "no"}, "skip_unreadable='no'.*true or false"),
+        ("images", {"data": "photos", "channels": True}, "channels=True.*an integer"),
+        ("images", {"data": "photos", "validation": ["a", "b"]}, "2 paths as validation.*one folder"),
+        ("segmentation", {"flip": 0.5}, "flip=0.5.*true or false"),
+        ("segmentation_3d", {"data": "scans", "validation": ["a", "b"]}, "2 paths as validation.*one folder"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_before_data_are_read(name, options, told):
+    with pytest.raises(Unsupported, match=told):
+        create_task(name, **options)

@@ -101,21 +101,29 @@ def check_output(output: Path, count: int, kind: Kind, what: str = "mask") -> No
         )
 
 
-def place_of(output: Path, path: Path, taken: set[str], kind: Kind, asked: Sequence[str] = ()) -> Path:
-    """The path for the result of a file: `output` itself, or a file with a similar name in that folder.
+def places_of(output: Path, paths: Sequence[Path], kind: Kind, asked: Sequence[str] = ()) -> list[Path]:
+    """The path for the result of each file: `output` itself, or a file with a similar name in that folder.
 
     Args:
         output: a file or a folder.
-        path: the file read.
-        taken: names in the folder that this call may not use again; the new one is added.
+        paths: the files read.
         kind: the kind of file written.
         asked: further words for the name, so that a result for other ones is kept beside: ``photo-occlusion-dog.png``.
+
+    Raises:
+        Unsupported: if a result would replace one of the files read.
     """
-    if suffix_of(output) in kind.written and not output.is_dir():
-        return output
-    stem = path.name[: len(path.name) - len(suffix_of(path))]
-    name = "-".join([stem, *(re.sub(r"[^\w.-]+", "_", word) for word in asked)])
-    return output / f"{unused_name(name, taken)}{kind.usual}"
+    places, taken = list[Path](), set[str]()
+    for path in paths:
+        stem = path.name[: len(path.name) - len(suffix_of(path))]
+        name = "-".join([stem, *(re.sub(r"[^\w.-]+", "_", word) for word in asked)])
+        alone = suffix_of(output) in kind.written and not output.is_dir()
+        places.append(output if alone else output / f"{unused_name(name, taken)}{kind.usual}")
+    read = {path.resolve() for path in paths}
+    for place in places:
+        if place.resolve() in read:
+            raise Unsupported(f"--output {output}, where {place} is a file to read", supported="another folder or file")
+    return places
 
 
 def described(shares: dict[str, float], count: int = 8) -> str:

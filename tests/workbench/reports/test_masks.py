@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Result
+from regard.contract import Context, Result, Unsupported
 from regard.core.patches import joined
 from regard.tasks import create_task
 from regard.tasks.segmentation.folders import PICTURES
 from regard.workbench.reports import mask_pictures
-from regard.workbench.trained.segment import likeliest, place_of, segment, write
+from regard.workbench.trained.segment import likeliest, places_of, segment, write
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -94,8 +94,24 @@ def test_masks_have_the_size_of_the_picture_and_the_values_of_the_classes(tmp_pa
     drawn = Image.open(tmp_path / "mask.png")
     assert np.asarray(drawn)[0].tolist() == [0, 1] and np.asarray(drawn)[1, 1] not in task.reader.values
     assert drawn.convert("RGB").getpixel((0, 1)) == task.reader.colours[4]
-    taken: set[str] = set()
-    assert [place_of(tmp_path, Path(p), taken, PICTURES).name for p in ("x/1.jpg", "y/1.png")] == ["1.png", "1_.png"]
+    read = [Path("x/1.jpg"), Path("y/1.png")]
+    assert [place.name for place in places_of(tmp_path, read, PICTURES)] == ["1.png", "1_.png"]
+
+
+def test_no_result_replaces_a_file_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scans")
+    read = [tmp_path / "scans" / name for name in ("b.jpg", "a.png")]
+    for output in (tmp_path / "scans", tmp_path / "link"):
+        with pytest.raises(Unsupported, match=r"a\.png is a file to read"):
+            places_of(output, read, PICTURES)
+        assert [place.name for place in places_of(output, read, PICTURES, ["rollout"])] == [
+            "b-rollout.png",
+            "a-rollout.png",
+        ]
+    with pytest.raises(Unsupported, match="is a file to read"):
+        places_of(read[1], read[1:], PICTURES)
+    assert places_of(tmp_path / "c.png", read[1:], PICTURES) == [tmp_path / "c.png"]
 
 
 def test_the_picture_to_draw_on_is_stretched_as_the_model_sees_it(tmp_path: Path) -> None:

@@ -222,6 +222,11 @@ def test_the_command_writes_a_page(capsys, tmp_path):
     page = (tmp_path / "a" / "attention.html").read_text()
     assert "When attention settles" in page and page.count("<svg") == 6
     assert "What gradient flow would conserve" in page and {row["layer"] for row in told["attention"]["laws"]} == {0}
+    again = f"train {task} {sizes} --monitor attention --output {tmp_path / 'a'}"
+    assert answer(capsys, again)["attention"]["heads"] == told["attention"]["heads"]
+    code, _, said = run(capsys, again.replace("attention", "conservation"))
+    assert code == 2 and "which has ended and was not monitored" in " ".join(said.split())
+    assert not (tmp_path / "a" / "conservation.html").exists()
     for options, words in (
         ("--monitor loss", "attention"),
         ("--monitor attention --mechanism linear", "without attention weights"),
