@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from regard.tasks.matching import MatchingTask
 from regard.tasks.pathfinder import PathfinderTask
 from regard.tasks.protocol import Baseline, Batch, Task, check_integer
 
-TASKS: dict[str, tuple[Callable[..., Task], dict[str, Any]]] = {
+TASKS: dict[str, tuple[type[Task], dict[str, Any]]] = {
     "listops": (ListOpsTask, {"length": 512, "depth": 6, "arguments": 6}),
     "text": (DocumentsTask, {}),
     "retrieval": (MatchingTask, {}),
@@ -77,7 +77,10 @@ class LongRangeTask(Task):
         options = options | {name: value for name, value in given.items() if value is not None}
         if which == "image" and isinstance(data, str | Path) and Path(data).is_dir() and not has_idx(Path(data)):
             options["channels"] = 1
-        self.task: Task = kind(**options, evaluation_items=evaluation_items, seed=seed)
+        self.task: Task = kind.__new__(kind)
+        self.task.scored = self.scored  # before its data are read
+        self.task.__init__(**options, evaluation_items=evaluation_items, seed=seed)  # type: ignore[misc]
+        self.shared, self.overlap = self.task.shared, getattr(self.task, "overlap", None)
         self.name = f"{type(self).name}_{which}"
         self.length = self.task.length
         self.vocab_size, self.features = self.task.vocab_size, self.task.features

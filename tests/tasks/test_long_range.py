@@ -6,7 +6,8 @@ import pytest
 import torch
 from task_data import for_any_task, photos, save_json, words
 
-from regard.tasks import check_task, create_task
+from regard.contract import Unsupported
+from regard.tasks import Scored, check_task, create_task
 from regard.tasks.long_range import TASKS
 
 
@@ -37,3 +38,15 @@ def test_the_tasks_behind_it_have_the_same_items(tmp_path):
     outer = create_task("long_range", which="pathfinder", length=576, evaluation_items=8)
     for one, other in zip(inner.evaluation_batches(8), outer.evaluation_batches(8), strict=True):
         assert torch.equal(one.inputs, other.inputs) and torch.equal(one.targets, other.targets)
+
+
+@pytest.mark.parametrize("which", ["text", "retrieval"])
+def test_a_trained_model_is_scored_on_what_it_was_trained_on_and_told_how_much_that_is(which, tmp_path):
+    records = [for_any_task(f"{i} {words(20, i)}", i) for i in range(40)]
+    data, half = save_json(tmp_path / "a.jsonl", records), save_json(tmp_path / "half.jsonl", records[:20])
+    for name, options in (("documents" if which == "text" else "matching", {}), ("long_range", {"which": which})):
+        scored = create_task(name, data=data, validation=half, scored=Scored(), **options)
+        assert scored.shared == 20
+        assert create_task(name, data=data, validation=data, scored=Scored(), **options).shared == 40
+        with pytest.raises(Unsupported, match="all of the training data"):
+            create_task(name, data=data, validation=data, **options)
