@@ -24,6 +24,7 @@ from regard.tasks.protocol import (
     counter_generator,
     in_batches,
 )
+from regard.tasks.sampling import without_repetitions
 from regard.tasks.shapes import MESHES, on_mesh, read_mesh, superquadrics
 
 if TYPE_CHECKING:
@@ -183,11 +184,13 @@ def _sphere(count: int) -> Float[Tensor, "n 3"]:
 
 def _read_folder(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
     files = sorted(path for path in walk(folder)[0] if path.suffix.lower() in MESHES)
-    if len(files) < 2:
+    read = [read_mesh(path) for path in files]
+    meshes = [read[i] for i in without_repetitions([mesh.tobytes() for mesh in read])[0]]
+    if len(meshes) < 2:
         raise Unsupported(
-            f"{folder} with {counted(len(files), 'mesh file')}", supported="two or more files: " + " ".join(MESHES)
+            f"{folder} with {counted(len(files), 'mesh file')}",
+            supported="files of two or more different shapes: " + " ".join(MESHES),
         )
-    meshes = [read_mesh(path) for path in files]
     held_out = set(range(0, len(meshes), 10))
     return (
         [mesh for i, mesh in enumerate(meshes) if i not in held_out],

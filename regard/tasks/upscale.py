@@ -25,7 +25,7 @@ from regard.tasks.protocol import (
     counter_generator,
     in_batches,
 )
-from regard.tasks.sampling import spread
+from regard.tasks.sampling import spread, without_repetitions
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -247,11 +247,13 @@ def _photos(data: Paths | None) -> tuple[list[Tensor], list[Tensor], str]:
     folder = one_folder(data, "photos")
     require_pillow()
     files = sorted(images_among(walk(folder)[0], folder))
-    if len(files) < 2:
-        raise Unsupported(f"{folder} with one photo", supported="two photos or more: the last are held out")
-    photos = [_tensor(read_image(path, (SIDE_READ, SIDE_READ), CHANNELS)[0]) for path in files]
+    read = [_tensor(read_image(path, (SIDE_READ, SIDE_READ), CHANNELS)[0]) for path in files]
+    photos = [read[i] for i in without_repetitions([photo.numpy().tobytes() for photo in read])[0]]
+    if len(photos) < 2:
+        raise Unsupported(f"{folder} with one photo", supported="two different photos or more: the last are held out")
     kept = len(photos) - math.ceil(len(photos) / 10)
-    return photos[:kept], photos[kept:], f"the photos of {folder.name}"
+    repeated = f", {counted(len(read) - len(photos), 'repeated one')} left out" if len(photos) < len(read) else ""
+    return photos[:kept], photos[kept:], f"the photos of {folder.name}{repeated}"
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

@@ -97,10 +97,36 @@ def test_even_a_linear_filter_sharpens_drawn_shapes():
 
 def test_differences_have_a_unit_even_where_all_photos_are_of_one_colour(tmp_path):
     Image = pytest.importorskip("PIL.Image")
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (64, 64), (10, 200, 30)).save(tmp_path / name)
+    for name, colour in (("a.png", (10, 200, 30)), ("b.png", (200, 10, 30))):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name)
     task = create_task("upscale", size=16, data=tmp_path, evaluation_items=4)
     assert task.training_batch(0, 0, 2).targets.isfinite().all() and task.baseline.score > 40
+
+
+def test_photos_and_meshes_that_are_there_twice_are_not_held_out_too(tmp_path):
+    rng = np.random.default_rng()
+    Image = pytest.importorskip("PIL.Image")
+    photos, meshes = tmp_path / "photos", tmp_path / "meshes"
+    photos.mkdir()
+    meshes.mkdir()
+    for at, name in enumerate("abcc"):
+        if at < 3:
+            pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            corners = "\n".join("v {} {} {}".format(*point) for point in rng.random((3, 3)))
+        Image.fromarray(pixels).save(photos / f"{at}{name}.png")
+        (meshes / f"{'z' if at < 3 else 'a'}{at}.obj").write_text(f"{corners}\nf 1 2 3\n")
+    task = create_task("upscale", size=16, data=photos, evaluation_items=4)
+    assert "1 repeated one left out" in task.describe()
+    training, held_out = (torch.stack(list(each)) for each in (task._training, task._held_out))
+    assert len(training) == 2 and not any(
+        torch.equal(tile, photo[:, :16, :16]) for photo in training for tile in held_out
+    )
+    training, held_out = create_task("completion", length=16, seen=8, data=meshes, evaluation_items=4)._meshes
+    assert (len(training), len(held_out)) == (2, 1)
+    assert not any(np.array_equal(one, other) for one in training for other in held_out)
+    for path in (photos / "0a.png", photos / "1b.png"):
+        path.unlink()
+    refused(lambda: create_task("upscale", size=16, data=photos), "with one photo")
 
 
 def test_chamfer_distances_of_hand_cases():
@@ -152,11 +178,14 @@ def test_meshes_are_read_and_points_lie_on_their_triangles(tmp_path):
         assert np.abs(points).min(1).max() < 1e-12  # each face is in a coordinate plane
         assert points.min() >= 0
         assert points.sum(1).max() <= 1 + 1e-9
+    refused(lambda: create_task("completion", data=tmp_path), "two or more different shapes")
+    (tmp_path / "c.obj").write_text("\n".join([*lines, "f 2 3 4"]))
     task = create_task("completion", data=tmp_path, length=16, seen=8, evaluation_items=2)
     assert task.training_batch(0, 0, 2).targets.shape == (2, 16, 3)
     (tmp_path / "b.stl").write_bytes(b"solid")
     refused(lambda: create_task("completion", data=tmp_path), "b.stl, which cannot be read as a mesh")
-    (tmp_path / "b.stl").unlink()
+    for name in ("b.stl", "c.obj"):
+        (tmp_path / name).unlink()
     refused(lambda: create_task("completion", data=tmp_path), "with 1 mesh file")
 
 
