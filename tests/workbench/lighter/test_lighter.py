@@ -14,6 +14,7 @@ from byte_tokenizer import save_byte_tokenizer
 from command_line import answer, run
 
 from regard.backends.native import library
+from regard.cli.console import console
 from regard.compression import compress, text_windows
 from regard.compression.recipes import read_recipes
 from regard.compression.sparse import at_compression, sparsely, written
@@ -193,7 +194,7 @@ def test_what_is_lost_is_counted_in_the_direction_of_the_metric():
 
 
 def test_a_model_of_regard_train_is_compressed_and_used_on_the_command_line(capsys, trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # otherwise names wrap if times have many digits
+    monkeypatch.setattr(console, "_width", 200)  # otherwise names wrap if times have many digits
     model, _ = trained
     found = answer(capsys, "compress --recipe gptq:group=64 --calibration 4", model, "--output", tmp_path / "small")
     assert found["recipe"] == "gptq:group=64" and found["bytes_after"] < found["bytes_before"] / 2
