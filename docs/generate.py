@@ -874,7 +874,10 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
     on = ", ".join(f"on {it} ({letters[it]})" if several else f"on {it}" for it in machines)
     told = f"{budget[0]:g} minutes a run; {budget[1]:,} test images; trained {on}."
     if several:
-        told += " A slower machine takes fewer steps in the same time, so compare rows of one."
+        told += (
+            " A slower machine takes fewer steps by the clock; rows whose steps follow from the training speed shown are "
+            "comparable, whichever machine trained them."
+        )
     return [*parts, told, table(headings, rows)]
 
 
