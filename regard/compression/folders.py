@@ -379,6 +379,8 @@ def _build(place: Path, record: dict[str, Any]) -> nn.Module:
         import transformers
         from transformers.initialization import no_init_weights
 
+        import regard.integrations.transformers  # noqa: F401  models that were swapped before
+
         made = getattr(transformers, name, None)
         if isinstance(made, type) and issubclass(made, transformers.PreTrainedModel):
             config = transformers.AutoConfig.from_pretrained(place)

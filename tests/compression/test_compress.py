@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,6 +216,24 @@ def test_a_tied_table_that_multiplies_its_rows_still_does_in_8_bits(kind, tmp_pa
     model = scaled(kind)
     before = model(ids).logits
     assert distance(quantize(model, [ids]).model(ids).logits, before) < 0.1
+
+
+@pytest.mark.parametrize("mechanism", ["selective_temperature", "complex_rotary"])
+def test_a_hybrid_loads_in_a_new_process_whatever_its_memory_held(mechanism: str, tmp_path: Path) -> None:
+    model, ids = llama(), torch.randint(VOCABULARY, (1, 9))
+    regard.swap(model, mechanism)
+    regard.compress(model, "int8").save(tmp_path)
+    torch.save({"ids": ids, "logits": load_compressed(tmp_path)(ids).logits.detach()}, tmp_path / "expected.pt")
+    poisoned = (
+        "import sys, torch\n"
+        "from regard.compression import load_compressed\n"
+        "torch.use_deterministic_algorithms(True)  # fills memory that is not initialised with NaN\n"
+        "expected = torch.load(sys.argv[1] + '/expected.pt')\n"
+        "found = load_compressed(sys.argv[1])(expected['ids']).logits\n"
+        "torch.testing.assert_close(found, expected['logits'])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", poisoned, tmp_path], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_head_stays_where_its_table_may_compute_something_else():

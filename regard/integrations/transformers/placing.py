@@ -139,8 +139,9 @@ def _placement(
     alone = attend.pattern is Pattern.CAUSAL_SELF and layer is None  # reads the model's cache, whose keys are rotated
     if not alone and unrotated is not False:
         before = getattr(module, PLACE, None)  # it gets unrotated queries and keys, so trying would find no rotation
-        known = None if before is None else before.placement.rotary
-        rotary = find_rotary(model, path, module, heads_of) if known is None else known
+        rotary = None if before is None else before.placement.rotary
+        if rotary is None:
+            rotary = find_rotary(model, path, module, heads_of, known=unrotated is True)
     if rotary is None:
         attend.check_rotated()
     else:

@@ -58,7 +58,9 @@ class Rotary:
         return Rotation(self.turn, cos, sin, None if refusal else self.by_rank, refusal)
 
 
-def find_rotary(model: nn.Module, path: str, module: Any, heads_of: Callable[..., Any]) -> Rotary | None:
+def find_rotary(
+    model: nn.Module, path: str, module: Any, heads_of: Callable[..., Any], *, known: bool = False
+) -> Rotary | None:
     """Find how a module rotates queries and keys; None where the rotation cannot be left out and done elsewhere.
 
     The module is called twice on three random tokens, with angles of 0 and with others: :meth:`Rotary.turn` must turn
@@ -66,6 +68,8 @@ def find_rotary(model: nn.Module, path: str, module: Any, heads_of: Callable[...
 
     Args:
         heads_of: calls the module with these arguments and returns the queries and keys with which it attends.
+        known: whether a config says that the rotation was found before. It is not looked for again, since the weights
+            of a model that is being loaded may not be there yet.
     """
     home = sys.modules[type(module).__module__]
     apply = getattr(home, "apply_rotary_pos_emb", None)
@@ -75,8 +79,8 @@ def find_rotary(model: nn.Module, path: str, module: Any, heads_of: Callable[...
     kind = (getattr(module.config, "rope_parameters", None) or {}).get("rope_type", "default")
     rotary = Rotary(apply, embedding, kind not in MOVING)
     some = some_parameter(model, module)
-    if some.is_meta:
-        return rotary  # a model being loaded, whose config says that the rotation was found before
+    if known or some.is_meta:
+        return rotary
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, module.config.hidden_size, generator=generator).to(some)
     try:
