@@ -816,8 +816,8 @@ def _backbones(data: Mapping[str, Any] | None) -> list[str]:
         "mirrored (`flip`), or they are shifted too (`light`). Sizes are those of this project for small images and are not "
         "matched, and nothing is tuned to any of them: the order says what came of so much time on a machine. "
         "`agent_vit_nano` and `moh_vit_nano` are `vit_nano` with another attention in its six layers (`regard train --model "
-        "'vit_nano:plan=agent*6'`, `mixture_of_heads*6`). With two seeds or more the error is the standard error over seeds, with one that of the share of test images. Speeds are of "
-        "batches of 64, medians of all models in turn in one process.",
+        "'vit_nano:plan=agent*6'`, `mixture_of_heads*6`). With two seeds or more the error is the standard error "
+        "over seeds, with one that of the share of test images. Speeds are of batches of 64, medians of all models in turn in one process.",
     ]
     if data is None or not data["cells"]:
         return [*parts, "Not measured in this build of the pages: `python benchmarks/fashion_mnist.py` does it."]

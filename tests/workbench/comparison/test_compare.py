@@ -371,7 +371,7 @@ KILLED = """
 import os, signal
 from regard.cli import main
 from regard.workbench.comparison import planning, work
-from regard.workbench.comparison.trainer import Trainer, further_rate
+from regard.workbench.comparison.trainer import Trainer
 
 planning.CALIBRATION_SECONDS, work.LEAST_SECONDS = 0.4, 0.02
 whole, begun = Trainer._on_step, []
