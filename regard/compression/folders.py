@@ -108,6 +108,10 @@ def _write(
     model: nn.Module, place: Path, report: dict[str, Any] | None, tokenizer: Any = None, program: Program | None = None
 ) -> None:
     library, inside = library_of(model), _inside(model)
+    if library == "transformers":
+        from regard.integrations.transformers import check_record
+
+        check_record(inside)
     record = {
         "regard": VERSION,
         "library": library,
@@ -379,9 +383,9 @@ def _build(place: Path, record: dict[str, Any]) -> nn.Module:
         import transformers
         from transformers.initialization import no_init_weights
 
-        import regard.integrations.transformers  # noqa: F401  models that were swapped before
+        from regard.integrations.transformers import RegardForCausalLM  # the import also restores swapped models
 
-        made = getattr(transformers, name, None)
+        made = RegardForCausalLM if name == RegardForCausalLM.__name__ else getattr(transformers, name, None)
         if isinstance(made, type) and issubclass(made, transformers.PreTrainedModel):
             config = transformers.AutoConfig.from_pretrained(place)
             vars(config).pop("quantization_config", None)  # read by transformers where it loads the codes itself

@@ -153,8 +153,9 @@ class HeadAttention(nn.Module):
 
     @property
     def adds(self) -> bool:
-        """Whether it adds to its mechanism of queries, keys and values: by parameters, or by a merge of the heads."""
-        return self.learns or self.merge is not None
+        """Whether it adds to its mechanism of queries, keys and values: by parameters, random draws that are kept, or a
+        merge of the heads."""
+        return self.learns or self.merge is not None or next(self.buffers(), None) is not None
 
     @property
     def keeps_state(self) -> bool:

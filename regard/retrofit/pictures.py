@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.integrations.encoders import UNASKED
 from regard.retrofit.corpus import HELD_OUT
 from regard.tasks.documents import Paths, class_folders, file_name, names_of, nearest_path, walk
@@ -23,6 +23,9 @@ from regard.training.loop import step_seed
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
+CENTER, SQUASH = "center", "squash"
+"""timm's names for cropping images to a model's proportions and for stretching them."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -31,6 +34,7 @@ class View:
     Attributes:
         channels, height, width: size of the model's input.
         crop: side of the center crop, as a share of the resized image's side.
+        stretch: whether images are resized to the model's proportions, rather than cropped to them.
         mean, deviation: per-channel values to normalise pixels from 0 to 1 with.
         classes: names of the model's classes, in its order; empty if it does not name them.
         count: number of its classes.
@@ -40,6 +44,7 @@ class View:
     height: int
     width: int
     crop: float
+    stretch: bool
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     classes: tuple[str, ...]
@@ -47,19 +52,26 @@ class View:
 
     @classmethod
     def of(cls, model: Any) -> View:
-        """The preprocessing of a timm model."""
+        """The preprocessing of a timm model; raises Unsupported where it pads images to a square."""
         from timm.data import resolve_input_data_config
 
         told = resolve_input_data_config(model)
+        if told["crop_mode"] not in (CENTER, SQUASH):
+            raise Unsupported(
+                f"{an_instance(model)} whose images are read by crop_mode={told['crop_mode']!r}",
+                supported=f"{CENTER} and {SQUASH}",
+            )
         channels, height, width = told["input_size"]
         names = model.pretrained_cfg.get("label_names") or ()
         crop, mean, std = told["crop_pct"], told["mean"], told["std"]
-        return cls(channels, height, width, crop, tuple(mean), tuple(std), tuple(map(str, names)), model.num_classes)
+        stretch, classes = told["crop_mode"] == SQUASH, tuple(map(str, names))
+        return cls(channels, height, width, crop, stretch, tuple(mean), tuple(std), classes, model.num_classes)
 
     def read(self, path: Path) -> Shaped[np.ndarray, "h w c"]:
         """Read the center crop of an image."""
         height, width = (max(math.floor(side / self.crop), side) for side in (self.height, self.width))
-        return centre(read_image(path, (height, width), self.channels)[0], (self.height, self.width))
+        image, _ = read_image(path, (height, width), self.channels, stretch=self.stretch)
+        return centre(image, (self.height, self.width))
 
     def normal(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Normalise images in bytes for the model; floating-point images are taken as normalised."""

@@ -162,7 +162,7 @@ def planned(
     started = time.monotonic()
     host = host.extended(asked[0].positions)
     begun = [host.begun(each) for each in asked]
-    read = host.read(data, validation, begun[0])
+    read = host.read(data, validation, max(begun, key=lambda each: each.length or 0))
     given = {"model": host.fingerprint(), "data": read.digest()}
     folders = [Folder(place, {**given, **each.identity()}) for place, each in zip(places, begun, strict=True)]
     spent += (time.monotonic() - started) / len(asked)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regard.contract import Projection, Unsupported
 from regard.retrofit.best import Best
@@ -143,6 +143,7 @@ def train_stage(
             best.restore(checkpoint.record.get("looks", []))  # first steps of earlier versions had none
     started = saved = time.monotonic()
     begun, updating = len(curve), False
+    buffers: dict[str, Tensor] = {}  # as they were before the step in flight, which may change them
     warmup = min(max(WARMUP[0], WARMUP[1] / stage.steps), WARMUP[2])
 
     def elapsed() -> float:
@@ -169,6 +170,7 @@ def train_stage(
                     best.look(number)
                 torch.manual_seed(step_seed(stage.seed, number))
                 optimizer.zero_grad(set_to_none=True)
+                buffers = {name: x.detach().clone() for name, x in module.named_buffers()}
                 losses = list(step(number))
                 if not all(map(math.isfinite, losses)):
                     raise Unsupported(
@@ -183,7 +185,7 @@ def train_stage(
                     group["lr"] = rate * scheduled_rate(number, stage.steps, peak=1.0, warmup=warmup, schedule="cosine")
                 optimizer.step()
                 curve.append(losses)
-                updating = False
+                buffers, updating = {}, False
                 pace = (time.monotonic() - started) / (len(curve) - begun)
                 left = (stage.steps - len(curve)) * pace + stage.after
                 watch(Progress(stage.doing, math.fsum(losses) / len(losses), len(curve), stage.steps, left))
@@ -199,6 +201,9 @@ def train_stage(
             best.discard()
     except KeyboardInterrupt:
         if not updating:
+            with torch.no_grad():
+                for name, x in buffers.items():
+                    module.get_buffer(name).copy_(x)
             save()
         raise
     finally:

@@ -196,16 +196,21 @@ def _first(output: Any) -> Tensor:
 
 @contextmanager
 def _without_dropout(modules: nn.Module) -> Iterator[None]:
-    """Disable dropout within the context: the target is a tensor, not a random sample of it."""
-    parts = [part for part in modules.modules() if isinstance(part, nn.Dropout)]
-    before = [part.p for part in parts]
+    """Disable dropout within the context: the target is a tensor, not a random sample of it. Attention modules of
+    transformers keep the probability as a number."""
+    rates = [
+        (part, name, value)
+        for part in modules.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, float) and ("dropout" in name or (name == "p" and isinstance(part, nn.Dropout)))
+    ]
     try:
-        for part in parts:
-            part.p = 0.0
+        for part, name, _ in rates:
+            setattr(part, name, 0.0)
         yield
     finally:
-        for part, p in zip(parts, before, strict=True):
-            part.p = p
+        for part, name, value in rates:
+            setattr(part, name, value)
 
 
 def _new_in(module: nn.Module, path: str, learned: Sequence[str]) -> list[str]:

@@ -218,6 +218,19 @@ def test_a_tied_table_that_multiplies_its_rows_still_does_in_8_bits(kind, tmp_pa
     assert distance(quantize(model, [ids]).model(ids).logits, before) < 0.1
 
 
+@pytest.mark.parametrize("recipe", ["int8", "magnitude:ratio=0.5"])
+def test_a_language_model_of_regard_for_transformers_is_loaded_from_its_compressed_folder(recipe, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from regard.integrations.transformers import RegardConfig, RegardForCausalLM
+
+    config = RegardConfig(64, dim=32, plan="landmark:block=3", num_layers=2, num_heads=4)
+    model, ids = RegardForCausalLM(config).eval(), torch.randint(3, 64, (2, 11))
+    small = regard.compress(model, recipe)
+    small.save(tmp_path)
+    for loaded in (load_compressed(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        torch.testing.assert_close(loaded(ids).logits, small.model(ids).logits)
+
+
 @pytest.mark.parametrize("mechanism", ["selective_temperature", "complex_rotary"])
 def test_a_hybrid_loads_in_a_new_process_whatever_its_memory_held(mechanism: str, tmp_path: Path) -> None:
     model, ids = llama(), torch.randint(VOCABULARY, (1, 9))

@@ -612,6 +612,14 @@ def test_options_change_and_what_was_learned_stays():
     assert {entry["options"]["top_k"] for entry in model.config.regard["modules"].values()} == {3}
 
 
+@pytest.mark.parametrize("name", ["gated_linear", "performer", "complex_rotary", "differential"])
+def test_mechanisms_that_add_to_a_model_are_refused_where_nothing_can_be_added(name):
+    model = llama()
+    model.set_attn_implementation(f"regard:{name}")
+    with pytest.raises(Unsupported, match=f"alone, since {name} learns more.*try regard.swap"):
+        model(ids())
+
+
 def test_another_model_of_the_same_config_does_not_see_a_swap():
     changed = llama()
     other = type(changed)(changed.config).eval()
@@ -621,6 +629,31 @@ def test_another_model_of_the_same_config_does_not_see_a_swap():
     near(other(x).logits, expected)
     regard.unswap(changed)
     assert changed.config.to_dict() == other.config.to_dict()
+
+
+@pytest.mark.parametrize("change", [regard.unswap, lambda model: change_options(model, top_k=3)])
+def test_another_model_of_a_swapped_config_keeps_its_mechanisms(change, tmp_path):
+    first = llama()
+    regard.swap(first, "sea", top_k=2)
+    change(type(first)(first.config))
+    first.save_pretrained(tmp_path)
+    x = ids()
+    near(type(first).from_pretrained(tmp_path).eval()(x).logits, first(x).logits)
+
+
+def test_a_model_of_which_a_part_was_swapped_is_saved_with_its_mechanisms_or_not_at_all(tmp_path):
+    model, x = llama(), ids()
+    regard.swap(model.model, "linear")
+    for change in (lambda: None, lambda: regard.unswap(model.model)):
+        change()
+        expected = model(x).logits
+        for save in (model.save_pretrained, regard.compress(copy.deepcopy(model), "int8").save):
+            with pytest.raises(Unsupported, match=r"a part was swapped .*try model.config = model.model.config"):
+                save(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        model.config = model.model.config
+        model.save_pretrained(tmp_path / "saved")
+        near(type(model).from_pretrained(tmp_path / "saved").eval()(x).logits, expected)
 
 
 def test_a_swapped_model_is_compiled_whole_and_in_parts_where_it_has_to_look_at_a_mask():

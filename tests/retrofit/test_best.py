@@ -31,10 +31,10 @@ def trained(folder, losses, *, steps=80, stop=None, judged=True):
         return next(asked)
 
     def step(number):
-        if number == stop:
-            raise KeyboardInterrupt
         found = sum(part(torch.randn(4, 3)).square().mean() for part in parts)
         found.backward()
+        if number == stop:
+            raise KeyboardInterrupt
         return [found.item()]
 
     best = Best(list(parts), measure, folder, "tune") if judged else None
@@ -71,6 +71,7 @@ def test_a_stopped_stage_goes_on_with_what_it_knew(tmp_path):
     parts, best, weights, _ = trained(folder, losses[3:])
     assert best.looks == [(20 * i, found) for i, found in enumerate(losses)] and len(weights) == 2
     assert not equal(parts[0], weights[1][0]) and not equal(parts[1], weights[1][1])
+    assert all(part["seen"] == 80 for part in weights[1])  # the buffers forget the step that was stopped
     again, known, _, _ = trained(folder, [])
     assert known.looks == best.looks and all(equal(part, again[n].state_dict()) for n, part in enumerate(parts))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from byte_tokenizer import save_byte_tokenizer
 from small_llama import SIZES, WORK, llama, tokens, transformers
 from torch import nn
 
@@ -78,6 +79,15 @@ def test_a_retrofit_learns_positions_beyond_those_of_the_original(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(output)
     assert loaded.config.max_position_embeddings == 64 and list(found.results["needles"]) == ["64"]
     assert loaded.generate(tokens(50)[None], max_new_tokens=9, min_new_tokens=9, do_sample=False).shape == (1, 59)
+
+
+def test_the_tokenizer_reads_as_far_as_the_longer_table(tmp_path):
+    tokenizer = save_byte_tokenizer(tmp_path)
+    tokenizer.model_max_length = 32
+    host = open_host(made("GPT2LMHeadModel"), tokenizer).extended(64)
+    assert host.tokenizer.model_max_length == 64 and tokenizer.model_max_length == 32
+    tokenizer.model_max_length = 99
+    assert open_host(made("GPT2LMHeadModel"), tokenizer).extended(64).tokenizer.model_max_length == 99
 
 
 def test_longer_tables_are_offered_where_texts_are_too_long_and_need_no_teacher():

@@ -351,6 +351,17 @@ def test_a_transfer_to_softmax_has_nothing_to_learn(host):
     assert max(transfer_losses(host, modules(host, [0, 1, 2], "softmax"), tokens(64).view(2, 32))) < 1e-10
 
 
+def test_a_transfer_learns_without_the_dropout_of_models_that_keep_it_as_a_number(tmp_path):
+    host = hosts.open_host(llama(2, attention_dropout=0.5))
+    new = modules(host, [1], "softmax")
+    stage, settings = Stage("transfer", "attention transfer", 2, 0.001, 1), RetrofitSettings("softmax", length=32)
+    settings = host.begun(settings)
+    curve = transfer(
+        host, new, [], Corpus(tokens(), tokens(99), None, "", None), settings, stage, Folder(tmp_path, {}), print
+    )
+    assert max(max(losses) for losses in curve) < 1e-4 and new[1].attention_dropout == 0.5
+
+
 def test_a_start_that_is_nearly_exact_is_kept_where_a_transfer_makes_it_no_better(host, tmp_path):
     both = {**modules(host, [0], "local:window=64"), **modules(host, [1], "linear")}
     corpus = Corpus(tokens(), tokens(200), None, "drawn", None)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from command_line import run
-from small_llama import WORK, llama, tokens
+from small_llama import SIZES, WORK, llama, tokens, transformers
 
 from regard import Unsupported
 from regard.cli.retrofits import OF_RETROFITS
@@ -145,6 +145,22 @@ def test_a_mechanism_that_cannot_enter_is_refused_before_anything_is_trained(tmp
             output=tmp_path / "out",
             budget=Budget.parse("60 steps"),
             **WORK,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mechanisms", ["linear,landmark", "landmark,linear"])
+def test_a_text_shorter_than_the_longest_block_is_refused_whatever_the_order(tmp_path, mechanisms):
+    sizes = {**SIZES, "max_position_embeddings": 1024, "sliding_window": 64, "num_hidden_layers": 2}
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes)).eval()  # landmark's blocks: the window
+    with pytest.raises(Unsupported, match="shorter than a block of 512"):
+        compare_retrofits(
+            model,
+            read_variants(mechanisms),
+            data=tokens(400),
+            output=tmp_path / "out",
+            budget=Budget.parse("60 steps"),
+            keep_layers=(),
         )
     assert not (tmp_path / "out").exists()
 

@@ -134,15 +134,22 @@ def test_larger_images_are_tokens_of_the_same_patches(host):
     assert large.tokens(1) == host.tokens(2)
 
 
-def test_images_are_read_as_timm_does(host, place):
+@pytest.mark.parametrize(("mode", "crop"), [("center", 0.9), ("squash", 1.0), ("squash", 0.8)])
+def test_images_are_read_as_timm_does(place, mode, crop):
     from timm.data import create_transform, resolve_input_data_config
 
+    host = open_host(vit(pretrained_cfg_overlay={"crop_mode": mode, "crop_pct": crop}))
     path = place / "wide.png"
-    waves = np.sin(np.random.default_rng().uniform(2, 4, 3) * np.linspace(0, 1, 90)[:, None])  # (90, 3)
+    waves = np.sin(np.random.default_rng().uniform(2, 4, 3) * np.linspace(0, 1, 140)[:, None])  # (140, 3)
     Image.fromarray((127 + 100 * waves * np.ones((72, 1, 1))).astype(np.uint8)).save(path)
     expected = create_transform(**resolve_input_data_config(host.model))(Image.open(path).convert("RGB"))
     found = host.view.normal(torch.from_numpy(host.view.read(path).transpose(2, 0, 1).copy())[None])[0]
     assert float((found - expected).abs().mean()) < 0.02  # rounding by one byte value is 0.008
+
+
+def test_images_that_timm_pads_are_refused():
+    with pytest.raises(Unsupported, match=r"crop_mode='border'; supported: center and squash"):
+        _ = open_host(vit(pretrained_cfg_overlay={"crop_mode": "border"})).view
 
 
 def test_repeated_images_are_taken_once_and_classes_are_the_models(host, place):

@@ -10,7 +10,8 @@ Importing this module registers
 
 - ``regard:swapped``, through which models changed by :func:`regard.swap` attend. Their config records the mechanism of
   each module, so that ``save_pretrained`` and ``from_pretrained`` keep it: the import extends ``post_init`` of
-  transformers' models to restore what the config records. Without this import transformers refuses to load them;
+  transformers' models to restore what the config records, and ``save_pretrained`` to refuse a config that does not.
+  Without this import transformers refuses to load them;
 - :class:`GrowingCache`, a cache for ``generate`` that does not copy all keys and values at each token;
 - :func:`fuse_layers`, for decoding in fewer and faster calls;
 - :func:`with_longer_positions`, for longer texts than the table of a GPT-2, OPT or BERT;
@@ -62,6 +63,8 @@ from regard.integrations.transformers.placing import (
     RECORD,
     attention_names,
     check_interface,
+    check_record,
+    checking,
     is_swapped,
     needing_whole_sequences,
     plan,
@@ -104,6 +107,7 @@ def register() -> None:
 
 register()
 PreTrainedModel.post_init = restoring(PreTrainedModel.post_init)
+PreTrainedModel.save_pretrained = checking(PreTrainedModel.save_pretrained)
 
 __all__ = [
     "CACHE",
@@ -122,6 +126,7 @@ __all__ = [
     "attention_forward",
     "attention_names",
     "check_interface",
+    "check_record",
     "fuse_layers",
     "is_swapped",
     "needing_whole_sequences",

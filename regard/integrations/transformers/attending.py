@@ -391,7 +391,8 @@ def _without_weights(mechanism: str, options: tuple[tuple[str, Any], ...]) -> He
     selves = [p for p in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF) if p in card.patterns]
     if not selves:
         raise Unsupported(f"{mechanism} in self attention", supported="a mechanism with a self pattern")
-    attend = HeadAttention(Chosen.of(card, **dict(options)), dim=1, heads=1, head_dim=1, pattern=selves[0])
+    # sizes that every mechanism accepts; those that depend on them add to the model
+    attend = HeadAttention(Chosen.of(card, **dict(options)), dim=4, heads=2, head_dim=2, pattern=selves[0])
     if attend.adds:
         raise Unsupported(
             f'attn_implementation="{PREFIX}{mechanism}" alone, since {mechanism} learns more than the model has',

@@ -197,8 +197,7 @@ def record_swap(model: Any, chosen: Mapping[str, Choice]) -> list[str]:
     Args:
         chosen: mechanism, options and pattern of each changed module by its path.
     """
-    if getattr(model.config, RECORD, None) is None:
-        _own_config(model)
+    _own_config(model)
     config = model.config
     known = getattr(config, RECORD, None) or {"attention": config._attn_implementation, "modules": {}}
     modules = dict(known["modules"])
@@ -236,6 +235,7 @@ def _own_config(model: nn.Module) -> None:
 
 def record_options(model: Any, changed: Iterable[str], options: Mapping[str, Any]) -> None:
     """Record the new options of the changed modules, by their paths, in a model's config."""
+    _own_config(model)
     modules = dict(getattr(model.config, RECORD)["modules"])
     for path in changed:
         entry = modules[_inside_base(model, path)]
@@ -276,6 +276,7 @@ def _turn_cache(model: Any, *, off: bool) -> None:
 
 def record_unswap(model: Any) -> None:
     """Undo :func:`record_swap` for the modules from which the mechanism was removed."""
+    _own_config(model)
     config, swapped = model.config, False
     record = getattr(config, RECORD)
     modules = dict(record["modules"])
@@ -343,6 +344,40 @@ def restore(model: Any) -> None:
             choice = Choice.of((entry["mechanism"], entry["options"]), entry["pattern"])
             told = {"unrotated": entry["unrotated"]} if "unrotated" in entry else {}
             reader(model, path, module, choice, **told)()
+
+
+def check_record(model: Any) -> None:
+    """Raise Unsupported where a model's config does not record the mechanisms that are in its modules, as when a part
+    of the model was swapped alone: its own config has the record then."""
+    if _agrees(model, model.config):
+        return
+    base = model.base_model_prefix
+    part = getattr(model, base, None) if base else None
+    raise Unsupported(
+        f"saving {an_instance(model)} of which a part was swapped or unswapped alone, so that its config does not name "
+        "its mechanisms",
+        supported="models that were swapped as a whole, with only=... for some of their modules",
+        nearest=f"model.config = model.{base}.config, then save again" if part and _agrees(model, part.config) else "",
+    )
+
+
+def _agrees(model: Any, config: Any) -> bool:
+    modules = (getattr(config, RECORD, None) or {"modules": {}})["modules"]
+    return all(
+        (modules.get(_inside_base(model, path)) is not None) == (is_swapped(module) or isinstance(module, Swapped))
+        for path, module in model.named_modules()
+    )
+
+
+def checking(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a `save_pretrained` so that it refuses a model whose config would load with other attention."""
+
+    @functools.wraps(save_pretrained)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_record(self)
+        return save_pretrained(self, *args, **kwargs)
+
+    return checked
 
 
 def restoring(post_init: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -158,7 +158,12 @@ class TextHost(Host):
 
         if positions is None:
             return self
-        return self.with_model(with_longer_positions(self.model, positions).requires_grad_(False))
+        host = self.with_model(with_longer_positions(self.model, positions).requires_grad_(False))
+        if getattr(self.tokenizer, "model_max_length", positions) >= positions:
+            return host
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.model_max_length = positions  # else it warns of longer texts, or cuts them
+        return replace(host, tokenizer=tokenizer)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model and its tokenizer in transformers' format: a GGUF file becomes a folder of safetensors."""
