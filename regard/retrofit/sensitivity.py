@@ -12,17 +12,15 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from regard.catalogue import plugin_file, resolve
+from regard.catalogue import plugin_code
 from regard.contract import Unsupported
 from regard.core.files import user_cache, write_text_atomically
 from regard.measurement import provenance
-from regard.models.variants import read_variant
 from regard.retrofit.folder import Folder
 from regard.retrofit.hiding import hiding, unlikeliness
 from regard.retrofit.hosts import Host
@@ -130,7 +128,6 @@ class Known:
     """
 
     def __init__(self, identity: Mapping[str, Any], layers: Sequence[int]) -> None:
-        files = [plugin_file(resolve(name)[0].name) for name, _ in read_variant(identity["mechanism"]).layers]
         self.identity = {
             **{name: identity[name] for name in DECIDES if name in identity},
             **({"by": RECALL} if str(identity.get("keep_layers")).startswith(RECALL) else {}),
@@ -138,7 +135,7 @@ class Known:
             "method": METHOD,
             "regard": VERSION,
             "revision": provenance.git_revision(),
-            "plugins": [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file is not None],
+            "plugins": plugin_code(identity["mechanism"]),
         }
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         self.path = user_cache() / "sensitivity" / f"{digest[:16]}.json"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from regard.catalogue import get_mechanism, resolve
+from regard.catalogue import get_mechanism, plugin_code, resolve
 from regard.contract import Kind, Pattern, TrainedModel, Unsupported, at_least, one_of
 from regard.integrations.swap import Choice
 from regard.measurement.budget import Budget
@@ -221,6 +221,8 @@ class RetrofitSettings:
         for name in ("positions", "shared_heads", "precision"):  # folders of earlier versions do not have them
             if own[name] == getattr(RetrofitSettings, name):
                 del own[name]
+        if code := plugin_code(self.mechanism):
+            own["plugins"] = code
         return {
             **own,
             "budget": str(self.budget),

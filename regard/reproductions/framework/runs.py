@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from regard.catalogue import plugin_code
 from regard.contract import Unsupported
 from regard.measurement.statistics import t_quantile
 from regard.measurement.store import Store
@@ -51,13 +52,17 @@ def _resolved(one: str | Reproduction) -> Reproduction:
 
 
 def key(cell: Cell) -> dict[str, Any]:
-    """Return the store key of a cell. It contains protocol and options, so that rows of other versions do not count."""
+    """Return the store key of a cell. It contains protocol and options, and the code of plugins that the options name, so
+    that rows of other versions do not count."""
+    options = dict(cell.reproduction.settings[cell.setting])
+    code = plugin_code(options)
     return {
         "reproduction": cell.reproduction.name,
         "protocol": cell.reproduction.protocol,
         "setting": cell.setting,
-        "options": dict(cell.reproduction.settings[cell.setting]),
+        "options": options,
         "seed": cell.seed,
+        **({"plugins": code} if code else {}),
     }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from regard.backends.native import library
-from regard.catalogue import get_mechanism
+from regard.catalogue import get_mechanism, plugin_code
 from regard.contract import Unsupported
 from regard.core.files import user_cache, write_text_atomically
 from regard.measurement import provenance
@@ -144,6 +144,14 @@ def calm(sample: Sample, best: float) -> bool:
     return sample.spread <= DOUBTFUL and sample.pulse <= CALM * best
 
 
+CODE = "@"
+
+
+def _stored(name: str) -> str:
+    """The name under which samples of a mechanism are kept: with the hash of its code if it is a plugin's."""
+    return CODE.join([name, *plugin_code(name)])
+
+
 class Cache:
     """Samples on disk for one :func:`identity`.
 
@@ -174,9 +182,9 @@ class Cache:
         found: Samples = {}
         for key, value in samples.items() if isinstance(samples, dict) else ():
             what, _, rest = key.partition(" ")
-            name, _, length = rest.rpartition(" ")
-            sample = Sample.read(value)
-            if name and length.isdecimal() and sample is not None:
+            stored_name, _, length = rest.rpartition(" ")
+            name, sample = stored_name.partition(CODE)[0], Sample.read(value)
+            if name and stored_name == _stored(name) and length.isdecimal() and sample is not None:
                 found.setdefault(what, {}).setdefault(name, {})[int(length)] = sample
         best = best_pulse(found)
         return {
@@ -191,7 +199,7 @@ class Cache:
         for name, sample in samples.items():
             every.setdefault(what, {}).setdefault(name, {})[length] = sample
         flat = {
-            f"{kind} {name} {n}": asdict(sample)
+            f"{kind} {_stored(name)} {n}": asdict(sample)
             for kind, names in every.items()
             for name, lengths in names.items()
             for n, sample in lengths.items()

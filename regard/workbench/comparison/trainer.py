@@ -143,7 +143,12 @@ class Trainer:
         """
         first, key = (
             works[0],
-            {**works[0].identity, "replanned": str(self.settings.budget), "mechanisms": [*works[0].configs]},
+            {
+                **works[0].identity,
+                "replanned": str(self.settings.budget),
+                "mechanisms": [*works[0].configs],
+                **works[0].code_of(*works[0].configs),
+            },
         )
         row = self.store.get("plan", key)
         if row is not None:
@@ -281,6 +286,7 @@ class Trainer:
             **work.identity,
             "mechanism": name,
             **self.settings.variants[name].record(),
+            **work.code_of(name),
             "feed_forward": work.configs[name].feed_forward,
             "lr": rate,
             "seed": seed,

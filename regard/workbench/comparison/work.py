@@ -8,7 +8,7 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from regard import backends
+from regard.catalogue import plugin_code
 from regard.contract import Pattern, Unsupported
 from regard.measurement.budget import Budget
 from regard.measurement.flops import flop_counter
@@ -78,10 +79,7 @@ class Work:
         self.search_items = max(1, self.items // 4) if self.items > 1 and choosing else 0
         self.baseline = rule_after(task, self.items, self.search_items)
         self.identity = {
-            "task": task.name,
-            "metric": task.metric,
-            "data": data_digest(task),
-            "length": task.length,
+            **task_identity(task),
             "dim": settings.dim,
             "layers": settings.layers,
             "heads": settings.heads,
@@ -106,6 +104,12 @@ class Work:
         self.steps: dict[str, int] = {}
         self.step_seconds: dict[str, float] = {}
         self.evaluation_seconds: dict[str, float] = {}
+
+    def code_of(self, *names: str) -> dict[str, list[str]]:
+        """The code of the plugins that define these entrants, as part of a key; empty where none does."""
+        plans = [[self.settings.variants[name].record(), self.configs[name]] for name in names]
+        code = plugin_code(plans)
+        return {"plugins": code} if code else {}
 
     def _matched(self, name: str) -> Any:
         variant = self.settings.variants[name]
@@ -334,6 +338,25 @@ def rule_after(task: Task, items: int, chosen: int) -> Baseline | None:
             supported="a score of each held-out item, in their order",
         )
     return found.after(chosen)
+
+
+ELSEWHERE = ("data", "validation", "tokenizer", "seed", "length")
+"""Options of tasks that :func:`data_digest` covers, or the length."""
+
+
+def task_identity(task: Task) -> dict[str, Any]:
+    """What stored results on a task depend on: its data, how it scores, and its code if it is of a plugin."""
+    found = {"task": task.name, "metric": task.metric, "data": data_digest(task), "length": task.length}
+    if options := other_options(task.origin):
+        found["options"] = options
+    if code := plugin_code(task):
+        found["code"] = code
+    return found
+
+
+def other_options(origin: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a task that may change its score and not its data, such as `background` of segmentation."""
+    return {name: value for name, value in (origin or {}).items() if name not in ELSEWHERE}
 
 
 def data_digest(task: Task) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.catalogue import plugin_code
 from regard.contract import Unsupported
 from regard.measurement import provenance, units
 from regard.measurement.store import Store, canonical_key
@@ -30,7 +31,7 @@ from regard.tasks import Batch, Task
 from regard.training import TrainConfig, runner_of
 from regard.training.step import answered, batch_context
 from regard.workbench.comparison.task_models import build
-from regard.workbench.comparison.work import data_digest, rule_after
+from regard.workbench.comparison.work import rule_after, task_identity
 from regard.workbench.search.costs import MEASURES, CostTable, count_flops, time_models, worded
 from regard.workbench.search.predictor import KINDS, Judged, Predictor, judge, prune
 from regard.workbench.search.record import REFERENCE, Found, Row, record_of
@@ -95,15 +96,15 @@ class Search:
         self.rule = rule_after(task, self.items, self.choosing)
         self.reference = self.space.uniform(choices.names[0])
         self.identity = {
-            "task": task.name,
-            "data": data_digest(task),
-            "length": task.length,
+            **task_identity(task),
             "frame": settings.frame,
             "batch_size": self.batch_size,
             "learning_rate": settings.learning_rate,
             "precision": settings.precision,
             "device": settings.device,
         }
+        if code := plugin_code(list(choices.names)):
+            self.identity["plugins"] = code
         self.of_space: dict[str, list[Any]] = {
             "mechanisms": list(choices.names),
             **{name: list(values) for name, values in self.space.sizes.items()},
@@ -156,7 +157,7 @@ class Search:
     # costs
 
     def _table(self, unit: str) -> CostTable:
-        key = {"search": "table", "unit": unit, **self.of_space, **{k: self.identity[k] for k in _OF_COSTS}}
+        key = {"search": "table", "unit": unit, **self.of_space, **{k: v for k, v in self.identity.items() if k in _OF_COSTS}}
         if unit == "milliseconds":
             key |= {"machine": provenance.fingerprint()["machine_id"], "threads": torch.get_num_threads()}
 
@@ -431,7 +432,7 @@ class Search:
         return row.payload["value"]
 
 
-_OF_COSTS = ("task", "data", "length", "frame", "device")
+_OF_COSTS = ("task", "data", "length", "frame", "device", "plugins")
 _WORD = {"milliseconds": "time", "flops": "flops", "parameters": "parameters"}
 
 

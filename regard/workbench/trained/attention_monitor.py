@@ -14,7 +14,8 @@ A query may see all tokens of its item, in causal layers those up to itself. Key
 mechanism, and the entropy of a layer with a window of w keys is at most about log w / log n. A query that gives no
 weight at all counts in the change only. In a model with early exits all layers are looked at, as if nothing left.
 
-A head has snapped at the first look from which its change stays below a tenth of the fastest one. (With learning rates
+A head has snapped at the first look from which its change stays below a tenth of the fastest one. (A run that is resumed
+does not know the change up to its first look, unless it had been there before; it is left out. With learning rates
 that decay to 0 every head settles in the end; what matters is the time at which it does.)
 
 Beside it stands how far the layers drift from what gradient flow conserves (:mod:`regard.workbench.trained.conservation`).
@@ -120,11 +121,14 @@ class AttentionMonitor(RunMonitor):
         since the first look."""
         heads: dict[str, dict[str, Any]] = {}
         layers = list(_layers(model))
+        known = self.looks.get(step, {}).get("heads", {})  # of a run that was stopped after this step, and goes on before
         for number, found in self._weights(model, layers).items():
             visible = self._visible(layers[number])
             for head in range(found.shape[1]):
                 name = f"{number}.{head}"
                 heads[name] = self._of_head(found[:, head], visible, self._before.get(name))
+                if heads[name]["change"] is None:
+                    heads[name]["change"] = known.get(name, {}).get("change")
                 self._before[name] = found[:, head]
         self.laws = self.laws or Laws(layers, self.ids.shape[1])
         self.keep(step, {"heads": heads, "laws": self.laws.drifts(layers)})
@@ -191,14 +195,14 @@ class AttentionMonitor(RunMonitor):
             known = sorted(
                 (lift, token) for lift, token in zip(last["lift"], self.names, strict=True) if lift is not None
             )
-            changes = [change or 0.0 for _, change in self._changes(name)]
-            at = snapped(changes)
+            changes = [(step, change) for step, change in self._changes(name) if change is not None]
+            at = snapped([change for _, change in changes])
             rows.append(
                 {
                     "head": name,
                     "entropy at first": course[0]["entropy"],
                     "entropy at last": last["entropy"],
-                    "snapped after step": None if at is None else [step for step, _ in self._changes(name)][at],
+                    "snapped after step": None if at is None else changes[at][0],
                     "looks at": " ".join(token for _, token in reversed(known[-5:])),
                     "looks away from": " ".join(token for _, token in known[:5]),
                 }

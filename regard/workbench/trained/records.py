@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from regard.catalogue import plugin_code
 from regard.core.files import write_atomically, write_text_atomically
 from regard.measurement import provenance
 from regard.measurement.statistics import score_of_items
@@ -46,6 +47,7 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
         },
         "described": task.describe(),
         "plugins": list(work.settings.plugins),
+        "code": plugin_code(task, variant.record(), work.configs[name]),
         "mechanism": name,
         **variant.record(),
         **({} if variant.backbone is None else {"backbone": [variant.backbone[0], dict(variant.backbone[1])]}),

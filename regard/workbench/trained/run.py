@@ -31,7 +31,7 @@ from regard.training.step import Alone
 from regard.workbench.comparison.planning import FEWEST_STEPS, SAFETY, best_threads, calibration_seconds
 from regard.workbench.comparison.settings import CompareSettings
 from regard.workbench.comparison.task_models import build
-from regard.workbench.comparison.work import Work
+from regard.workbench.comparison.work import Work, other_options
 from regard.workbench.trained.best_weights import MOMENTS, BestWeights, moments
 from regard.workbench.trained.folder import (
     BEGUN,
@@ -305,15 +305,21 @@ def _check_free(place: Path) -> None:
         )
 
 
+OTHER = {"data": "other data", "code": "other code of its plugins"}
+
+
 def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise Unsupported unless the run begun in the folder is the requested one."""
     pairs = {key: (before[key], now[key]) for key in ("mechanism", "layers")}
     pairs["task"] = (before["task"]["name"], now["task"]["name"])
     pairs["data"] = (before["task"]["data"], now["task"]["data"])
+    pairs["code"] = (before.get("code", now["code"]), now["code"])
+    options = [other_options(record["task"]["options"]) for record in (before, now)]
+    pairs |= {key: (options[0].get(key), options[1].get(key)) for key in options[0] | options[1]}
     pairs |= {key: (before["settings"].get(key), value) for key, value in now["settings"].items()}
     for key, (old, new) in pairs.items():
         if json.loads(json.dumps(new)) != old:
-            what = "other data" if key == "data" else f"{key}={old!r} instead of {new!r}"
+            what = OTHER.get(key, f"{key}={old!r} instead of {new!r}")
             raise Unsupported(
                 f"{place}, which holds a run with {what}",
                 supported="a new folder, or the same run again",

@@ -209,9 +209,37 @@ def test_a_watched_run_ends_in_the_same_weights_and_goes_on_where_it_was_stopped
     steps = [look["step"] for look in json.loads(file.read_text())["looks"]]
     assert steps == sorted(monitor.due(24)) and max(steps) == 24
     assert monitor.as_record()["looks"][0]["heads"] == before[0]["heads"]
+    whole = AttentionMonitor(recall)
+    train_model(recall, settings(), tmp_path / "whole", best_of=0, monitor=whole)
+    unknown = set()
+    for one, other in zip(monitor.as_record()["looks"], whole.as_record()["looks"], strict=True):
+        for name, head in other["heads"].items():
+            told = dict(one["heads"][name])
+            if told["change"] is None and head["change"] is not None:
+                unknown.add(one["step"])
+                told["change"] = head["change"]
+            assert told == head
+        assert one["laws"] == other["laws"]
+    assert unknown == {min(step for step in steps if step > before[-1]["step"])}
+    assert all(row["snapped after step"] not in unknown for row in monitor.heads())
     expected = alone.model().state_dict()
     for name, tensor in watched.model().state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_change_that_was_seen_before_a_run_was_stopped_stays_known(recall, tmp_path):
+    model, file = model_of(recall, ["softmax"]), tmp_path / "attention.json"
+    first = AttentionMonitor(recall, path=file)
+    for step in (0, 1, 2):
+        first.look(model, step)
+        torch.nn.init.normal_(model.blocks[0].mixer.query.weight)
+    known = first.as_record()["looks"]
+    again = AttentionMonitor(recall, path=file)
+    again.look(model, 2)
+    found = again.as_record()["looks"][2]["heads"]
+    assert [head["change"] for head in found.values()] == [head["change"] for head in known[2]["heads"].values()]
+    again.look(model, 3)
+    assert all(head["change"] == 0 for head in again.as_record()["looks"][3]["heads"].values())
 
 
 def test_the_command_writes_a_page(capsys, tmp_path):
