@@ -207,7 +207,7 @@ def plugin_code(*of: Any) -> list[str]:
             a model.
     """
     named = {each: module for card, module in _plugins.values() for each in (card.name, *card.aliases)}
-    found = []
+    found: list[ModuleType | None] = []
     for one in of:
         if isinstance(one, str):
             found += [named[word] for word in re.findall(r"\w+", one) if word in named]

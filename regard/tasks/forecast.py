@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,56 @@ class _Part:
     future: Float[np.ndarray, "n f"]
     past: Float[np.ndarray, "n p"]
     first_time: np.datetime64
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """How values are standardised, by the training rows.
+
+    Attributes:
+        mean, deviation: of each column over all series.
+        own: mean and deviation of the target, by the name of a series.
+        last: the last training time of each series.
+        years: whether the place in the year is known to the model.
+    """
+
+    mean: Float[np.ndarray, " c"]
+    deviation: Float[np.ndarray, " c"]
+    own: dict[str, tuple[float, float]]
+    last: dict[str, np.datetime64]
+    years: bool
+
+    @classmethod
+    def of(cls, training: list[Series], target: str) -> _Scales:
+        rows = np.concatenate([one.values for one in training])
+        mean, deviation = rows.mean(0), rows.std(0)
+        own = {one.name: (float(one.values[:, 0].mean()), float(one.values[:, 0].std())) for one in training}
+        for name, (_, width) in own.items():
+            if not width > 0:
+                raise Unsupported(
+                    f"target={target}, which never changes in the training rows" + (f" of {name}" * bool(name)),
+                    supported="a target that varies",
+                )
+        deviation[deviation == 0] = 1
+        span = max(one.times[-1] - one.times[0] for one in training)
+        years = bool(span >= np.timedelta64(2 * 365, "D"))
+        return cls(mean, deviation, own, {one.name: one.times[-1] for one in training}, years)
+
+    def as_record(self) -> dict[str, Any]:
+        return {
+            "mean": self.mean.tolist(),
+            "deviation": self.deviation.tolist(),
+            "own": {name: list(scale) for name, scale in self.own.items()},
+            "last": {name: str(time) for name, time in self.last.items()},
+            "years": self.years,
+        }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> _Scales:
+        own = {name: (center, width) for name, (center, width) in record["own"].items()}
+        last = {name: np.datetime64(time) for name, time in record["last"].items()}
+        mean, deviation = (np.array(record[name]) for name in ("mean", "deviation"))
+        return cls(mean, deviation, own, last, record["years"])
 
 
 class ForecastTask(Task):
@@ -113,7 +163,7 @@ class ForecastTask(Task):
         check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         check_fraction("held_out", held_out, 0.02, 0.5)
         one_of("metric", metric, ("mae", "mse"))
-        if validation is not None and data is None:
+        if validation is not None and data is None and self.scored is None:
             raise Unsupported("validation for forecast without data", supported="both, or neither")
         self._mean_absolute = metric == "mae"
         self.metric = f"standardised {metric.upper()}"
@@ -131,6 +181,10 @@ class ForecastTask(Task):
         self._notes = [*table.notes, *notes]
         self._rows = sum(len(one.times) for one in series)
 
+        fitted = {} if self.scored is None else self.scored.fitted
+        season, length, history = (
+            fitted.get(name, its) for name, its in (("season", season), ("length", length), ("history", history))
+        )
         self.season = check_integer("season", self._interval.season if season is None else season, 1, LARGEST)
         self.length = check_integer("length", min(self.season, 48) if length is None else length, 1, LARGEST)
         default = max(min(7 * self.season, 336), self.season)
@@ -157,11 +211,19 @@ class ForecastTask(Task):
                 raise Unsupported(
                     f"validation at an interval of {interval}", supported=f"{self._interval}, as the training data"
                 )
-            training = self._without(series, scored, validation)
+            training = self._without(series, scored, validation) if self.scored is None else series
             self._split = "held-out series as given"
-        self._prepare(training, scored)
+        self._scales = _Scales.of(training, self._target) if not fitted else _Scales.of_record(fitted["scales"])
+        self._training, self._held_out = ([self._standardised(one) for one in part] for part in (training, scored))
         self._check_lengths(training, scored, shorten=history is None)
         self._count_windows(evaluation_items)
+        self.shared = self._trained_on(scored)
+        self.fitted = {
+            "length": self.length,
+            "history": self.memory_length,
+            "season": self.season,
+            "scales": self._scales.as_record(),
+        }
         self.features: int = 1 + self._training[0].future.shape[1]
         self.memory_features: int = 1 + self.features + self._training[0].past.shape[1]
         self.chance = Baseline.of("always the mean", self, lambda batch: torch.zeros_like(batch.targets)).score
@@ -185,7 +247,8 @@ class ForecastTask(Task):
 
     def describe(self) -> str:
         many = len(self._training)
-        unit = f"1 = {self._deviations[0]:.4g} of {self._target}" if many == 1 else "1 = a series' own deviation"
+        (width, *_) = [scale for _, scale in self._scales.own.values()]
+        unit = f"1 = {width:.4g} of {self._target}" if many == 1 else "1 = a series' own deviation"
         know = ["distance", *self._calendar, *self._known]
         assert self.baseline is not None
         lines = [
@@ -226,33 +289,25 @@ class ForecastTask(Task):
         back = self.season * (torch.arange(self.length) // self.season + 1) - torch.arange(self.length)
         return batch.memory[:, self.memory_length - back, :1]
 
-    def _prepare(self, training: list[Series], scored: list[Series]) -> None:
-        """Standardise by the training rows: the target per series, the covariates over all series."""
-        rows = np.concatenate([one.values for one in training])
-        mean, deviation = rows.mean(0), rows.std(0)
-        own = {one.name: (one.values[:, 0].mean(), one.values[:, 0].std()) for one in training}
-        for name, (_, width) in own.items():
-            if not width > 0:
-                raise Unsupported(
-                    f"target={self._target}, which never changes in the training rows" + (f" of {name}" * bool(name)),
-                    supported="a target that varies",
-                )
-        self._deviations = [width for _, width in own.values()]
-        span = max(one.times[-1] - one.times[0] for one in training)
-        years = bool(span >= np.timedelta64(2 * 365, "D"))
+    def _standardised(self, one: Series) -> _Part:
+        """A series for the model: the target by the series' own scale, the covariates by those over all series."""
+        scales = self._scales
+        center, width = scales.own.get(one.name, (scales.mean[0], scales.deviation[0]))
+        target = ((one.values[:, 0] - center) / width).astype(np.float32)
+        others = ((one.values - scales.mean) / scales.deviation).astype(np.float32)
+        turns, self._calendar = calendar(one.times, self._interval, years=scales.years)
         known = 1 + len(self._known)
-        deviation[deviation == 0] = 1
+        future = np.concatenate([turns, others[:, 1:known]], axis=1)
+        seen = np.where(one.known, target, np.float32(np.nan))
+        return _Part(target, seen, future.astype(np.float32), others[:, known:], one.times[0])
 
-        def part(one: Series) -> _Part:
-            center, width = own.get(one.name, (mean[0], deviation[0]))
-            target = ((one.values[:, 0] - center) / width).astype(np.float32)
-            others = ((one.values - mean) / deviation).astype(np.float32)
-            turns, self._calendar = calendar(one.times, self._interval, years=years)
-            future = np.concatenate([turns, others[:, 1:known]], axis=1)
-            seen = np.where(one.known, target, np.float32(np.nan))
-            return _Part(target, seen, future.astype(np.float32), others[:, known:], one.times[0])
-
-        self._training, self._held_out = [part(one) for one in training], [part(one) for one in scored]
+    def _trained_on(self, scored: list[Series]) -> int:
+        """The number of scored windows whose points to predict begin at times that the model was trained on."""
+        if self.scored is None:
+            return 0
+        last = self._scales.last
+        first = [(scored[i].name, scored[i].times[start + self.memory_length]) for i, start in self._scored]
+        return sum(name in last and time <= last[name] for name, time in first)
 
     def _without(self, series: list[Series], scored: list[Series], validation: Paths) -> list[Series]:
         """The training rows that precede the held-out rows of the same series."""

@@ -138,9 +138,12 @@ class LabelledTask(Task):
             [self.tokenizer.encode_each([item.texts[i].encode() for item in items]) for i in range(parts)]
             for items in (training, held_out)
         ]
-        if not self._given:
+        if self.scored is not None and "length" in self.scored.fitted:
+            self.length = self.scored.fitted["length"]
+        elif not self._given:
             most = max(len(text) for columns in tokens for column in columns for text in column)
             self.length = min(self.length, max(parts * most + parts - 1, 3))
+        self.fitted = {"length": self.length}
         self._share_of_text = (self.length - (parts - 1)) // parts
         self._balance = balance
         self._training, self._training_labels = self._laid_out("training", training, tokens[0])

@@ -81,12 +81,22 @@ class LongRangeTask(Task):
         self.task.scored = self.scored  # before its data are read
         self.task.__init__(**options, evaluation_items=evaluation_items, seed=seed)  # type: ignore[misc]
         self.shared, self.overlap = self.task.shared, getattr(self.task, "overlap", None)
+        self.fitted = self.task.fitted
         self.name = f"{type(self).name}_{which}"
         self.length = self.task.length
         self.vocab_size, self.features = self.task.vocab_size, self.task.features
         self.num_classes = self.task.num_classes
         self.chance, self.solved = self.task.chance, self.task.solved
         self.baseline: Baseline | None = self.task.baseline
+
+    @property
+    def reader(self) -> Any:
+        """The reader of images, for which=image; None for others."""
+        return getattr(self.task, "reader", None)
+
+    @reader.setter
+    def reader(self, reader: Any) -> None:
+        self.task.reader = reader  # type: ignore[attr-defined]
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
         return replace(self.task.training_batch(step, seed, batch_size), grid=None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -122,9 +122,11 @@ class Scored:
     Attributes:
         reader: the model's reader of images or volumes, with the classes that it was trained on; None for a model that
             reads none.
+        fitted: what its task had derived from its training data; see :class:`Task`. Empty in records of earlier versions.
     """
 
     reader: Any = None
+    fitted: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -179,6 +181,8 @@ class Task(Protocol):
         shared: number of held-out items that are also among the training data; these are not trained on.
         scored: the trained model that the task is made to score: its training items may all be held out too. None for a
             task to train on.
+        fitted: JSON-compatible facts derived from the training data, such as scales and the length of the longest item,
+            which the task takes from :attr:`Scored.fitted` when it scores a trained model on other data.
         runner: the :class:`regard.training.runner.Runner` that trains and scores the task's models; None for gradient
             steps on its batches.
         registered: name under which :func:`regard.tasks.create_task` made it; None for other tasks.
@@ -212,6 +216,7 @@ class Task(Protocol):
     cut_from_stream: bool = False
     shared: int = 0
     scored: Scored | None = None
+    fitted: Mapping[str, Any] = {}
     runner: Any = None
     registered: str | None = None
     origin: Mapping[str, Any] | None = None

@@ -28,6 +28,7 @@ from regard.tasks.ts_files import SETS, Measured, read_set, read_ts
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+SCALE = ("mean", "deviation")
 LONGEST = 1 << 11
 """Default limit on the number of steps per series."""
 CENTROID_LENGTH = 128
@@ -176,13 +177,11 @@ class TimeSeriesTask(Task):
                     f"a series of the class {printable(item.label)} with {item.values.shape[1]} channels",
                     supported=f"the classes {printable(', '.join(self.classes))}, with {self.features} channels",
                 )
+        known = {} if self.scored is None else self.scored.fitted
         longest = max(len(item.values) for item in (*training, *scored))
-        self.length = min(max(longest, 2), LONGEST) if length is None else length
-        steps = np.concatenate([item.values for item in training])
-        known = ~np.isnan(steps)
-        mean = np.nansum(steps, 0) / np.maximum(known.sum(0), 1)
-        deviation = np.sqrt(np.nansum((steps - mean) ** 2, 0) / np.maximum(known.sum(0), 1))
-        deviation[deviation == 0] = 1
+        self.length = known.get("length", min(max(longest, 2), LONGEST)) if length is None else length
+        mean, deviation = (np.array(known[name]) for name in SCALE) if known else _scale(training)
+        self.fitted = {"length": self.length, **dict(zip(SCALE, (mean.tolist(), deviation.tolist()), strict=True))}
         if missing := sum(int(np.isnan(item.values).sum()) for item in (*training, *scored)):
             self._notes.append(f"{missing:,} missing values are those before them")
         if longest > self.length:
@@ -222,6 +221,16 @@ class TimeSeriesTask(Task):
             inputs[row, : len(series[i])] = series[i]
         valid = torch.from_numpy(np.arange(self.length) < lengths)
         return Batch(torch.from_numpy(inputs), torch.from_numpy(labels[chosen]), valid)
+
+
+def _scale(training: list[Measured]) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+    """Mean and standard deviation of each channel over all steps of all series, without missing values."""
+    steps = np.concatenate([item.values for item in training])
+    known = ~np.isnan(steps)
+    mean = np.nansum(steps, 0) / np.maximum(known.sum(0), 1)
+    deviation = np.sqrt(np.nansum((steps - mean) ** 2, 0) / np.maximum(known.sum(0), 1))
+    deviation[deviation == 0] = 1
+    return mean, deviation
 
 
 def filled(values: Float[np.ndarray, "n c"], otherwise: Float[np.ndarray, " c"]) -> Float[np.ndarray, "n c"]:

@@ -107,6 +107,15 @@ def test_what_is_also_held_out_is_not_trained_on(tmp_path, name):
     assert "not trained on" not in found.describe()
 
 
+@pytest.mark.parametrize("name", ["documents", "matching"])
+def test_longer_texts_are_scored_with_the_length_of_the_training(name, tmp_path):
+    rows = [for_any_task(f"{i} {words(3 if i < 20 else 30, i)}", i) for i in range(24)]
+    data, other = save_json(tmp_path / "a.jsonl", rows[:20]), save_json(tmp_path / "b.jsonl", rows[20:])
+    task = create_task(name, data=data)
+    found = create_task(name, data=data, validation=other, scored=Scored(fitted=task.fitted))
+    assert found.length == task.length < create_task(name, data=data, validation=other).length
+
+
 @pytest.mark.parametrize("name", ["documents", "matching", "summarize", "forecast"])
 def test_held_out_data_alone_are_refused(name):
     refused(lambda: create_task(name, validation="x.csv"), f"validation for {name} without data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from datetime import timedelta
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from task_data import HOURS, hours, refused, save
 
 from regard.contract import Unsupported
-from regard.tasks import check_task, create_task
+from regard.tasks import Scored, check_task, create_task
 from regard.tasks.series import read_series
 from regard.tasks.tables import read_table
 
@@ -189,6 +190,33 @@ def test_what_a_validation_file_shares_is_not_trained_on(make, tmp_path):
     refused(lambda: make(rows[700:], validation=later), "validation that begins before all of the training data")
     sparse = save(tmp_path / "c.csv", hours(200, step=timedelta(hours=2)), HOURS, ",")
     refused(lambda: make(rows[:900], validation=sparse), "validation at an interval of 2 hours")
+
+
+def as_scored(task, validation):
+    """The task that scores a model trained on `task`, with other held-out data."""
+    known = Scored(fitted=json.loads(json.dumps(dict(task.fitted))))
+    return check_task(create_task("forecast", scored=known, **{**task.origin, "validation": validation}))
+
+
+def test_other_data_are_scored_on_the_scale_of_the_training_and_with_its_lengths(make, path, tmp_path):
+    rows = hours(3 * 8766, step=timedelta(hours=3))  # more than two years, so that the model knows the time of the year
+    task = make(rows, history=None)
+    louder = [[time, str(100 + 50 * float(load)), *others] for time, load, *others in rows[-300:]]
+    scored = as_scored(task, save(tmp_path / "b.csv", louder, HOURS, ","))
+    assert (scored.length, scored.memory_length, scored.features) == (task.length, task.memory_length, task.features)
+    loads = np.array([float(row[1]) for row in rows])[: round(0.8 * len(rows))]
+    expected = (np.array([float(row[1]) for row in louder]) - loads.mean()) / loads.std()
+    m = task.memory_length
+    near(held_out(scored, "targets")[0, :, 0], expected[m : m + task.length])
+    assert scored.shared == 0
+
+
+def test_what_a_model_was_trained_on_is_scored_and_counted(make, path):
+    task = make(hours(1000))
+    scored = as_scored(task, path)
+    begins = 48 + 12 * np.arange((1000 - 48) // 12)
+    assert len(held_out(scored, "targets")) == len(begins) and scored.shared == (begins < 800).sum()
+    assert task.shared == 0
 
 
 def test_a_history_that_is_not_given_leaves_room_for_windows(make):

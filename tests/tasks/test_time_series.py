@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from command_line import run
 from task_data import items, refused, save_series
 
-from regard.tasks import create_task
+from regard.tasks import Scored, create_task
 from regard.tasks.time_series import filled, resampled
 from regard.tasks.ts_files import SETS, read_set, read_ts
 
@@ -94,6 +95,20 @@ def test_channels_are_standardised_by_the_training_series_and_shorter_ones_padde
     torch.testing.assert_close(steps.std(0, correction=0), torch.ones(2), atol=1e-5, rtol=0)
     assert (batch.inputs[~batch.valid] == 0).all()
     assert len(set(batch.valid.sum(1).tolist())) > 1
+
+
+def test_other_data_are_scored_on_the_scale_and_with_the_length_of_the_training(tmp_path):
+    data = save_series(tmp_path / "a.ts", 60)
+    task = create_task("time_series", data=data)
+    known = Scored(fitted=json.loads(json.dumps(dict(task.fitted))))
+    values = 100 + 9 * np.random.default_rng().normal(size=(2, 30))
+    lines = "".join(":".join([*(",".join(map(str, part)) for part in values), label]) + "\n" for label in "abc")
+    other = written(tmp_path, lines, HEADER.replace("true a b", "true a b c"))
+    scored = create_task("time_series", data=data, validation=other, scored=known)
+    assert scored.length == task.length < 30
+    found = next(iter(scored.evaluation_batches(1))).inputs[0].double().numpy()
+    expected = (values.T - known.fitted["mean"]) / known.fitted["deviation"]
+    np.testing.assert_allclose(found, resampled(expected, task.length), rtol=1e-5)
 
 
 def test_missing_values_are_those_before_and_longer_series_are_resampled(tmp_path):

@@ -157,7 +157,12 @@ class Search:
     # costs
 
     def _table(self, unit: str) -> CostTable:
-        key = {"search": "table", "unit": unit, **self.of_space, **{k: v for k, v in self.identity.items() if k in _OF_COSTS}}
+        key = {
+            "search": "table",
+            "unit": unit,
+            **self.of_space,
+            **{k: v for k, v in self.identity.items() if k in _OF_COSTS},
+        }
         if unit == "milliseconds":
             key |= {"machine": provenance.fingerprint()["machine_id"], "threads": torch.get_num_threads()}
 

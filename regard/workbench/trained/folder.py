@@ -113,7 +113,8 @@ class TrainedModel:
         span = (self.record.get("reader") or {}).get("span")
         if span is not None:
             options = {**options, "span": span}
-        task = create_task(name, scored=None if data is None else Scored(reader), **options)
+        scored = None if data is None else Scored(reader, self.record["task"].get("fitted", {}))
+        task = create_task(name, scored=scored, **options)
         if missing is not None:  # the new data stand in for those of the training
             task.shared, task.baseline = 0, None
         if reader is not None:

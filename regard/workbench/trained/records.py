@@ -44,6 +44,7 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
             "name": getattr(task, "registered", None) or task.name,
             "options": getattr(task, "origin", None),
             "data": work.identity["data"],
+            "fitted": dict(getattr(task, "fitted", {})),
         },
         "described": task.describe(),
         "plugins": list(work.settings.plugins),

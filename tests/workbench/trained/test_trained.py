@@ -3,11 +3,13 @@
 import json
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import answer, run
+from task_data import HOURS, hours, photo, save
 
 from regard import Unsupported
 from regard.catalogue import unregister
@@ -272,3 +274,33 @@ def test_models_say_what_they_serve(recall):
     assert models_for(create_task("listops", length=32, evaluation_items=4)) == ["Encoder", "PyramidEncoder"]
     with pytest.raises(Unsupported, match="another model"):
         register_model(type("Encoder", (LanguageModel,), {}), LanguageModelConfig)
+
+
+def test_images_as_sequences_are_scored_on_other_images_as_they_were_read(tmp_path):
+    for part in ("a", "b"):
+        for number in range(12):
+            photo(tmp_path / part / "xy"[number % 2] / f"{number}.png", number + 50 * (part == "b"), (8, 8))
+    task = create_task("long_range", which="image", length=64, data=str(tmp_path / "a"))
+    trained = train_model(task, settings(batch_tokens=256, lengths=(64,)), tmp_path / "model")
+    scored = trained.task(str(tmp_path / "b"))
+    assert scored.reader == task.reader and scored.task.reader is scored.reader and scored.shared == 0
+    assert sum(batch.size for batch in scored.evaluation_batches(5)) == 12
+    assert 0 <= trained.score(scored).score <= 1
+
+
+def test_a_forecast_of_other_data_is_on_the_scale_of_the_training(tmp_path):
+    data = save(tmp_path / "a.csv", hours(300), HOURS, ",")
+    task = create_task("forecast", data=str(data), target="load", length=6, history=24)
+    trained = train_model(task, settings(batch_tokens=240, lengths=(6,)), tmp_path / "model")
+    scored = trained.task(str(save(tmp_path / "b.csv", hours(100, seed=1), HOURS, ",")))
+    assert scored.fitted == task.fitted and not trained.task().shared
+    assert trained.task(str(data)).shared > 0
+
+
+def test_a_run_with_another_way_of_scoring_is_another(tmp_path):
+    data = str(save(tmp_path / "a.csv", hours(300), HOURS, ","))
+    options = {"data": data, "target": "load", "length": 6, "history": 24}
+    for words, metric in (("", "mae"), ("", "mae"), ("metric='mae' instead of 'mse'", "mse")):
+        task = create_task("forecast", **options, metric=metric)
+        with pytest.raises(Unsupported, match=words) if words else nullcontext():
+            train_model(task, settings(batch_tokens=240, lengths=(6,)), tmp_path / "model")
