@@ -45,6 +45,10 @@ _COPIES = frozenset({"encodings", "distutils"})
 """Parts of the library whose files are near copies of each other, which would leak training text into held-out text."""
 
 
+OWN, RECORDS = ("results.db", "retrofit.json", "retrofits.json"), ("training.json", "compression.json")
+"""Files in the output folders of commands; the last two names others may use too."""
+
+
 @dataclass(frozen=True)
 class Document:
     """A unit of text that is never divided between training and held-out data.
@@ -194,12 +198,13 @@ def one_folder(data: Paths, holds: str) -> Path:
 
 
 def walk(root: Path, without: frozenset[str] = frozenset()) -> tuple[list[Path], list[str]]:
-    """The files of a folder and its sub-folders, in sorted order, and a note on links that are not followed.
+    """The files of a folder and its sub-folders, in sorted order, and notes on links that are not followed and on
+    sub-folders with results of regard, which are no data.
 
     Leaves out hidden files, links to folders and links out of `root`.
     """
     files: list[Path] = []
-    outside = 0
+    outside = results = 0
     waiting = [str(root)]
     while waiting:
         folder = waiting.pop()
@@ -210,6 +215,9 @@ def walk(root: Path, without: frozenset[str] = frozenset()) -> tuple[list[Path],
             raise Unsupported(
                 f"{folder}, which cannot be read ({error.strerror})", supported="readable folders"
             ) from None
+        if folder != str(root) and any(_is_of_results(entry) for entry in listed):
+            results += 1
+            continue
         inside = []
         for entry in listed:
             if entry.is_symlink() and not leads_inside(entry.path, root):
@@ -219,7 +227,20 @@ def walk(root: Path, without: frozenset[str] = frozenset()) -> tuple[list[Path],
             elif not entry.is_dir():
                 files.append(Path(entry.path))
         waiting += reversed(inside)
-    return files, [f"{names_of(root)}: {counted(outside, 'link')} out of it not followed"] if outside else []
+    notes = [f"{names_of(root)}: {counted(outside, 'link')} out of it not followed"] if outside else []
+    if results:
+        notes.append(f"{names_of(root)}: {counted(results, 'folder')} with results of regard not read")
+    return files, notes
+
+
+def _is_of_results(entry: os.DirEntry[str]) -> bool:
+    """Whether a file is the record that a command keeps in its output folder."""
+    if entry.name in OWN:
+        return True
+    if entry.name not in RECORDS:
+        return False
+    with open(entry.path, "rb") as file:
+        return b'"regard' in file.read(256)
 
 
 def leads_inside(path: str | Path, root: Path) -> bool:

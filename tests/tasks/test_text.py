@@ -201,6 +201,24 @@ def test_what_a_folder_links_to_elsewhere_is_not_read(corpus):
     assert "1 repeated document left out" in task.describe()
 
 
+def test_results_of_regard_in_a_folder_are_not_its_text(corpus):
+    before = {d.digest for d in documents(text(corpus))}
+    for folder, record, content in (
+        ("runs/compare", "results.db", b""),
+        ("model", "training.json", b'{\n "state": "begun",\n "regard": "0.1.0"}'),
+        ("hybrid", "retrofit.json", b"{}"),
+    ):
+        write(corpus / folder / record, content)
+        write(corpus / folder / "sub" / "report.html", b"results " * 9)
+    task = text(corpus)
+    assert {d.digest for d in documents(task)} == before
+    assert "corpus: 3 folders with results of regard not read" in task.describe()
+    write(corpus / "mine" / "training.json", b'{"text": "an example"}')
+    assert len(documents(text(corpus))) == len(before) + 1
+    asked_for = corpus / "runs" / "compare"
+    assert asked_for / "sub" / "report.html" in walk(asked_for)[0]
+
+
 def test_folders_may_be_deeper_than_the_stack(corpus):
     write(corpus.joinpath(*["d"] * 80) / "low.txt", b"low " * 99)
     before, frames = sys.getrecursionlimit(), len(inspect.stack(0))
