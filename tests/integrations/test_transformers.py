@@ -612,6 +612,18 @@ def test_options_change_and_what_was_learned_stays():
     assert {entry["options"]["top_k"] for entry in model.config.regard["modules"].values()} == {3}
 
 
+@pytest.mark.parametrize("make", [llama, bert])
+def test_other_attention_of_a_swapped_model_is_refused_where_it_is_called(make):
+    model, x = make(), ids()
+    regard.swap(model, "linear")
+    expected = model(x)[0]
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(Unsupported, match=r'attn_implementation="sdpa" in .* with linear.*try regard.unswap'):
+        model(x)
+    model.set_attn_implementation(bridge.SWAPPED)
+    assert torch.equal(model(x)[0], expected)
+
+
 @pytest.mark.parametrize("name", ["gated_linear", "performer", "complex_rotary", "differential"])
 def test_mechanisms_that_add_to_a_model_are_refused_where_nothing_can_be_added(name):
     model = llama()

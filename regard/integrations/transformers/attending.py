@@ -85,6 +85,13 @@ def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     rotation where the mechanism takes them over."""
     placed: HeadAttention = getattr(module, PLACE)
     placement: Placement = placed.placement
+    used = module.config._attn_implementation
+    if used != SWAPPED:
+        raise Unsupported(
+            f'attn_implementation="{used}" in {an_instance(module)} with {placed.chosen.name}',
+            supported=f'"{SWAPPED}", which regard.swap has set',
+            nearest="regard.unswap(model), for the model's own attention",
+        )
     given = {**dict(zip(placement.arguments, args, strict=False)), **kwargs}
     x = given.get("hidden_states")
     source = next((given[name] for name in MEMORY if given.get(name) is not None), x)
