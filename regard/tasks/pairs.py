@@ -183,11 +183,9 @@ class TextPairsTask(Task):
     def _split(
         self, pairs: list[Pair], validation: Paths | None, source: str, target: str, share: float
     ) -> tuple[list[Pair], list[Pair]]:
-        distinct = list({(pair.source, pair.target): pair for pair in reversed(pairs)}.values())[::-1]
-        if repeated := len(pairs) - len(distinct):
-            self._notes.append(f"{counted(repeated, 'repeated pair')} left out")
+        distinct = self._distinct(pairs)
         if validation is not None:
-            scored = self._read_table(validation, source, target)
+            scored = self._distinct(self._read_table(validation, source, target))
             known, sources = {pair.source for pair in distinct}, {pair.source for pair in scored}
             self.shared: int = sum(pair.source in known for pair in scored)
             training = [pair for pair in distinct if self.scored is not None or pair.source not in sources]
@@ -218,6 +216,12 @@ class TextPairsTask(Task):
         named = "" if self._own or len(groups) > 8 else f": {', '.join(sorted(groups))}"
         self._rule = f"by {by}, {len(scored) / len(distinct):.1%} of the pairs held out (seed {self.seed}){named}"
         return training, scored
+
+    def _distinct(self, pairs: list[Pair]) -> list[Pair]:
+        distinct = list({(pair.source, pair.target): pair for pair in reversed(pairs)}.values())[::-1]
+        if repeated := len(pairs) - len(distinct):
+            self._notes.append(f"{counted(repeated, 'repeated pair')} left out")
+        return distinct
 
     def _encode(self, part: str, pairs: list[Pair]) -> list[tuple[Pair, np.ndarray, np.ndarray]]:
         """The pairs that fit, with their tokens; raises Unsupported when too few are left."""

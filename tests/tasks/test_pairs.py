@@ -70,6 +70,13 @@ def test_an_epoch_shows_each_training_pair_once_and_no_held_out_source(summarize
     assert sorted(shown + scored) == sorted(example_pairs())
 
 
+def test_held_out_pairs_that_are_given_twice_count_once(tmp_path, summarize):
+    pairs = example_pairs(30)
+    other = save(tmp_path / "b.tsv", [*pairs[20:], *pairs[22:25]], HEADER)
+    task = summarize(pairs[:20], validation=other)
+    assert sorted(held_out(task)) == sorted(pairs[20:]) and "3 repeated pairs left out" in task.describe()
+
+
 def test_pairs_with_the_same_source_stay_together_and_repeated_ones_count_once(summarize):
     pairs = [(source, f"{target} {again}") for source, target in example_pairs(20) for again in (1, 2)]
     task = summarize([*pairs, *pairs[:3]], held_out=0.3)
