@@ -36,6 +36,7 @@ from regard.positions import list_positions
 from regard.reproductions import Outcome, collect, list_reproductions
 from regard.reproductions.framework.telling import measured_words, remarks
 from regard.studies import list_studies
+from regard.tasks.described import documented
 from regard.workbench.reports import charts
 from regard.workbench.reports.scales import Axis
 from regard.workbench.verification.subjects import Subject, axes_of
@@ -237,20 +238,7 @@ def _options(card: Mechanism) -> str:
 
 def attributes_of(docstring: str) -> dict[str, str]:
     """The description of each name in the ``Attributes:`` section of a docstring."""
-    found: dict[str, str] = {}
-    names: list[str] = []
-    inside = False
-    for line in docstring.splitlines():
-        if line.strip() == "Attributes:":
-            inside = True
-        elif inside and line and not line.startswith("    "):
-            break
-        elif inside and (entry := re.match(r"    (\w[\w, ]*): (.*)", line)):
-            names = [name.strip() for name in entry[1].split(",")]
-            found |= dict.fromkeys(names, entry[2])
-        elif inside and line.strip():
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return {name: _without_roles(text.replace("``", "`")) for name, text in found.items()}
+    return {name: _without_roles(text.replace("``", "`")) for name, text in documented(docstring, "Attributes").items()}
 
 
 def _cost(card: Mechanism) -> str:

@@ -29,18 +29,18 @@ def described(task: type[Task]) -> tuple[str, list[TaskOption]]:
     meanings: dict[str, str] = {}
     for base in task.__mro__:
         if "__doc__" in vars(base):
-            meanings = _arguments(inspect.getdoc(base) or "") | meanings
+            meanings = documented(inspect.getdoc(base) or "", "Args") | meanings
     text = _plain(re.split(r"\n\w+:\n", inspect.getdoc(task) or "", maxsplit=1)[0].strip())
     parameters = inspect.signature(task).parameters.values()
-    return text, [TaskOption(p.name, p.default, meanings.get(p.name, "")) for p in parameters]
+    return text, [TaskOption(p.name, p.default, _plain(meanings.get(p.name, ""))) for p in parameters]
 
 
-def _arguments(documentation: str) -> dict[str, str]:
-    """The meaning of each argument in a docstring's section "Args"."""
-    section = re.search(r"\nArgs:\n((?:    .*\n|\n)*)", documentation + "\n")
+def documented(documentation: str, section: str) -> dict[str, str]:
+    """The meaning of each name in a section of a docstring, such as "Args" or "Attributes", each in one line."""
+    listed = re.search(rf"\n{section}:\n((?:    .*\n|\n)*)", documentation + "\n")
     found: dict[str, str] = {}
-    for names, meaning in re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.M):
-        found |= dict.fromkeys(names.split(", "), _plain(" ".join(meaning.split())))
+    for names, meaning in re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", listed[1] if listed else "", re.M):
+        found |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
     return found
 
 
