@@ -8,6 +8,7 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,12 +236,13 @@ def walk(root: Path, without: frozenset[str] = frozenset()) -> tuple[list[Path],
 
 def _is_of_results(entry: os.DirEntry[str]) -> bool:
     """Whether a file is the record that a command keeps in its output folder."""
+    if entry.name not in (*OWN, *RECORDS) or not entry.is_file(follow_symlinks=False):
+        return False
     if entry.name in OWN:
         return True
-    if entry.name not in RECORDS:
-        return False
-    with open(entry.path, "rb") as file:
+    with suppress(OSError), open(entry.path, "rb") as file:
         return b'"regard' in file.read(256)
+    return False
 
 
 def leads_inside(path: str | Path, root: Path) -> bool:

@@ -247,7 +247,7 @@ class ForecastTask(Task):
 
     def describe(self) -> str:
         many = len(self._training)
-        (width, *_) = [scale for _, scale in self._scales.own.values()]
+        width = next(iter(self._scales.own.values()))[1]
         unit = f"1 = {width:.4g} of {self._target}" if many == 1 else "1 = a series' own deviation"
         know = ["distance", *self._calendar, *self._known]
         assert self.baseline is not None
