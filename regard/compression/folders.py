@@ -111,7 +111,8 @@ def _write(
     if library == "transformers":
         from regard.integrations.transformers import check_record
 
-        check_record(inside)
+        with all_tokens(model):
+            check_record(inside)
     record = {
         "regard": VERSION,
         "library": library,

@@ -84,13 +84,11 @@ def test_what_was_measured_of_other_layers_or_by_another_version_does_not_count(
             assert Known(IDENTITY, [0, 2, 5]).read(10, 4) is None
 
 
-def test_a_plugin_that_was_changed_is_measured_again(tmp_path, monkeypatch):
-    file = tmp_path / "mine.py"
-    file.write_text("a = 1")
-    monkeypatch.setattr(sensitivity, "plugin_file", lambda name: str(file) if name == "local" else None)
+def test_a_plugin_that_was_changed_is_measured_again(monkeypatch):
+    monkeypatch.setattr(sensitivity, "plugin_code", lambda mechanism: ["one"] if mechanism.startswith("local") else [])
     Known(IDENTITY, [0]).write({0: 1.0}, 10, 4)
     assert Known(IDENTITY, [0]).read(10, 4) == {0: 1.0}
-    file.write_text("a = 2")
+    monkeypatch.setattr(sensitivity, "plugin_code", lambda mechanism: ["other"])
     assert Known(IDENTITY, [0]).read(10, 4) is None
 
 
