@@ -512,6 +512,14 @@ def test_families_of_transformers_decode_from_sparse_caches_as_from_their_own(ki
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
+def test_a_sparse_model_is_saved_as_without_the_method(tmp_path):
+    model, ids = causal_model(), torch.randint(1, 40, (2, 30))
+    before = logits(model, ids)
+    with sparsely(model, "snapkv:capacity=12,window=3,kernel=1,local=3,prefix=1"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path).double().eval(), ids), before)
+
+
 def test_a_module_that_attends_twice_in_a_call_is_refused():
     with sparsely(of_family("DiffLlama"), "quest") as sparse, pytest.raises(Unsupported, match="more than once"):
         sparse.model(torch.randint(3, 40, (1, 12)))

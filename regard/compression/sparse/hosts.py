@@ -181,7 +181,7 @@ def _in_transformers(model: Any, method: Method) -> Sparse:
             pattern=Pattern.CAUSAL_SELF,
         )
         # without a rotary, the model rotates queries and keys before this point, as they are stored in a cache
-        attend.placement = Placement.of(module, module.layer_idx, rotary)
+        attend.placement = Placement.of(module, module.layer_idx, rotary, saved=False)
         place(module, attend.train(module.training))
 
         def undo(module: Any = module) -> None:

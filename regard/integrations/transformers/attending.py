@@ -45,16 +45,20 @@ class Placement:
             its own cache of keys and values.
         rotary: the model's rotary positions, which the module leaves to the mechanism; None where it has none or
             applies them itself.
+        saved: whether a saved model has the mechanism: its config names it then.
     """
 
     arguments: tuple[str, ...]
     layer: int | None = None
     rotary: Rotary | None = None
+    saved: bool = True
 
     @classmethod
-    def of(cls, module: nn.Module, layer: int | None = None, rotary: Rotary | None = None) -> Placement:
+    def of(
+        cls, module: nn.Module, layer: int | None = None, rotary: Rotary | None = None, *, saved: bool = True
+    ) -> Placement:
         """The placement in a module, with argument names from the signature of its `forward`."""
-        return cls(tuple(inspect.signature(module.forward).parameters), layer, rotary)
+        return cls(tuple(inspect.signature(module.forward).parameters), layer, rotary, saved)
 
 
 @dataclass(frozen=True)

@@ -364,9 +364,14 @@ def check_record(model: Any) -> None:
 def _agrees(model: Any, config: Any) -> bool:
     modules = (getattr(config, RECORD, None) or {"modules": {}})["modules"]
     return all(
-        (modules.get(_inside_base(model, path)) is not None) == (is_swapped(module) or isinstance(module, Swapped))
+        (modules.get(_inside_base(model, path)) is not None) == _is_saved(module)
         for path, module in model.named_modules()
     )
+
+
+def _is_saved(module: Any) -> bool:
+    """Whether a saved model has the mechanism of a module; a sparse method, which is put on for a while, is not."""
+    return isinstance(module, Swapped) or (is_swapped(module) and module.regard.placement.saved)
 
 
 def checking(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
