@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import os
@@ -14,7 +15,7 @@ from task_data import refused, save_json, words
 
 from regard.contract import Unsupported
 from regard.tasks import check_task, create_task
-from regard.tasks.documents import Document, walk
+from regard.tasks.documents import OWN, RECORDS, Document, walk
 from regard.tasks.text import split
 from regard.tasks.tokenizer import BpeTokenizer
 
@@ -217,6 +218,12 @@ def test_results_of_regard_in_a_folder_are_not_its_text(corpus):
     assert len(documents(text(corpus))) == len(before) + 1
     asked_for = corpus / "runs" / "compare"
     assert asked_for / "sub" / "report.html" in walk(asked_for)[0]
+
+
+def test_the_records_of_results_are_those_that_commands_write():
+    commands = ("retrofit.folder", "workbench.retrofits", "workbench.trained.folder", "compression.folders")
+    names = [importlib.import_module(f"regard.{command}").RECORD for command in commands]
+    assert sorted(["results.db", *names]) == sorted([*OWN, *RECORDS])
 
 
 def test_folders_may_be_deeper_than_the_stack(corpus):

@@ -189,7 +189,7 @@ def _match(store: Store, work: Work, say: Callable[[str], None]) -> Any:
     """The options that match the backbones; a resumed comparison finds them in the store."""
     settings = work.settings
     key = {**work.identity, "quantity": settings.match, "backbones": [v.backbone for v in settings.variants.values()]}
-    key |= work.code_of(*work.configs)
+    key |= work.code_of()
     if settings.match == "time":
         key["machine"] = provenance.fingerprint()["machine_id"]
     row = store.get("match", key)
@@ -345,7 +345,7 @@ class _Runner:
                     "lengths": lengths,
                     "machine": provenance.fingerprint()["machine_id"],
                     "beside": list(self.settings.names),
-                    **work.code_of(*work.configs),
+                    **work.code_of(),
                 }
                 for name, config in work.configs.items()
             }

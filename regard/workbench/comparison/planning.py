@@ -39,7 +39,7 @@ def plan(
         "frames": [*settings.frames, settings.leaders],
         "rates": list(settings.rates),
         "machine": provenance.fingerprint()["machine_id"],
-        **works[0].code_of(*works[0].configs),
+        **works[0].code_of(),
     }
     row = store.get("plan", key)
     if row is None:

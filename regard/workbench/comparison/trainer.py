@@ -147,7 +147,7 @@ class Trainer:
                 **works[0].identity,
                 "replanned": str(self.settings.budget),
                 "mechanisms": [*works[0].configs],
-                **works[0].code_of(*works[0].configs),
+                **works[0].code_of(),
             },
         )
         row = self.store.get("plan", key)

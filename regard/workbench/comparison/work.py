@@ -106,9 +106,11 @@ class Work:
         self.evaluation_seconds: dict[str, float] = {}
 
     def code_of(self, *names: str) -> dict[str, list[str]]:
-        """The code of the plugins that define these entrants, as part of a key; empty where none does."""
-        plans = [[self.settings.variants[name].record(), self.configs[name]] for name in names]
-        code = plugin_code(plans)
+        """The code of the plugins that define these entrants (all when none is named), as part of a key; empty where none
+        is of a plugin."""
+        code = plugin_code(
+            [[self.settings.variants[name].record(), self.configs[name]] for name in names or self.configs]
+        )
         return {"plugins": code} if code else {}
 
     def _matched(self, name: str) -> Any:

@@ -103,7 +103,7 @@ class Search:
             "precision": settings.precision,
             "device": settings.device,
         }
-        if code := plugin_code(list(choices.names)):
+        if code := plugin_code(*choices.names):
             self.identity["plugins"] = code
         self.of_space: dict[str, list[Any]] = {
             "mechanisms": list(choices.names),

@@ -121,9 +121,8 @@ class AttentionMonitor(RunMonitor):
         since the first look."""
         heads: dict[str, dict[str, Any]] = {}
         layers = list(_layers(model))
-        known = self.looks.get(step, {}).get(
-            "heads", {}
-        )  # of a run that was stopped after this step, and goes on before
+        # what a run saw here that was stopped later, and goes on from before
+        known = self.looks.get(step, {"heads": {}})["heads"]
         for number, found in self._weights(model, layers).items():
             visible = self._visible(layers[number])
             for head in range(found.shape[1]):
