@@ -194,6 +194,11 @@ def test_names_palettes_ignored_pixels_and_the_background_are_what_a_folder_says
     (folder / "classes.txt").write_text("1 left lung\n4 heart\n7 spleen\n")
     named = task(folder)
     assert named.reader.classes == ("left lung", "heart", "spleen") and named.num_classes == 3
+    three = masked(tmp_path / "three", values=(0, 1, 4))
+    (three / "classes.txt").write_text("0 none\n1 lung\n4 unsure\n")
+    sure = task(three, ignore=4)  # named, and ignored for all that
+    assert sure.reader.classes == ("none", "lung")
+    assert {int(label) for batch in sure.evaluation_batches(4) for label in batch.targets.unique()} == {0, 1, IGNORED}
     two = masked(tmp_path / "two", values=(0, 255))
     assert task(two).reader.values == (0, 255)  # with two values none is ignored
 
@@ -204,6 +209,8 @@ def test_the_largest_classes_alone(tmp_path):
     assert one.reader.values == (0, 2, 3) and one.reader.classes == ("0", "2", "3")
     whole, few = (np.concatenate([t.whole(b.targets) for b in t.evaluation_batches(9)]) for t in (task(folder), one))
     assert np.array_equal(np.array([0, 0, 1, 2])[whole], few)
+    masked(tmp_path / "b", values=(0, 1, 2, 3), shares=(0, 0.9, 0.1, 0), seed=20)
+    assert task(folder, classes=2, validation=tmp_path / "b").reader.values == (0, 2, 3)  # held-out masks do not count
     refused(lambda: task(folder, classes=4), "1 to 3")
     refused(lambda: task(folder, classes=1, background=None), "no background")
 
@@ -306,8 +313,13 @@ def test_a_picture_turned_by_its_camera_has_a_mask_of_its_turned_size(tmp_path):
         image.save(folder / "images" / f"{i}.png", exif=exif)
     refused(lambda: task(folder), "the mask of an image of 16 x 24")
     for path in (folder / "masks").iterdir():
-        Image.open(path).rotate(90, expand=True).save(path)
-    assert task(folder).num_classes == 3
+        Image.open(path).rotate(-90, expand=True).save(path)
+    turned = task(folder)
+    assert turned.num_classes == 3
+    for path in (folder / "masks").iterdir():
+        Image.open(path).rotate(90, expand=True).save(path, exif=exif)  # turned by the camera, too
+    for one, other in zip(turned.evaluation_batches(4), task(folder).evaluation_batches(4), strict=True):
+        assert torch.equal(one.targets, other.targets)
 
 
 def test_masks_that_lost_their_values_are_told_from_none(tmp_path):

@@ -139,6 +139,25 @@ def test_some_of_the_classes_are_scored_as_the_model_numbers_them(gone, tmp_path
         masks.task(str(masked(tmp_path / "other", count=3, values=(0, 5))))
 
 
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("name", IMAGES[1:])
+def test_the_largest_classes_of_the_training_are_those_of_other_data(name, gone, tmp_path):
+    """Other masks have other classes most, one that is ignored, and some that the training never saw."""
+    pytest.importorskip("PIL" if name == "segmentation" else "nibabel")
+    write = masked if name == "segmentation" else scans
+    own = write(tmp_path / "a", values=(0, 0, 0, 4, 5, 5, 7, 7, 7))
+    task, model = trained(tmp_path, name, data=str(own), size=16 if name == "segmentation" else 8, classes=2)
+    assert task.reader.values == (0, 5, 7) and "2 of 3 classes kept; the others count as 0" in task.describe()
+    others = write(tmp_path / "b", values=(0, 4, 4, 4, 4, 7, 9, 255), seed=50)
+    if gone:
+        own.rename(tmp_path / "moved")
+    found = model.task(str(others))
+    assert found.reader == task.reader
+    assert {int(label) for mask in scored(found)[1] for label in mask.unique()} == {0, 2, IGNORED}
+    alone = model.task(str(write(tmp_path / "c", values=(4,), seed=70)))
+    assert {int(label) for mask in scored(alone)[1] for label in mask.unique()} <= {0, IGNORED}  # padding is ignored
+
+
 def test_a_model_of_text_reads_other_text_when_its_own_is_gone(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(words(400, ord(name)))

@@ -114,6 +114,8 @@ class SegmentationTask(MaskTask):
         self.length = self.grid[0] * self.grid[1]
         self.num_targets: int = self.patch**2
 
+        if classes is not None:
+            check_integer("classes", classes, 1, 255)
         chosen = "shapes" if data is None else str(data)
         values_of_masks = {"background": background, "ignore": ignore}
         of_read = {"classes": classes, "augment": None if augment == "none" else augment, "flip": flip or None}
@@ -132,8 +134,6 @@ class SegmentationTask(MaskTask):
             if self._scene
             else self._read(chosen, validation, channels, values_of_masks, held_out, skip_unreadable, span, classes)
         )
-        if self._masked is not None and classes is not None:
-            self._masked = self._masked.largest(check_integer("classes", classes, 1, 255))
         number: int | None = 0
         if self._masked is None:
             _, names, depth = SCENES[chosen]
@@ -154,6 +154,9 @@ class SegmentationTask(MaskTask):
             labelled = (images.labels != IGNORED).any((1, 2))
             images = replace(images, notes=[*images.notes, *self.unlabelled_told(labelled)])
             self._training, held, self._split = self.told_apart(images.source, labelled, parts, held_out)
+            if classes is not None:
+                self._masked = replace(self._masked, images=images).largest(classes, self._training, self._known)
+                images = self._masked.images
             names, values, colours = images.classes, self._masked.values, self._masked.colours
             number = self._masked.background
             pixels, labels = images.pixels[self._training], images.labels[self._training]
@@ -256,7 +259,8 @@ class SegmentationTask(MaskTask):
             **values,
             skip_unreadable=skip_unreadable,
             span=check_span(span),
-            known=None if self.scored is None or classes is not None else self.scored.reader,
+            known=self._known,
+            merged=classes is not None,
         )
 
     def _drawn(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -91,6 +91,11 @@ class MaskTask(Task):
                 nearest=near,
             )
 
+    @property
+    def _known(self) -> Any:
+        """The reader of the trained model that is scored, whose classes masks may have; None without one."""
+        return None if self.scored is None else self.scored.reader
+
     def augmentation_of(self, augment: str, flip: bool | None) -> MaskAugmentation | None:
         """The augmentation for the options `augment` and `flip` and the reader's classes."""
         if augment == "none" and not flip:

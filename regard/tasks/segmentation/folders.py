@@ -13,6 +13,7 @@ from regard.contract import Unsupported
 from regard.measurement.units import counted
 from regard.tasks.documents import file_name, names_of, nearest_path, walk
 from regard.tasks.image_files import IMAGE_SUFFIXES
+from regard.tasks.protocol import IGNORED
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -181,10 +182,29 @@ class KnownClasses(Protocol):
 
     Attributes:
         values: value of each class in masks.
+        background: index of the class that is not scored; None for none.
     """
 
     @property
     def values(self) -> Sequence[int]: ...
+
+    @property
+    def background(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class MaskValues:
+    """What the values in masks mean.
+
+    Attributes:
+        classes: value of each class.
+        background: index of the class that is not scored; None for none.
+        indices: index of the class of each value from 0 to 255, or `IGNORED`.
+    """
+
+    classes: tuple[int, ...]
+    background: int | None
+    indices: Int[np.ndarray, "256"]
 
 
 def classes_among(
@@ -195,7 +215,9 @@ def classes_among(
     background: int | str | None,
     ignore: int | str | None,
     known: KnownClasses | None = None,
-) -> tuple[list[int], int | None]:
+    *,
+    merged: bool = False,
+) -> MaskValues:
     """The values in masks that are classes, and which of them is the background.
 
     Args:
@@ -204,20 +226,29 @@ def classes_among(
         names: names of classes, if a file has them.
         background: value of points that are not scored; None for none, ``auto`` for 0 if masks have it.
         ignore: value of points without loss and score; None for none, ``auto`` for 255 if there are more than two
-            values.
-        known: the reader of a trained model, of whose classes masks may have any, in place of `names`.
+            values and no class is 255.
+        known: the reader of a trained model, of whose classes masks may have any.
+        merged: whether other values are the background of `known`, since it was trained on the largest classes alone.
 
     Raises:
         Unsupported: for values that are not classes, and for too many or too few classes.
     """
-    named = names if known is None else known.values
+    named = {*names} if known is None else {*known.values}
     values = sorted({*named, *(int(value) for mask in found[:training] for value in mask)})
-    void = (VOID if len(values) > 2 and VOID not in named else None) if ignore == "auto" else ignore
-    values = sorted(named) or [value for value in values if value != void]
+    void = (VOID if len(values) > 2 and VOID not in {*named, *names} else None) if ignore == "auto" else ignore
+    values = [value for value in sorted(named) or values if value != void] if known is None else [*known.values]
     quiet = (0 if 0 in values else None) if background == "auto" else background
     assert not isinstance(void, str) and not isinstance(quiet, str)  # "auto" is the only string
-    _check_values(paths, found, values, bool(names), void, quiet, of_model=known is not None)
-    return values, quiet
+    rest = IGNORED
+    if merged and known is not None and known.background is not None:
+        quiet, rest = values[known.background], known.background
+    else:
+        _check_values(paths, found, values, bool(names), void, quiet, of_model=known is not None)
+    indices = np.full(256, rest)
+    indices[values] = np.arange(len(values))
+    if void is not None:
+        indices[void] = IGNORED
+    return MaskValues(tuple(values), None if quiet is None else values.index(quiet), indices)
 
 
 def _check_values(
@@ -265,17 +296,12 @@ def _check_values(
         raise Unsupported(f"background={background}, a value of no class", supported=f"{listed}, or None")
 
 
-def largest_classes(
-    numbers: Int[np.ndarray, " k"], background: int | None, count: int
-) -> tuple[list[int], Int[np.ndarray, " k"], str]:
-    """Choose the `count` classes with the most points, without the background, into which the others are merged.
+def largest_classes(numbers: Int[np.ndarray, " k"], background: int | None, count: int) -> list[int]:
+    """Indices of the `count` classes with the most points, and of the background.
 
     Args:
         numbers: number of points of each class.
         background: class that is not scored; None for none.
-
-    Returns:
-        The kept classes, the new index of each class, and a note without the background's name.
 
     Raises:
         Unsupported: for an impossible number, and without a background.
@@ -283,11 +309,16 @@ def largest_classes(
     number = len(numbers)
     if background is None or not 1 <= count < number:
         raise Unsupported(
-            f"classes={count} of {number} classes" + ("" if background is not None else " and no background"),
+            f"classes={count} of {counted(number, 'class')}" + ("" if background is not None else " and no background"),
             supported=f"1 to {number - 1}, in addition to a background",
         )
-    others = [int(i) for i in np.argsort(-numbers, kind="stable") if i != background][:count]
-    kept = sorted([background, *others])
-    table = np.full(number, kept.index(background))
-    table[kept] = np.arange(len(kept))
-    return kept, table, f"the {count} largest of {number - 1} classes; the others count as"
+    others = [int(i) for i in np.argsort(-numbers, kind="stable") if i != background]
+    return sorted([background, *others[:count]])
+
+
+def merged_indices(kept: Sequence[int], background: int, count: int) -> Int[np.ndarray, "k+1"]:
+    """New index of each of `count` classes if all but the `kept` become background, and then `IGNORED`, which stays."""
+    indices = np.full(count + 1, kept.index(background))
+    indices[kept] = np.arange(len(kept))
+    indices[-1] = IGNORED
+    return indices

@@ -24,7 +24,7 @@ from regard.tasks.image_files import (
 )
 from regard.tasks.images import ImageReader
 from regard.tasks.protocol import IGNORED
-from regard.tasks.segmentation.folders import CLASSES, PICTURES, class_names, classes_among, largest_classes, pairs_of
+from regard.tasks.segmentation.folders import CLASSES, PICTURES, class_names, classes_among, largest_classes, merged_indices, pairs_of
 
 if TYPE_CHECKING:
     from jaxtyping import Int, UInt8
@@ -72,18 +72,28 @@ class Masked:
     background: int | None
     split: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"], str] | None = None
 
-    def largest(self, count: int) -> Masked:
+    def largest(self, count: int, chosen: Int[np.ndarray, " m"], known: MaskReader | None = None) -> Masked:
         """Keep the `count` classes with the most pixels, without the background, into which the others are merged.
+
+        Args:
+            count: number of classes.
+            chosen: the images that are counted.
+            known: the reader of a trained model that is scored, whose classes are kept instead.
 
         Raises:
             Unsupported: for an impossible number, and without a background.
         """
-        images = self.images
-        numbers = np.bincount(images.labels[images.labels != IGNORED], minlength=len(self.values))
-        kept, table, told = largest_classes(numbers, self.background, count)
-        assert self.background is not None  # without a background, the call is refused
-        labels = np.append(table, IGNORED)[np.where(images.labels == IGNORED, len(table), images.labels)]
-        note = f"{told} {images.classes[self.background]}"
+        images, number = self.images, len(self.values)
+        if known is None:
+            seen = images.labels[chosen]
+            kept = largest_classes(np.bincount(seen[seen != IGNORED], minlength=number), self.background, count)
+        else:
+            kept = [i for i, value in enumerate(self.values) if value in known.values]
+        if len(kept) == number:
+            return self
+        assert self.background is not None  # without a background, largest_classes refuses
+        labels = merged_indices(kept, self.background, number)[np.where(images.labels == IGNORED, -1, images.labels)]
+        note = f"{len(kept) - 1} of {number - 1} classes kept; the others count as {images.classes[self.background]}"
         return replace(
             self,
             images=replace(
@@ -115,6 +125,7 @@ def read_masked(
     skip_unreadable: bool = False,
     span: tuple[float, float] | None = None,
     known: MaskReader | None = None,
+    merged: bool = False,
 ) -> Masked:
     """Read the images and masks of a folder, resized to a height and width, masks by nearest neighbour.
 
@@ -128,6 +139,7 @@ def read_masked(
         skip_unreadable: whether unreadable images or masks are reported in the notes instead of refused.
         span: as for :func:`regard.tasks.image_files.load_folders`.
         known: the reader of a trained model that is scored, of whose classes the masks may have any.
+        merged: whether other values are its background.
 
     Raises:
         Unsupported: for files that are missing, unreadable or do not belong together, naming the first one.
@@ -156,7 +168,7 @@ def read_masked(
     training = sum(i < training for i in kept)
     pairs = [pairs[i] for i in kept]
     check_readable(folder, validation, training, len(kept), "image with its mask")
-    values, quiet = classes_among(
+    values = classes_among(
         [path for _, path in pairs],
         [np.unique(mask) for mask in masks],
         training,
@@ -164,21 +176,20 @@ def read_masked(
         background,
         ignore,
         known,
+        merged=merged,
     )
     pixels, span, count = stacked(given, span, training=training)
     if span is not None:
         notes.append(
             f"{counted(count, 'image')} of more than 8 bits a pixel: {span[0]:g} to {span[1]:g} are taken as dark to light"
         )
-    table = np.full(256, IGNORED)
-    table[values] = np.arange(len(values))
-    labels = table[np.stack([_resized(mask, size) for mask in masks])]
+    labels = values.indices[np.stack([_resized(mask, size) for mask in masks])]
     images = Images(
         names_of(folder),
         (*size, channels),
         np.stack(pixels),
         labels,
-        tuple(names.get(value, str(value)) for value in values) if known is None else known.classes,
+        tuple(names.get(value, str(value)) for value in values.classes) if known is None else known.classes,
         None if validation is None else np.arange(training, len(pairs)),
         notes,
         span,
@@ -186,17 +197,20 @@ def read_masked(
     if known is not None:
         drawn = known.colours
     else:
-        drawn = colours_of(len(values)) if palette is None else tuple(palette[value] for value in values)
-    return Masked(images, tuple(values), drawn, None if quiet is None else values.index(quiet))
+        drawn = colours_of(len(values.classes)) if palette is None else tuple(palette[value] for value in values.classes)
+    return Masked(images, values.classes, drawn, values.background)
 
 
 def _read_mask(path: Path, image: Path) -> tuple[UInt8[np.ndarray, "h w"], list[Colour] | None]:
     """Values of a mask, and its palette."""
+    from PIL import ImageOps
+
     with opened_image(image) as opened:
         wide, high = _turned_size(opened)
     with opened_image(path) as opened:
-        mode, size, values = opened.mode, opened.size, np.asarray(opened)
-        palette = opened.getpalette("RGB") if mode == "P" else None
+        turned = ImageOps.exif_transpose(opened)
+        mode, size, values = turned.mode, turned.size, np.asarray(turned)
+        palette = turned.getpalette("RGB") if mode == "P" else None
     if mode not in ("1", "L", "P", "I;16", "I") or values.max(initial=0) > 255 or values.min(initial=0) < 0:
         what = "values above 255" if mode.startswith("I") else f"colours (mode {mode})"
         raise Unreadable(

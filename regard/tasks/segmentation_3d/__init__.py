@@ -129,6 +129,8 @@ class Segmentation3DTask(MaskTask):
         self.length = int(np.prod(self.grid))
         self.num_targets: int = self.patch**3
 
+        if classes is not None:
+            check_integer("classes", classes, 1, 255)
         chosen = "bodies" if data is None else str(data)
         values_of_masks = {"background": background, "ignore": ignore}
         of_read = {
@@ -154,11 +156,12 @@ class Segmentation3DTask(MaskTask):
         else:
             volumes = self._read(chosen, validation, spacing, values_of_masks, held_out, skip_unreadable, classes)
             self.shared: int = volumes.shared
-            volumes = volumes if classes is None else volumes.largest(check_integer("classes", classes, 1, 255))
-            source, notes = volumes.source, volumes.notes
             labelled = np.array([(labels != IGNORED).any() for labels in volumes.labels])
-            notes = [*notes, *self.unlabelled_told(labelled)]
+            source = volumes.source
             training, apart, split = self.told_apart(source, labelled, volumes.split, held_out)
+            if classes is not None:
+                volumes = volumes.largest(classes, training, self._known)
+            notes = [*volumes.notes, *self.unlabelled_told(labelled)]
             parts = training, apart[spread(len(apart), evaluation_items)]
             seen, held = ([(volumes.voxels[i], volumes.labels[i]) for i in part] for part in parts)
             names, values, nothing = volumes.classes, volumes.values, volumes.background
@@ -274,7 +277,8 @@ class Segmentation3DTask(MaskTask):
             spacing,
             **values,
             skip_unreadable=skip_unreadable,
-            known=None if self.scored is None or classes is not None else self.scored.reader,
+            known=self._known,
+            merged=classes is not None,
         )
 
     def _drawn(self, rng: np.random.Generator, count: int) -> list[Labelled]:

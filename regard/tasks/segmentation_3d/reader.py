@@ -21,7 +21,7 @@ from regard.tasks.image_files import Unreadable, check_readable, left_out, machi
 from regard.tasks.images import as_tuples
 from regard.tasks.protocol import IGNORED
 from regard.tasks.sampling import without_repetitions
-from regard.tasks.segmentation.folders import CLASSES, VOLUMES, class_names, classes_among, largest_classes, pairs_of
+from regard.tasks.segmentation.folders import CLASSES, VOLUMES, class_names, classes_among, largest_classes, merged_indices, pairs_of
 from regard.tasks.segmentation.masks import Colour
 from regard.tasks.segmentation.nifti import Scan, read_mask, read_scan
 
@@ -147,19 +147,25 @@ class Volumes:
         found = [self.labels[i] for i in chosen]
         return np.stack([np.bincount(each[each != IGNORED], minlength=len(self.values)) for each in found])
 
-    def largest(self, count: int) -> Volumes:
-        """Keep the `count` classes with the most voxels, without the background, into which the others are merged."""
-        numbers = self.counts(range(len(self.labels))).sum(0)
-        kept, table, told = largest_classes(numbers, self.background, count)
-        assert self.background is not None  # without a background, the call is refused
-        whole = np.append(table, IGNORED).astype(np.int16)
+    def largest(self, count: int, chosen: Sequence[int], known: VolumeReader | None = None) -> Volumes:
+        """Keep the `count` classes with the most voxels, as :meth:`regard.tasks.segmentation.masks.Masked.largest`."""
+        number = len(self.values)
+        if known is None:
+            kept = largest_classes(self.counts(chosen).sum(0), self.background, count)
+        else:
+            kept = [i for i, value in enumerate(self.values) if value in known.values]
+        if len(kept) == number:
+            return self
+        assert self.background is not None  # without a background, largest_classes refuses
+        indices = merged_indices(kept, self.background, number).astype(np.int16)
+        note = f"{len(kept) - 1} of {number - 1} classes kept; the others count as {self.classes[self.background]}"
         return replace(
             self,
-            labels=[whole[np.where(each == IGNORED, len(table), each)] for each in self.labels],
+            labels=[indices[np.where(each == IGNORED, -1, each)] for each in self.labels],
             classes=tuple(self.classes[i] for i in kept),
             values=tuple(self.values[i] for i in kept),
             background=kept.index(self.background),
-            notes=[*self.notes, f"{told} {self.classes[self.background]}"],
+            notes=[*self.notes, note],
         )
 
 
@@ -174,6 +180,7 @@ def read_volumes(
     *,
     skip_unreadable: bool = False,
     known: VolumeReader | None = None,
+    merged: bool = False,
 ) -> Volumes:
     """Read the volumes and masks of a folder.
 
@@ -182,7 +189,7 @@ def read_volumes(
             :func:`regard.tasks.segmentation.masks.read_masked`, but of NIfTI files.
         validation: another such folder, whose volumes are held out.
         size, patch, spacing: as in :class:`VolumeReader`.
-        background, ignore, skip_unreadable, known: as for :func:`regard.tasks.segmentation.masks.read_masked`.
+        background, ignore, skip_unreadable, known, merged: as for :func:`regard.tasks.segmentation.masks.read_masked`.
 
     Raises:
         Unsupported: for files that are missing, unreadable or do not belong together, naming the first one.
@@ -222,7 +229,7 @@ def read_volumes(
     training = sum(i < training for i in kept)
     pairs = [pairs[i] for i in kept]
     check_readable(folder, validation, training, len(kept), "volume with its mask")
-    values, quiet = classes_among(
+    values = classes_among(
         [path for _, path in pairs],
         [np.unique(mask) for mask in masks],
         training,
@@ -230,19 +237,19 @@ def read_volumes(
         background,
         ignore,
         known,
+        merged=merged,
     )
-    table = np.full(256, IGNORED, dtype=np.int16)
-    table[values] = np.arange(len(values))
+    indices = values.indices.astype(np.int16)
     apart = np.array(spacings)
     if spacing is None and (apart.max(0) > UNEVEN * apart.min(0)).any():
         notes.append(f"voxels of {apart.min():.3g} to {apart.max():.3g} mm: spacing=1 resamples all to 1 mm")
     found = Volumes(
         names_of(folder),
         voxels,
-        [table[mask] for mask in masks],
-        tuple(names.get(value, str(value)) for value in values) if known is None else known.classes,
-        tuple(values),
-        None if quiet is None else values.index(quiet),
+        [indices[mask] for mask in masks],
+        tuple(names.get(value, str(value)) for value in values.classes) if known is None else known.classes,
+        values.classes,
+        values.background,
         notes=notes,
     )
     return _distinct(found, None if validation is None else training, scored=known is not None)
