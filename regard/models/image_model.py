@@ -146,11 +146,16 @@ class ImageModel(nn.Module):
         return self.backbone.forward_with_losses(self.images(inputs, self.grid_of(context)))
 
     @property
-    def unsaved(self) -> str:
-        """What was changed in the model that its config does not tell, in words; empty if nothing was."""
+    def unsaved(self) -> tuple[str, str]:
+        """What was changed in the model that its config does not tell, in words, and what to do; empty if nothing was."""
         backbone = getattr(self.backbone, "model", self.backbone)  # inside a module that leaves out tokens
-        changed = isinstance(backbone, Backbone) and backbone.global_pool != backbone.pools[0]
-        return f"global_pool={backbone.global_pool!r} of its backbone" if changed else ""
+        if isinstance(backbone, Backbone) and backbone.altered:
+            return f"{backbone.altered} of its backbone", ""
+        classes = backbone.num_classes
+        if classes == self.config.num_classes:
+            return "", ""
+        wanted = f"model.config = dataclasses.replace(model.config, num_classes={classes})" if classes else ""
+        return f"a backbone of {classes} classes and a config of {self.config.num_classes}", wanted
 
     @property
     def tokens_record(self) -> dict[str, Any] | None:

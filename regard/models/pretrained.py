@@ -49,9 +49,11 @@ def save_pretrained(
     if name not in MODELS or type(model) is not MODELS[name][0]:
         alone = hasattr(model, "tokens_record")
         raise Unsupported(f"saving a {name}", supported=", ".join(MODELS), nearest="its save(folder)" if alone else "")
-    unsaved = getattr(model, "unsaved", "")
+    unsaved, remedy = getattr(model, "unsaved", ("", ""))
     if unsaved:
-        raise Unsupported(f"saving a {name} with {unsaved}", supported="models that their configs describe")
+        raise Unsupported(
+            f"saving a {name} with {unsaved}", supported="models that their configs describe", nearest=remedy
+        )
     tokens = getattr(model, "tokens_record", None) if tokens is None else tokens
     try:
         config = json.dumps(asdict(model.config), indent=2)  # type: ignore[call-overload]

@@ -5,6 +5,7 @@ All randomness comes from the seed passed to a call, so that a resumed run sees 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Unsupported
+from regard.tasks.image_sets import DIGITS
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped, UInt8
@@ -24,6 +26,13 @@ SCALE = (0.35, 1.0)
 """Fraction of the area that a standard crop keeps."""
 OPERATIONS, MAGNITUDE = 2, 9
 """Arguments of RandAugment, as in torchvision and timm."""
+SIDED = re.compile(r"(^|[\W_])(left|right|l|r)($|[\W_])", re.IGNORECASE)
+"""Names of classes that mirroring would exchange."""
+
+
+def sided_class(classes: Sequence[str]) -> str | None:
+    """The first class that is named for a side, which mirroring would exchange with another; None if none is."""
+    return next((one for one in classes if SIDED.search(one)), None)
 
 
 class Augmentation:
@@ -34,8 +43,9 @@ class Augmentation:
             rotates, shifts or recolours them by RandAugment (arXiv 1909.13719); ``none`` does nothing but `flip` and
             `mix`.
         size: height and width of the results.
-        num_classes: number of classes of the task.
-        flip: whether half of the images are mirrored, left to right.
+        classes: names of the task's classes.
+        flip: whether half of the images are mirrored, left to right; None for yes with ``light`` and ``standard``, unless
+            classes are digits or one is named for a side.
         mix: share of the batches whose images are mixed in pairs, together with their classes: half by mixup (arXiv
             1710.09412) and half by cutmix (arXiv 1905.04899).
 
@@ -43,7 +53,9 @@ class Augmentation:
         Unsupported: if torchvision is missing.
     """
 
-    def __init__(self, name: str, size: tuple[int, int], num_classes: int, *, flip: bool, mix: float) -> None:
+    def __init__(
+        self, name: str, size: tuple[int, int], classes: Sequence[str], *, flip: bool | None, mix: float
+    ) -> None:
         try:
             from torchvision.transforms import v2
         except ImportError:
@@ -52,20 +64,23 @@ class Augmentation:
                 supported="augment=none without flip and mix, or the extra",
                 nearest="pip install 'regard[vision]'",
             ) from None
-        self.name, self.size, self.flip, self.mix = name, size, flip, mix
+        self.name, self.size, self.mix = name, size, mix
+        self.sided = sided_class(classes) if flip is None and name != "none" else None
+        mirrored = name != "none" and self.sided is None and tuple(classes) != DIGITS
+        self.flip = mirrored if flip is None else flip
         self.border = max(1, min(size) // BORDER)
         steps: list[Any] = []
         if name == "standard":
             steps.append(v2.RandomResizedCrop(size, scale=SCALE, antialias=True))
         elif name == "light":
             steps.append(v2.RandomCrop(size, padding=self.border, padding_mode="reflect"))
-        if flip:
+        if self.flip:
             steps.append(v2.RandomHorizontalFlip())
         if name == "standard":
             steps.append(v2.RandAugment(OPERATIONS, MAGNITUDE))
         self._vary = v2.Compose(steps or [v2.Identity()])
         self._mix = v2.RandomChoice(
-            [v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)]
+            [v2.MixUp(alpha=0.8, num_classes=len(classes)), v2.CutMix(alpha=1.0, num_classes=len(classes))]
         )
 
     @property
@@ -104,6 +119,7 @@ class Augmentation:
         elif self.name == "standard":
             parts = [f"crops of {SCALE[0]:.0%} to {SCALE[1]:.0%} of the image, RandAugment ({OPERATIONS}, {MAGNITUDE})"]
         parts += ["mirrored half the time"] * self.flip
+        parts += [f"not mirrored, for the class {self.sided}"] * (self.sided is not None)
         parts += [f"{self.mix:.0%} of the batches mixed (mixup, cutmix)"] * bool(self.mix)
         return ", ".join(parts)
 

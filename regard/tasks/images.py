@@ -17,7 +17,7 @@ from regard.contract import Pattern, Unsupported, one_of
 from regard.measurement.units import counted
 from regard.tasks.augmentation import AUGMENTATIONS, Augmentation
 from regard.tasks.image_files import Images, centre, read_image, stacked
-from regard.tasks.image_sets import DIGITS, NAMED, distinct, drawn, load_images, split_images
+from regard.tasks.image_sets import NAMED, distinct, drawn, load_images, split_images
 from regard.tasks.protocol import (
     AUGMENTATION,
     Baseline,
@@ -151,7 +151,8 @@ class ImagesTask(Task):
         channels: 3 (colour) or 1 (grey), for images from a folder.
         augment: augmentation of training images: ``none``, ``light`` or ``standard``, see
             :class:`regard.tasks.augmentation.Augmentation`.
-        flip: whether half of the training images are mirrored; None for augmented images of all data but digits.
+        flip: whether half of the training images are mirrored; None for augmented images, unless classes are digits or
+            one is named for a side.
         mix: share of the training batches that are mixed, 0 to 1; None for half of them with ``standard``, else none.
         skip_unreadable: whether unreadable files in a folder are left out and reported, instead of refused.
         span: values of images of more than 8 bits from a folder that are black and white, as a list of two; by default
@@ -204,9 +205,8 @@ class ImagesTask(Task):
         height, width, depth = images.shape
         self.augmentation: Augmentation | None = None
         share = check_fraction("mix", (0.5 if augment == "standard" else 0.0) if mix is None else mix, 0, 1)
-        mirrored = augment != "none" and images.classes != DIGITS if flip is None else flip
-        if augment != "none" or mirrored or share:
-            self.augmentation = Augmentation(augment, (height, width), self.num_classes, flip=mirrored, mix=share)
+        if augment != "none" or flip or share:
+            self.augmentation = Augmentation(augment, (height, width), images.classes, flip=flip, mix=share)
         self.repeats = self.augmentation is None
         self.patch = choose_patch((height, width), length, patch)
         self.grid: tuple[int, ...] = (height // self.patch, width // self.patch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from command_line import answer, run
 from support import close, refused
 
+from regard.compression.tokens import reduce_tokens
 from regard.contract import Context, Mask
 from regard.models import from_pretrained, save_pretrained
 from regard.models.image_model import ImageModel, ImageModelConfig
@@ -60,13 +62,25 @@ def test_what_an_image_model_cannot_take_is_refused() -> None:
     refused("van_nano", config_for, create_task("images"), "softmax", "van_nan")
 
 
-def test_a_pool_that_the_config_does_not_tell_is_not_saved(tmp_path: Path) -> None:
+def test_what_the_config_does_not_tell_is_not_saved(tmp_path: Path) -> None:
     model = ImageModel(ImageModelConfig("vit_nano", num_classes=3, grid=(2, 2), patch=4))
     model.backbone.reset_classifier(3, "avg")
     refused("saving a ImageModel with global_pool=.avg. of its backbone", save_pretrained, model, tmp_path)
+    model.backbone.reset_classifier(5, "token")
+    refused("of 5 classes and a config of 3; .*num_classes=5", save_pretrained, model, tmp_path)
+    model.backbone.reset_classifier(3)
+    reduction = reduce_tokens(model.backbone, "random", remove=1, proportional=False)
+    refused("fewer tokens, as by reduce_tokens of its backbone", save_pretrained, model, tmp_path)
     assert not list(tmp_path.iterdir())
-    model.backbone.reset_classifier(3, "token")
+    reduction.undo()
     save_pretrained(model, tmp_path)
+    assert len(from_pretrained(tmp_path).backbone.head.weight) == 3
+    model.backbone.reset_classifier(5)
+    model.config = replace(model.config, num_classes=5)
+    save_pretrained(model, tmp_path)
+    assert torch.equal(from_pretrained(tmp_path).backbone.head.weight, model.backbone.head.weight)
+    model.backbone.prune_intermediate_layers([0], prune_head=False)
+    refused("pruned intermediate layers", save_pretrained, model, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mixer_nano", "vit_nano", "pvt_nano", "vmamba_t_v0"])

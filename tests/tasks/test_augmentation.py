@@ -81,6 +81,15 @@ def test_mirrored_images_are_mirrored_half_the_time_but_not_digits(folder):
     assert "mirrored" not in create_task("images", augment="light").describe()
 
 
+@pytest.mark.parametrize("name", ["light", "standard"])
+def test_images_are_not_mirrored_where_a_class_is_named_for_a_side(name, tmp_path):
+    for i in range(8):
+        photo(tmp_path / ("turn left", "turn right")[i % 2] / f"{i}.png", i)
+    task = images(tmp_path, augment=name, mix=0)
+    assert "not mirrored, for the class turn left" in task.describe() and not task.augmentation.flip
+    assert "mirrored half the time" in images(tmp_path, augment=name, mix=0, flip=True).describe()
+
+
 def test_flip_alone_mirrors_what_would_be_seen_and_mix_alone_mixes_it(tmp_path):
     """Photos of several shapes: mirrored or not, each is its own middle."""
     for i in range(12):

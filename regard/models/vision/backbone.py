@@ -156,6 +156,7 @@ class Backbone(nn.Module):
     pools: Sequence[str] = ("avg",)
     global_pool: str
     levels: Sequence[Level]
+    _pruned = False
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -193,6 +194,9 @@ class Backbone(nn.Module):
 
     def load_released(self, checkpoint: Mapping[str, Any]) -> None:
         """Load weights of the official repository, of timm, or of this class; names must match exactly.
+
+        Position tables for another image size are interpolated. Tables do not say their sides: one with more or fewer
+        rows is taken to be that of a square grid, and one with as many rows to be that of this model's grid.
 
         Args:
             checkpoint: a state dict, or a checkpoint with one among its entries. Prefixes that
@@ -318,6 +322,7 @@ class Backbone(nn.Module):
             The indices of the levels, sorted, from 0.
         """
         chosen = self.choose_levels(indices)
+        self._pruned = True
         trunk: Any = self.get_submodule(self._trunk)
         del trunk[chosen[-1] + 1 :]
         self.levels = self.levels[: chosen[-1] + 1]
@@ -326,6 +331,17 @@ class Backbone(nn.Module):
         if prune_head:
             self.reset_classifier(0)
         return chosen
+
+    @property
+    def altered(self) -> str:
+        """In what the model differs from a new one of its config and number of classes, in words; "" if only in weights."""
+        if self.global_pool != self.pools[0]:
+            return f"global_pool={self.global_pool!r}"
+        if self._pruned:
+            return "pruned intermediate layers"
+        if any("reduction" in vars(module) for module in self.modules()):
+            return "fewer tokens, as by reduce_tokens"
+        return ""
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""

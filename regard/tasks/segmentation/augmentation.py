@@ -7,13 +7,14 @@ comes from the generator passed to a call, so that a resumed run sees the same i
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+from regard.tasks.augmentation import sided_class
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -26,8 +27,6 @@ TURN, LARGER = 15, 1.4
 """Largest rotation, in degrees, and largest scale factor (or its inverse) of ``standard``."""
 OFTEN = 0.3
 """Share of the items to which ``standard`` applies each of its changes of shade."""
-SIDED = re.compile(r"(^|[\W_])(left|right|l|r)($|[\W_])", re.IGNORECASE)
-"""Names of classes that mirroring would exchange."""
 
 
 class MaskAugmentation:
@@ -47,7 +46,7 @@ class MaskAugmentation:
         self, name: str, classes: Sequence[str], *, flip: bool | None, mirrored: tuple[Sequence[int], str], shift: bool
     ) -> None:
         self.name, self.shift = name, shift
-        self.sided = next((one for one in classes if SIDED.search(one)), None) if flip is None else None
+        self.sided = sided_class(classes) if flip is None else None
         self.flip = self.sided is None if flip is None else flip
         self.axes, self.along = mirrored
 

@@ -24,7 +24,15 @@ from regard.tasks.image_files import (
 )
 from regard.tasks.images import ImageReader
 from regard.tasks.protocol import IGNORED
-from regard.tasks.segmentation.folders import CLASSES, PICTURES, class_names, classes_among, largest_classes, merged_indices, pairs_of
+from regard.tasks.segmentation.folders import (
+    CLASSES,
+    PICTURES,
+    class_names,
+    classes_among,
+    largest_classes,
+    merged_indices,
+    pairs_of,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Int, UInt8
@@ -197,7 +205,9 @@ def read_masked(
     if known is not None:
         drawn = known.colours
     else:
-        drawn = colours_of(len(values.classes)) if palette is None else tuple(palette[value] for value in values.classes)
+        drawn = (
+            colours_of(len(values.classes)) if palette is None else tuple(palette[value] for value in values.classes)
+        )
     return Masked(images, values.classes, drawn, values.background)
 
 

@@ -160,7 +160,7 @@ class Segmentation3DTask(MaskTask):
             source = volumes.source
             training, apart, split = self.told_apart(source, labelled, volumes.split, held_out)
             if classes is not None:
-                volumes = volumes.largest(classes, training, self._known)
+                volumes = volumes.largest(classes, training.tolist(), self._known)
             notes = [*volumes.notes, *self.unlabelled_told(labelled)]
             parts = training, apart[spread(len(apart), evaluation_items)]
             seen, held = ([(volumes.voxels[i], volumes.labels[i]) for i in part] for part in parts)

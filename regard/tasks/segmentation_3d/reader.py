@@ -21,7 +21,15 @@ from regard.tasks.image_files import Unreadable, check_readable, left_out, machi
 from regard.tasks.images import as_tuples
 from regard.tasks.protocol import IGNORED
 from regard.tasks.sampling import without_repetitions
-from regard.tasks.segmentation.folders import CLASSES, VOLUMES, class_names, classes_among, largest_classes, merged_indices, pairs_of
+from regard.tasks.segmentation.folders import (
+    CLASSES,
+    VOLUMES,
+    class_names,
+    classes_among,
+    largest_classes,
+    merged_indices,
+    pairs_of,
+)
 from regard.tasks.segmentation.masks import Colour
 from regard.tasks.segmentation.nifti import Scan, read_mask, read_scan
 

@@ -117,6 +117,7 @@ def test_logits_have_the_size_of_the_images_and_every_weight_a_gradient(name: st
     loss.backward()
     lacking = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not lacking
+    assert model(images[:0]).shape == (0, 3, *size)
 
 
 EACH_KIND = ("segformer_nano", "segmamba_nano", "umamba_bot_nano", "unet_nano_3d", "vm_unet_nano")

@@ -278,8 +278,13 @@ class ResidualBlock(nn.Module):
         self.shortcut = None if stride is None else convolution(channels, width, 1, stride)
 
     def forward(self, x: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b c2 *spatial2"]:
-        y = self.norm2(self.conv2(F.leaky_relu(self.norm1(self.conv1(x)))))
+        y = _normed(self.norm2, self.conv2(F.leaky_relu(_normed(self.norm1, self.conv1(x)))))
         return F.leaky_relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+def _normed(norm: nn.Module, x: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b c *spatial"]:
+    """Apply an instance norm with weights, which torch refuses for a batch of 0."""
+    return norm(x) if len(x) else x
 
 
 class MambaLayer(nn.Module):
