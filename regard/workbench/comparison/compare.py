@@ -319,8 +319,7 @@ class _Runner:
             other.follow(work)
         if not self.trainer.affords(works, name):
             return False
-        progress, planned = self.trainer.progress, sum(work.runs * work.run_seconds(name) for work in works)
-        progress.total = max(progress.total, progress.done + planned)
+        self.trainer.expect(sum(work.runs * work.run_seconds(name) for work in works))
         self.framed[frame, name] = [self._train(other, [name]) for other in works]
         return True
 

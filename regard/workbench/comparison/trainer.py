@@ -194,6 +194,7 @@ class Trainer:
                 untried.setdefault(lacking, []).append(name)
         for rate, without in untried.items():
             self._leave_out(runs, f"{work.task.name}: no time was left to try {listed(without)} at a rate of {rate:g}.")
+        self.expect(rounds * sum(work.run_seconds(name) for name in unseeded) + self.reserved)
         for seed in range(first + 1, first + self.settings.seeds):
             missing = [n for n in names if self.stored(work, n, runs.rates[n], seed) is None]
             if not self._affords(sum(work.run_seconds(name) for name in missing) - self.beside, OVERTIME):
@@ -385,10 +386,14 @@ class Trainer:
         self.progress.doing, self.progress.loss = what, math.nan
         self.watch(self.progress)
 
+    def expect(self, seconds: float) -> None:
+        """Raise the total if more planned seconds are to come: more runs than planned may be tried."""
+        self.progress.total = max(self.progress.total, self.progress.done + seconds)
+
     def advance(self, seconds: float) -> None:
         """Count planned seconds of work as done."""
         self.progress.done += seconds
-        self.progress.total = max(self.progress.total, self.progress.done)  # more runs than planned may be tried
+        self.expect(0.0)
         self.watch(self.progress)
 
     def _on_step(self, work: Work, name: str) -> Callable[[Any], None]:

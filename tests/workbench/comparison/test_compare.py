@@ -78,6 +78,14 @@ def test_few_held_out_items_are_said_when_it_begins_and_in_the_report(tmp_path, 
     assert number in outcome.report.read_text()
 
 
+def test_seeds_count_as_work_to_come_when_more_rates_were_tried_than_planned(tmp_path, monkeypatch):
+    monkeypatch.setattr(Work, "runs", 0)
+    seen = []
+    compare([recall()], settings(), tmp_path, watch=lambda p: seen.append((p.doing, p.done, p.total)))
+    planned = next(total for doing, _, total in seen if "seed 1" in doing)
+    assert planned >= max(done for doing, done, _ in seen)
+
+
 def test_a_comparison_ends_with_summary_recommendation_and_report(tmp_path):
     shown = []
     chosen = settings(keep_models=True, rates=(1e-3, 1e-2))
