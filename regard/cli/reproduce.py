@@ -77,6 +77,15 @@ def reproduce(
     if not (names or listing or table):
         _check_listing(seeds=seeds, shard=only, timings=timings, pilot=pilot, address=address)
         listing = True
+    elif table or pilot is not None:
+        beside = "--table" if table else "--pilot"
+        refuse_beside(
+            beside,
+            shard=only if table else None,
+            timings=timings,
+            pilot=pilot if table else None,
+            seeds=None if table else seeds,
+        )
     if not (listing or table):
         cells = plan(wanted, pilot=pilot) if pilot is not None else plan(wanted, seeds, timings=timings)
         with sweeps as sweep:
@@ -102,6 +111,15 @@ def _check_listing(**given: Any) -> None:
         raise Unsupported(
             f"--{asked[0]} without names", supported="reproductions, mechanisms, or all", nearest="regard reproduce all"
         )
+
+
+def refuse_beside(option: str, **given: Any) -> None:
+    """Raise Unsupported for options that mean nothing beside another, so that they are not ignored without a word."""
+    for name, value in given.items():
+        if value is not None:
+            raise Unsupported(
+                f"--{name} beside {option}", supported=f"--{name} in a command that runs cells", nearest=f"no --{name}"
+            )
 
 
 def cells_in(output: Path) -> AbstractContextManager[Store | None]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from regard.cli.console import console, emit
 from regard.cli.options import ADDRESS, ENGINE, JSON, PLUGINS, SHARD, TIMINGS
-from regard.cli.reproduce import cells_in, run_cells, tell_judged
+from regard.cli.reproduce import cells_in, refuse_beside, run_cells, tell_judged
 from regard.cli.sweeps import sweep_of
 from regard.contract import Unsupported
 from regard.measurement import units
@@ -106,7 +106,9 @@ def study(
     chosen = asked.choose(preset, mechanisms, data or (), entered.mechanisms)
     seconds = _seconds(budget)
     folder = Path(asked.folder) if output is None else output
-    if not table:
+    if table:
+        refuse_beside("--table", shard=only, timings=timings, budget=budget)
+    else:
         cells = shard(plan([asked.make(chosen)], seeds, timings=timings), only)
         with sweeps as sweep:
             run_cells(cells, folder, quiet=as_json, within=seconds, sweep=sweep)

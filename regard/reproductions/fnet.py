@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from regard.models import Encoder, EncoderConfig
-from regard.reproductions.framework.judging import Check, Seed, measured
+from regard.reproductions.framework.judging import Check, Seed, measured, number
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio
 from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
@@ -47,7 +47,7 @@ def training_step(mixer: str, length: int) -> Callable[[], None]:
 
 def share(seed: Seed) -> float:
     """Return FNet's accuracy divided by softmax's."""
-    return float(seed["fnet"]["score"]) / float(seed["softmax"]["score"])
+    return number(seed, "fnet", "score") / number(seed, "softmax", "score")
 
 
 REPRODUCTION = Reproduction(

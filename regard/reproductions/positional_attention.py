@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from regard.models import AlgorithmicNetwork, AlgorithmicNetworkConfig
 from regard.models.blocks import Block
-from regard.reproductions.framework.judging import Check, Seed, number, over
+from regard.reproductions.framework.judging import Check, Seed, largest, number, over
 from regard.reproductions.framework.protocol import Reproduction, Setting
 
 TRAINED_RANGE = 2.0
@@ -124,7 +124,7 @@ def advantage(task: str) -> Callable[[Seed], float]:
 
 def largest_known_error(seed: Seed) -> float:
     """Return the largest error within the training range, over tasks and networks."""
-    return max(number(seed, setting, "c = 2") for setting in REPRODUCTION.settings)
+    return largest(number(seed, setting, "c = 2") for setting in REPRODUCTION.settings)
 
 
 REPRODUCTION = Reproduction(

@@ -18,7 +18,7 @@ import torch
 
 from regard.contract import Context
 from regard.models import LanguageModel
-from regard.reproductions.framework.judging import Check, measured, minus
+from regard.reproductions.framework.judging import Check, measured, minus, within
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio
 from regard.reproductions.framework.training import cached_task, language_model, score, trained_score
@@ -87,7 +87,7 @@ REPRODUCTION = Reproduction(
         Check("a memory above none by 0.3", minus("memory", "none"), above=0.3),
         Check(
             "an untrained longer memory within 5 points",
-            lambda cells: cells["memory"]["longer"] - cells["memory"]["score"],
+            within("memory", "longer", "score"),
             above=-0.05,
         ),
         Check("a step from the state over ten times as fast", measured("time", "speedup"), above=10.0),

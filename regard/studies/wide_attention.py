@@ -7,9 +7,11 @@ folder: its published cells count here too.
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from importlib.util import find_spec
 
-from regard.contract import Kind, Pattern
+from regard.contract import Kind, Pattern, Unsupported
+from regard.create import create_layer
 from regard.models.variants import read_variant
 from regard.reproductions import Reproduction
 from regard.reproductions.wide_attention import CONTROL, SIZES, TYPES, basis, shape, table
@@ -41,9 +43,22 @@ def refuses(name: str) -> str | None:
     return lacks(card, Pattern.NONCAUSAL_SELF) or ("it inserts tokens" if card.prepare is not None else None)
 
 
+@cache
+def undivided(name: str, preset: str) -> str:
+    """Why a mechanism cannot have the numbers of heads of a preset's layers, or "" if it can."""
+    for _, heads in SIZES[preset].divisions:
+        for mechanism, options in read_variant(name).layers:
+            try:
+                create_layer(mechanism, 16 * heads, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
+            except Unsupported as error:
+                return f"{name}, which cannot share out its heads ({error.asked})"
+    return ""
+
+
 def entered(chosen: Chosen) -> tuple[str, ...]:
-    """The types of attention, the control first."""
-    return (CONTROL, *(name for name in chosen.mechanisms if name != CONTROL))
+    """The types of attention that the preset's layers can have, the control first."""
+    others = (name for name in chosen.mechanisms if name != CONTROL)
+    return (CONTROL, *(name for name in others if not undivided(name, chosen.preset)))
 
 
 def tasks_of(preset: str) -> tuple[str, ...]:
@@ -54,8 +69,9 @@ def tasks_of(preset: str) -> tuple[str, ...]:
 def make(chosen: Chosen) -> Reproduction:
     """The experiment for a choice."""
     made = make_experiment(chosen.preset, entered(chosen), tasks_of(chosen.preset))
+    unfit = [why for name in chosen.mechanisms if (why := undivided(name, chosen.preset))]
     absent = [why for task in SIZES[chosen.preset].rules if (why := lacking(task))]
-    return dataclasses.replace(made, left_out=(*made.left_out, *absent))
+    return dataclasses.replace(made, left_out=(*made.left_out, *unfit, *absent))
 
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:

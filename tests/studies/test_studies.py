@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from regard.cli.console import console
 from regard.cli.study import _rows
 from regard.contract import Paper
 from regard.reproductions import Check, Reproduction
-from regard.reproductions.framework.judging import measured
+from regard.reproductions.framework.judging import largest, measured
 from regard.studies import Chosen, Curves, Heat, Points, Section, Study, get_study, list_studies
 from regard.studies.framework import catalogue
 from regard.studies.framework.report import render_study
@@ -129,6 +130,33 @@ def test_the_list_tells_which_files_a_study_takes(capsys):
     assert "text file" in told["training-dynamics"] and told["softmax-regression"] == ""
     _, shown, _ = run(capsys, "study")
     assert "cascades (.txt)" in " ".join(shown.split())
+
+
+def test_a_mechanism_that_a_preset_has_no_heads_for_is_left_out_and_told():
+    chosen = WIDE_ATTENTION.choose("tiny", "softmax,differential,linear", (), ())
+    made = WIDE_ATTENTION.make(chosen)
+    assert not any("differential" in setting for setting in made.settings)
+    assert any("differential, which cannot share out its heads" in why for why in made.left_out)
+    assert any("linear" in setting for setting in made.settings)
+
+
+def test_options_of_runs_are_refused_where_nothing_runs(capsys, tmp_path):
+    for command in (
+        "study wide-attention --table --shard 1/2",
+        "study wide-attention --table --budget 5m",
+        "reproduce delta_rule --table --timings",
+        "reproduce delta_rule --table --pilot 2",
+        "reproduce delta_rule --pilot 2 --seeds 2",
+    ):
+        code, _, error = run(capsys, f"{command} --output", tmp_path / "none")
+        assert code == 2 and "beside --" in error
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_largest_of_numbers_of_which_one_is_none_is_none():
+    assert largest([0.1, 0.3]) == 0.3
+    for values in ([0.1, math.nan], [math.nan, 0.1], [0.1, math.nan, 0.3]):
+        assert math.isnan(largest(values))
 
 
 def test_no_figure_of_a_table_loses_digits_in_a_narrow_terminal():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +192,12 @@ def number(seed: Seed, setting: str, name: str) -> float:
     """Return a measured number; nan if it was not finite."""
     value = seed[setting][name]
     return math.nan if value is None else float(value)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest of some numbers; nan if one is nan, which `max` may pass over."""
+    found = [*values]
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def measured(setting: str, name: str) -> Callable[[Seed], Any]:

@@ -181,7 +181,10 @@ def _text_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
     found = []
     for length in lengths:
         pieces = Pieces(task.text, length)  # of as many texts at once whatever their length
-        found.append(_perplexity(_evaluated(model, pieces, sizes["batch_size"] * pieces.pieces).loss))
+        try:
+            found.append(_perplexity(_evaluated(model, pieces, sizes["batch_size"] * pieces.pieces).loss))
+        except Unsupported:  # a mechanism that does not take such a length
+            found.append(math.nan)
     at = lengths.index(sizes["length"])
     return {"PPL": found[at], "lengths": [float(length) for length in lengths], "perplexities": found}
 

@@ -21,7 +21,7 @@ from typing import Any
 from regard.contract import Kind, Paper, Pattern
 from regard.models.variants import read_variant
 from regard.reproductions import Reproduction
-from regard.reproductions.framework.judging import Check, Seed, measured, number
+from regard.reproductions.framework.judging import Check, Seed, largest, measured, number
 from regard.reproductions.framework.pretrained import PACKAGES, smollm2_file
 from regard.studies.framework.protocol import Chosen, Study, lacks
 from regard.studies.in_context_functions.cells import BEST, NEAREST, NOTHING, run_cell
@@ -153,7 +153,7 @@ def of_fixed_state(chosen: Chosen) -> tuple[str, ...]:
 
 def _nearest_of_fixed_state(others: tuple[str, ...]) -> Callable[[Seed], float]:
     """How far the best of these mechanisms ends above the control on conjunctions."""
-    return lambda seed: max(
+    return lambda seed: largest(
         number(seed, trained("conjunction", one), "end") - number(seed, trained("conjunction", CONTROL), "end")
         for one in others
     )

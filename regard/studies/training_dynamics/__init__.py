@@ -14,11 +14,12 @@ run. All in float64 except the text.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
 from regard.contract import Paper
-from regard.reproductions.framework.judging import Check, Seed, measured, number, within
+from regard.reproductions.framework.judging import Check, Seed, largest, measured, number, within
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.studies.framework.protocol import Chosen, Study
 from regard.studies.training_dynamics.cells import FORMS, run_cell
@@ -199,11 +200,11 @@ def _nearer(seed: Seed) -> float:
 
 
 def _largest(prefix: str) -> Callable[[Seed], float]:
-    return lambda seed: max(number(seed, "exactness", f"{prefix}{name}") for name in FORMS)
+    return lambda seed: largest(number(seed, "exactness", f"{prefix}{name}") for name in FORMS)
 
 
 def _least_broken(seed: Seed) -> float:
-    return min(number(seed, "exactness", f"changed by: {name}") for name in ("Adam", "SGD, weight decay"))
+    return -largest(-number(seed, "exactness", f"changed by: {name}") for name in ("Adam", "SGD, weight decay"))
 
 
 def _earlier(names: tuple[str, ...]) -> Callable[[Seed], float]:
@@ -211,8 +212,9 @@ def _earlier(names: tuple[str, ...]) -> Callable[[Seed], float]:
 
 
 def _still_on_text(seed: Seed) -> float:
-    changes = seed["text"]["change"]
-    return float(changes[-1]) / max(changes)
+    changes = [math.nan if value is None else value for value in seed["text"]["change"]]
+    fastest = largest(changes)
+    return float(changes[-1]) / fastest if fastest else math.nan
 
 
 STUDY = Study(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,7 @@ from regard.catalogue import register
 from regard.contract import Context, Cost, Kind, Mask, Mechanism, Paper, Pattern, Result, Shape, Unsupported
 from regard.layers.base import Layer
 from regard.layers.checks import given_context
-from regard.workbench.detection.patterns import Finding, detect
+from regard.workbench.detection.patterns import Finding, detect, first_line
 from regard.workbench.detection.suspects import (
     KEY_PADDING,
     QUERY_PADDING,
@@ -112,7 +113,8 @@ class _Adopted(Layer):
     def __init__(self, arguments: Arguments, pattern: Pattern) -> None:
         super().__init__()
         self.name, self.pattern = arguments.name, pattern
-        self.module = arguments.maker(**arguments.of(pattern))
+        with self._failing("made"):
+            self.module = arguments.maker(**arguments.of(pattern))
         self.called = Called(self.module, pattern)
 
     @classmethod
@@ -134,10 +136,25 @@ class _Adopted(Layer):
             raise Unsupported(f"a state of {self.name}", supported="whole sequences", nearest="a card with a state")
         one = self.found[self.pattern]
         if memory is None:
-            return Result(self.called.run(x, None, self._hidden(context.mask, x, "padding", one.padding)))
-        hidden = self._hidden(context.memory_mask, memory, "padding in the memory", one.padding)
-        queries = self._hidden(context.mask, x, "padded queries", one.query_padding)
-        return Result(self.called.run(x, memory, hidden, queries))
+            hidden, queries = self._hidden(context.mask, x, "padding", one.padding), None
+        else:
+            hidden = self._hidden(context.memory_mask, memory, "padding in the memory", one.padding)
+            queries = self._hidden(context.mask, x, "padded queries", one.query_padding)
+        with self._failing(f"called with {x.shape[1]} tokens"):
+            return Result(self.called.run(x, memory, hidden, queries))
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        """Raise errors of the module as Unsupported, which says whose they are."""
+        try:
+            yield
+        except Unsupported:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            raise Unsupported(
+                f"{self.name}, which raises {type(error).__name__} when it is {what}: {first_line(error)}",
+                supported="modules that work with the sizes of models here",
+            ) from error
 
     def _hidden(
         self, mask: Mask | None, tokens: torch.Tensor, what: str, kept_out: bool | None

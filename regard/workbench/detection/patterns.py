@@ -343,8 +343,11 @@ class _Trial:
         return Finding(self.pattern, True, "outputs see the memory")
 
     def changed(self, found: Tensor, expected: Tensor) -> float:
-        """The largest difference, as a share of the largest output."""
-        return float((found - expected).abs().max()) / self.scale if expected.numel() else 0.0
+        """The largest difference, as a share of the largest output; infinite if an output is not finite."""
+        if not expected.numel():
+            return 0.0
+        largest = float((found - expected).abs().max())
+        return largest / self.scale if math.isfinite(largest) else math.inf
 
     def cuts(self, n: int) -> list[int]:
         """Prefix lengths, shorter than n and spread over it."""

@@ -23,7 +23,7 @@ Beside it stands how far the layers drift from what gradient flow conserves (:mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from regard.models.exits import all_layers
 from regard.tasks import Task
 from regard.training.step import batch_context, run_model
 from regard.workbench.reports.sections import Curves, Heat, Section
-from regard.workbench.trained.conservation import Laws
+from regard.workbench.trained.conservation import Laws, attention_layers
 from regard.workbench.trained.monitoring import RunMonitor
 
 ITEMS, TOKENS = 8, 40
@@ -107,11 +107,12 @@ class AttentionMonitor(RunMonitor):
 
     def check(self, model: nn.Module) -> None:
         """Find the laws of a model at the start of its training. Raise Unsupported if no layer returns attention weights."""
-        layers = list(_layers(model))
-        if not layers:
+        layers = _layers(model)
+        if not self._weights(model, layers):
+            inserts = " between the tokens that it reads" if layers else ""
             raise Unsupported(
-                "--monitor attention of a model without attention weights",
-                supported="mechanisms that give their weights, in one layer or more",
+                f"--monitor attention of a model without attention weights{inserts}",
+                supported="mechanisms that give their weights, in one layer or more, and insert no tokens",
                 nearest="softmax",
             )
         self.laws = Laws(layers, self.ids.shape[1])
@@ -120,7 +121,7 @@ class AttentionMonitor(RunMonitor):
         """Read the items with the current weights, after `step` steps; laws are measured since the check or, without one,
         since the first look."""
         heads: dict[str, dict[str, Any]] = {}
-        layers = list(_layers(model))
+        layers = _layers(model)
         # what a run saw here that was stopped later, and goes on from before
         known = self.looks.get(step, {"heads": {}})["heads"]
         for number, found in self._weights(model, layers).items():
@@ -135,12 +136,12 @@ class AttentionMonitor(RunMonitor):
         self.keep(step, {"heads": heads, "laws": self.laws.drifts(layers)})
 
     @torch.no_grad()
-    def _weights(self, model: nn.Module, layers: Sequence[AttentionLayer]) -> dict[int, Tensor]:
+    def _weights(self, model: nn.Module, layers: Mapping[int, AttentionLayer]) -> dict[int, Tensor]:
         """Attention weights (B, H, N, N) by number of the layer, as shares."""
         found: dict[int, Tensor] = {}
         device = next(model.parameters()).device
         with evaluation_mode(model), all_layers(model), ExitStack() as hooks:
-            for number, layer in enumerate(layers):
+            for number, layer in layers.items():
                 hooks.callback(layer.register_forward_pre_hook(_ask, with_kwargs=True).remove)
                 hooks.callback(layer.register_forward_hook(partial(_take, found, number)).remove)
             run_model(model, self.batch.to(device), batch_context(self.batch.to(device)))
@@ -271,16 +272,21 @@ def _name(task: Task, token: int) -> str:
     tokenizer = getattr(task, "tokenizer", None)
     if tokenizer is None:
         return str(token)
-    text = tokenizer.decode([token])
+    text = tokenizer.decode([token]) if token < tokenizer.vocab_size else ""
+    if not text:
+        return f"[{token}]"  # of the task, such as the mask
     return {" ": "␣", "\n": "⏎"}.get(text) or "".join(
         c if c.isprintable() else f"\\x{ord(c):02x}" for c in text.replace(" ", "␣")
     )
 
 
-def _layers(model: nn.Module) -> Iterator[AttentionLayer]:
-    for module in model.modules():
-        if isinstance(module, AttentionLayer) and "weights" in module.card.honours and not module.pattern.cross:
-            yield module
+def _layers(model: nn.Module) -> dict[int, AttentionLayer]:
+    """The layers whose weights are looked at, by number."""
+    return {
+        number: layer
+        for number, layer in attention_layers(model).items()
+        if "weights" in layer.card.honours and not layer.pattern.cross
+    }
 
 
 def _ask(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

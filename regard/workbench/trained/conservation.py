@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Unsupported
 from regard.layers.attention import AttentionLayer
+from regard.layers.base import Layer
 from regard.layers.convolution import ShortConvolution
 from regard.layers.linear import Linear
 from regard.tasks import Task
@@ -73,9 +74,16 @@ Side = list[Tensor]
 """The parameters on one side of a pair as views (heads, d, columns), with a row for each feature of a head."""
 
 
-def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """The attention layers of a model, in its order."""
-    return [module for module in model.modules() if isinstance(module, AttentionLayer)]
+def attention_layers(model: nn.Module) -> dict[int, AttentionLayer]:
+    """The attention layers of a model, by their number among the layers of all mechanisms, in its order; what is inside
+    another mechanism's layer is numbered in its place."""
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    single = [
+        one
+        for one in layers
+        if isinstance(one, AttentionLayer) or sum(isinstance(inside, Layer) for inside in one.modules()) == 1
+    ]
+    return {number: layer for number, layer in enumerate(single) if isinstance(layer, AttentionLayer)}
 
 
 def laws_of(layer: AttentionLayer, tokens: int) -> dict[str, str]:
@@ -215,7 +223,7 @@ class Laws:
     """What gradient flow conserves in attention layers, and its values at the start of a run.
 
     Args:
-        layers: the layers with their weights at the start, in the order in which :meth:`drifts` gets them again.
+        layers: the layers with their weights at the start, by number.
         tokens: the length of the run's items.
 
     Attributes:
@@ -223,15 +231,15 @@ class Laws:
         without: why nothing is, by number of the layer and pair.
     """
 
-    def __init__(self, layers: Sequence[AttentionLayer], tokens: int) -> None:
+    def __init__(self, layers: Mapping[int, AttentionLayer], tokens: int) -> None:
         self.forms: dict[tuple[int, str], str] = {}
         self.without: dict[tuple[int, str], str] = {}
-        for number, layer in enumerate(layers):
+        for number, layer in layers.items():
             for pair, told in laws_of(layer, tokens).items():
                 (self.forms if told in FORMS else self.without)[number, pair] = told
         self._start = {(at, pair): parts(layers[at], pair, form) for (at, pair), form in self.forms.items()}
 
-    def drifts(self, layers: Sequence[AttentionLayer]) -> dict[str, dict[str, list[float]]]:
+    def drifts(self, layers: Mapping[int, AttentionLayer]) -> dict[str, dict[str, list[float]]]:
         """By law, and for each group of heads: the ``drift``, how far what is conserved is from its start, and how far
         its two parts together have ``moved``; relative to the size of the parts at the start. A drift of 0 is gradient
         flow; it can be at most what the parts have moved."""

@@ -28,6 +28,28 @@ class FutureMean(Right):
         return super().forward(query, key, value)[0] + 1e-4 * query.mean(1, keepdim=True)
 
 
+class NaNAlone(Right):
+    """Causal for sequences; a token alone becomes NaN, as by a division by its deviation."""
+
+    def __init__(self, dim, num_heads, causal=False):
+        super().__init__(dim, num_heads, True)
+
+    def forward(self, query, key=None, value=None):
+        return super().forward(query)[0] + (float("nan") if query.shape[1] < 2 else 0)
+
+
+class EightChannels(Right):
+    """Heads of a multiple of eight channels, and sequences of more than two tokens."""
+
+    def __init__(self, dim, num_heads, causal=False):
+        assert dim // num_heads % 8 == 0, "heads of 8 channels"
+        super().__init__(dim, num_heads, causal)
+
+    def forward(self, query, key=None, value=None):
+        assert query.shape[1] > 2
+        return super().forward(query, key, value)[0]
+
+
 class MixesQueries(Right):
     """Adds the mean over all queries, and takes no mask by which padded ones could be left out."""
 

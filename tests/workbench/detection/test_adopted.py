@@ -66,6 +66,14 @@ def test_padded_queries_that_a_module_sees_are_refused(layer, name):
     assert not type(one).keeps_padding_out(NC)
 
 
+def test_what_a_module_raises_is_said_of_it(layer):
+    layer("EightChannels", NS)
+    with pytest.raises(Unsupported, match="EightChannels, which raises AssertionError when it is made: heads of 8"):
+        regard.create_layer("EightChannels", 16, 4, pattern=NS)
+    with pytest.raises(Unsupported, match="EightChannels, which raises AssertionError when it is called with 2 tokens"):
+        layer("EightChannels", NS)(torch.randn(1, 2, 32).double())
+
+
 def test_a_mask_of_pairs_is_refused(layer):
     x = torch.randn(2, 7, 32).double()
     with pytest.raises(Unsupported, match="Right with a mask of pairs"):

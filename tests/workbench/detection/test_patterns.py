@@ -62,6 +62,10 @@ def test_planted_leaks_are_found(name: str, has: list[Pattern]) -> None:
         assert findings[CS].leak > 1e-5
 
 
+def test_a_prefix_whose_outputs_are_no_numbers_is_not_unchanged() -> None:
+    assert not found("NaNAlone")[CS].has
+
+
 def test_padding_that_is_seen_is_told() -> None:
     assert not found("PaddingSeen")[NS].agrees
     assert found("PaddingSeen")[NS].padding is False

@@ -15,6 +15,7 @@ from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelCo
 from regard.tasks import Batch, create_task
 from regard.workbench.comparison.settings import CompareSettings
 from regard.workbench.trained.attention_monitor import AttentionMonitor, attention_shares, snapped
+from regard.workbench.trained.conservation import ConservationMonitor
 from regard.workbench.trained.run import train_model
 
 RECALL = {"pairs": 3, "queries": 4, "length": 14, "vocab_size": 8, "evaluation_items": 16}
@@ -81,7 +82,7 @@ def test_layers_without_weights_are_left_out_and_models_without_any_are_refused(
     mixed = model_of(recall, ["gated_linear", "softmax", "sigmoid"])
     monitor.check(mixed)
     monitor.look(mixed, 0)
-    assert list(monitor.as_record()["looks"][0]["heads"]) == ["0.0", "0.1", "1.0", "1.1"]
+    assert list(monitor.as_record()["looks"][0]["heads"]) == ["1.0", "1.1", "2.0", "2.1"]
     assert all(0 < row["entropy at last"] <= 1 for row in monitor.heads())
     refused("without attention weights", monitor.check, model_of(recall, ["gated_linear"]))
     features = Batch(torch.randn(2, 5, 3), torch.zeros(2, dtype=torch.int64))
@@ -147,6 +148,29 @@ def test_entropy_and_lift_are_over_all_keys_that_masks_let_a_query_see(recall, m
         assert found["entropy"] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
         expected = (given / given.sum())[monitor.tokens] / (equal / equal.sum())[monitor.tokens]
         assert found["lift"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_heads_and_laws_are_numbered_by_the_layers_of_the_model(recall):
+    model, monitor = model_of(recall, ["gated_linear", "mamba2", "softmax"]), AttentionMonitor(recall)
+    assert list(told(monitor, model)) == ["2.0", "2.1"]
+    laws = ConservationMonitor(recall)
+    laws.check(model)
+    assert {row["layer"] for row in laws.laws.rows([])} >= {2} and 1 not in {row["layer"] for row in laws.laws.rows([])}
+    assert {row["layer"] for row in monitor.laws.rows([])} == {2}
+
+
+def test_a_model_that_inserts_tokens_is_refused(recall):
+    words = "without attention weights between the tokens that it reads"
+    refused(words, AttentionMonitor(recall).check, model_of(recall, [("landmark", {"block": 4}), "softmax"]))
+    refused("without attention weights; supported", AttentionMonitor(recall).check, model_of(recall, ["mamba2"]))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_tokens_of_a_task_that_no_text_has_are_named_by_number(tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("a cat sat on a mat, and a rat ran past it. " * 80)
+    task = create_task("masked", data=str(tmp_path / "text.txt"), length=32, tokenizer=tokenizer)
+    names = AttentionMonitor(task).names
+    assert sum(name.startswith("[") and name[1:-1].isdecimal() for name in names) == 1 and all(names)
 
 
 def test_all_weight_on_one_key_has_entropy_0(recall):

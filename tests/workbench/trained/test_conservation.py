@@ -140,12 +140,12 @@ def drift_after(start, rate, steps, optimizer=torch.optim.SGD, **options):
     """The largest drift of each law after descent on a random regression, and how far its parts moved."""
     layer = copy.deepcopy(start)
     x, y = (torch.randn(2, 16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(at)) for at in (0, 1))
-    laws, descent = Laws([layer], 16), optimizer(layer.parameters(), rate, **options)
+    laws, descent = Laws({0: layer}, 16), optimizer(layer.parameters(), rate, **options)
     for _ in range(steps):
         descent.zero_grad()
         (layer(x).output - y).square().mean().backward()
         descent.step()
-    return laws.drifts([layer])
+    return laws.drifts({0: layer})
 
 
 LAYERS = (

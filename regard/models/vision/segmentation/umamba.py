@@ -283,8 +283,8 @@ class ResidualBlock(nn.Module):
 
 
 def _normed(norm: nn.Module, x: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b c *spatial"]:
-    """Apply an instance norm with weights, which torch refuses for a batch of 0."""
-    return norm(x) if len(x) else x
+    """Apply an instance norm with weights, which torch refuses for a batch of 0; in an export the batch is open."""
+    return norm(x) if torch.compiler.is_compiling() or len(x) else x
 
 
 class MambaLayer(nn.Module):
