@@ -77,15 +77,10 @@ def reproduce(
     if not (names or listing or table):
         _check_listing(seeds=seeds, shard=only, timings=timings, pilot=pilot, address=address)
         listing = True
-    elif table or pilot is not None:
-        beside = "--table" if table else "--pilot"
-        refuse_beside(
-            beside,
-            shard=only if table else None,
-            timings=timings,
-            pilot=pilot if table else None,
-            seeds=None if table else seeds,
-        )
+    elif table:
+        refuse_beside("--table", shard=only, timings=timings, pilot=pilot)
+    elif pilot is not None:
+        refuse_beside("--pilot", seeds=seeds, timings=timings)
     if not (listing or table):
         cells = plan(wanted, pilot=pilot) if pilot is not None else plan(wanted, seeds, timings=timings)
         with sweeps as sweep:

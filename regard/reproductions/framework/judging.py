@@ -194,10 +194,19 @@ def number(seed: Seed, setting: str, name: str) -> float:
     return math.nan if value is None else float(value)
 
 
+def numbers(seed: Seed, setting: str, name: str) -> list[float]:
+    """Return a measured list of numbers, with nan where one was not finite."""
+    return [math.nan if value is None else float(value) for value in seed[setting][name]]
+
+
 def largest(values: Iterable[float]) -> float:
     """Return the largest of some numbers; nan if one is nan, which `max` may pass over."""
-    found = [*values]
-    return math.nan if any(map(math.isnan, found)) else max(found)
+    return float(np.max([*values]))
+
+
+def smallest(values: Iterable[float]) -> float:
+    """Return the smallest of some numbers; nan if one is nan."""
+    return float(np.min([*values]))
 
 
 def measured(setting: str, name: str) -> Callable[[Seed], Any]:

@@ -14,12 +14,11 @@ target of a key that it is asked for.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
 from regard.contract import Paper
-from regard.reproductions.framework.judging import Check, Seed, largest, measured, number
+from regard.reproductions.framework.judging import Check, Seed, largest, measured, number, numbers, smallest
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.studies.framework.protocol import Chosen, Study
 from regard.studies.softmax_regression.cells import VARIANTS, run_cell
@@ -102,7 +101,7 @@ def make(chosen: Chosen) -> Reproduction:
             ),
             Check(
                 "the tight bound is reached within 5 % at its extreme",
-                lambda seed: -largest(-number(seed, "extreme", name) for name in ("weight", "data")),
+                lambda seed: smallest(number(seed, "extreme", name) for name in ("weight", "data")),
                 above=0.95,
             ),
             Check("softmax: at most a tenth above the loss of one step", _ratio("loss", "one step"), below=1.1),
@@ -139,7 +138,7 @@ def _ratio(first: str, second: str) -> Callable[[Seed], float]:
 
 def _rise(seed: Seed) -> float:
     """The largest rise of the difference between two moments, as a share of the first difference."""
-    found = [math.nan if value is None else value for value in seed["learner softmax"]["differences"]]
+    found = numbers(seed, "learner softmax", "differences")
     return largest(two - one for one, two in itertools.pairwise(found)) / found[0]
 
 

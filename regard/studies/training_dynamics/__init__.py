@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from regard.contract import Paper
-from regard.reproductions.framework.judging import Check, Seed, largest, measured, number, within
+from regard.reproductions.framework.judging import Check, Seed, largest, measured, number, numbers, smallest, within
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.studies.framework.protocol import Chosen, Study
 from regard.studies.training_dynamics.cells import FORMS, run_cell
@@ -204,7 +204,7 @@ def _largest(prefix: str) -> Callable[[Seed], float]:
 
 
 def _least_broken(seed: Seed) -> float:
-    return -largest(-number(seed, "exactness", f"changed by: {name}") for name in ("Adam", "SGD, weight decay"))
+    return smallest(number(seed, "exactness", f"changed by: {name}") for name in ("Adam", "SGD, weight decay"))
 
 
 def _earlier(names: tuple[str, ...]) -> Callable[[Seed], float]:
@@ -212,9 +212,9 @@ def _earlier(names: tuple[str, ...]) -> Callable[[Seed], float]:
 
 
 def _still_on_text(seed: Seed) -> float:
-    changes = [math.nan if value is None else value for value in seed["text"]["change"]]
+    changes = numbers(seed, "text", "change")
     fastest = largest(changes)
-    return float(changes[-1]) / fastest if fastest else math.nan
+    return changes[-1] / fastest if fastest else math.nan
 
 
 STUDY = Study(

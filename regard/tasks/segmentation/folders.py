@@ -316,9 +316,10 @@ def largest_classes(numbers: Int[np.ndarray, " k"], background: int | None, coun
     return sorted([background, *others[:count]])
 
 
-def merged_indices(kept: Sequence[int], background: int, count: int) -> Int[np.ndarray, "k+1"]:
-    """New index of each of `count` classes if all but the `kept` become background, and then `IGNORED`, which stays."""
-    indices = np.full(count + 1, kept.index(background))
+def merging(kept: Sequence[int], background: int | None, classes: Sequence[str]) -> tuple[Int[np.ndarray, "k+1"], str]:
+    """The new index of each class if all but the `kept` become background, and then `IGNORED`, which stays; and a note."""
+    assert background is not None  # without a background, largest_classes refuses
+    indices = np.full(len(classes) + 1, kept.index(background))
     indices[kept] = np.arange(len(kept))
     indices[-1] = IGNORED
-    return indices
+    return indices, f"{len(kept) - 1} of {len(classes) - 1} classes kept; the others count as {classes[background]}"

@@ -30,7 +30,7 @@ from regard.tasks.segmentation.folders import (
     class_names,
     classes_among,
     largest_classes,
-    merged_indices,
+    merging,
     pairs_of,
 )
 
@@ -99,9 +99,8 @@ class Masked:
             kept = [i for i, value in enumerate(self.values) if value in known.values]
         if len(kept) == number:
             return self
-        assert self.background is not None  # without a background, largest_classes refuses
-        labels = merged_indices(kept, self.background, number)[np.where(images.labels == IGNORED, -1, images.labels)]
-        note = f"{len(kept) - 1} of {number - 1} classes kept; the others count as {images.classes[self.background]}"
+        indices, note = merging(kept, self.background, images.classes)
+        labels = indices[np.where(images.labels == IGNORED, -1, images.labels)]
         return replace(
             self,
             images=replace(
@@ -109,7 +108,7 @@ class Masked:
             ),
             values=tuple(self.values[i] for i in kept),
             colours=tuple(self.colours[i] for i in kept),
-            background=kept.index(self.background),
+            background=int(indices[self.background]),
         )
 
 

@@ -27,7 +27,7 @@ from regard.tasks.segmentation.folders import (
     class_names,
     classes_among,
     largest_classes,
-    merged_indices,
+    merging,
     pairs_of,
 )
 from regard.tasks.segmentation.masks import Colour
@@ -164,15 +164,14 @@ class Volumes:
             kept = [i for i, value in enumerate(self.values) if value in known.values]
         if len(kept) == number:
             return self
-        assert self.background is not None  # without a background, largest_classes refuses
-        indices = merged_indices(kept, self.background, number).astype(np.int16)
-        note = f"{len(kept) - 1} of {number - 1} classes kept; the others count as {self.classes[self.background]}"
+        indices, note = merging(kept, self.background, self.classes)
+        indices = indices.astype(np.int16)
         return replace(
             self,
             labels=[indices[np.where(each == IGNORED, -1, each)] for each in self.labels],
             classes=tuple(self.classes[i] for i in kept),
             values=tuple(self.values[i] for i in kept),
-            background=kept.index(self.background),
+            background=int(indices[self.background]),
             notes=[*self.notes, note],
         )
 
