@@ -267,6 +267,23 @@ def test_a_run_that_diverged_gives_no_index_and_is_told():
         (row["task"], row["mechanism"]): row["value"] for row in parts["Scores"].rows if row["pattern"] == NS.value
     }
     assert scores["MLM", "local"] is None and scores["MLM", "abc"] is not None
+    found = made_cells(CHOSEN, {"abc": 1.0, "local": -1.0}, seeds=4)
+    for seed in range(4):
+        found[cells.task_setting(NAMED["MLM"], "local", NS), seed]["PPL"] = None
+    claims = {one.says.partition(":")[0]: one.outcome for one in STUDY.make(CHOSEN).judge(found).findings}
+    assert claims["noncausal-self"] is Outcome.UNDECIDED  # nobody knows where it would have been
+    assert claims["causal-cross"] is Outcome.DID_NOT_HOLD
+
+
+def test_which_pays_off_first_is_open_where_both_do_at_every_length():
+    found = made_cells(CHOSEN, ORDER)
+    for (name, _), cell in found.items():
+        if name == cells.cost_setting("abc"):
+            cell["times"] = (np.array(cell["lengths"]) * 1e-9).tolist()
+            cell["bytes"] = cell["lengths"]
+    claims = {one.says.partition(":")[0]: one for one in STUDY.make(CHOSEN).judge(found).findings}
+    assert claims["abc"].mean is None or math.isnan(claims["abc"].mean)
+    assert claims["abc"].outcome is Outcome.UNDECIDED and claims["local"].outcome is Outcome.HELD
 
 
 def test_claims_are_judged_by_their_cells():

@@ -16,6 +16,7 @@ from regard import catalogue
 from regard.studies import get_study, opened
 from regard.studies import in_context_functions as study
 from regard.studies.framework.report import render_study
+from regard.studies.in_context_functions import showing
 from regard.studies.in_context_functions.cells import BEST, NEAREST, NOTHING, build_model, run_cell, says, task_of
 from regard.studies.in_context_functions.heads import head_figures, induction_scores, nearest_scores
 from regard.studies.in_context_functions.prompts import INSTRUCTION, Prompt, ask
@@ -182,6 +183,19 @@ def test_every_check_reads_cells_that_the_preset_has():
         measured |= {f"{one} end": 0.5 for one in (BEST, NEAREST, NOTHING, "elimination", "Gaussian elimination")}
         verdict = made.judge({(name, seed): measured for name in made.settings for seed in range(2)})
         assert all(one.seeds == 2 for one in (*verdict.findings, *verdict.needs))
+
+
+def test_runs_that_diverged_are_told():
+    good = {"early": 0.6, "end": 0.8, "score": 0.7, "curve": [0.5, 0.9]}
+    lost = dict.fromkeys(good) | {"curve": [None, None]}
+    cells = {("conjunction: softmax", 0): good, ("conjunction: softmax", 1): lost, ("conjunction: local", 0): lost}
+    rows = showing._function(cells, "conjunction", ["softmax", "local", "linear"]).rows
+    assert [(row["learner"], row["end"], row["diverged"]) for row in rows] == [
+        ("softmax", 0.8, "1 of 2 runs"),
+        ("local", None, "1 of 1 runs"),
+    ]
+    alone = showing._function({("conjunction: softmax", 0): good}, "conjunction", ["softmax"]).rows
+    assert "diverged" not in alone[0]
 
 
 def test_what_the_paper_says_of_models_without_attention_is_asked_of_those_alone():

@@ -295,11 +295,14 @@ def _checks(chosen: Chosen) -> Iterator[Check]:
     present = {bench.name for bench in benches_of(chosen) if bench.task not in given}
 
     def lead(pattern: Pattern) -> Callable[[Seed], float]:
-        """Index of softmax attention minus that of the best other."""
+        """Index of softmax attention minus that of the best other; nan where a run diverged, which has no index."""
+        those = [name for name in names if pattern in patterns_of(name)]
 
         def value(seed: Seed) -> float:
             for setting in _read(chosen, pattern):
                 seed[setting]
+            if any(diverged(seed, chosen, pattern, name) for name in those):
+                return math.nan
             found = {name: own.get(AVERAGE, math.nan) for name, own in pattern_indices(seed, chosen, pattern).items()}
             others = [value for name, value in found.items() if name != SOFTMAX and math.isfinite(value)]
             return found[SOFTMAX] - max(others) if others else math.nan
@@ -372,9 +375,11 @@ def _at(seed: Seed, setting: str, before: int, after: int) -> float:
 
 def _memory_first(name: str) -> Callable[[Seed], float]:
     def value(seed: Seed) -> float:
-        found = efficiency(seed[cost_setting(name)])
-        difference = found["bytes"].length - found["times"].length
-        return difference if math.isfinite(difference) else math.nan
+        cell = seed[cost_setting(name)]
+        found = efficiency(cell)
+        memory, time = found["bytes"].length, found["times"].length
+        # cheaper in both from below the shortest length measured: which comes first is not known
+        return memory - time if math.isfinite(memory - time) and max(memory, time) >= min(cell["lengths"]) else math.nan
 
     return value
 

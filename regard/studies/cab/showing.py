@@ -236,7 +236,8 @@ def _costs(chosen: Chosen, cells: Cells) -> Section:
     says = (
         "Tokens from which a layer is cheaper than softmax attention: where a parabola through softmax's costs meets a line "
         "through the mechanism's. Memory is compared with softmax attention that holds its weights, as the paper's does, and "
-        "with the fused one that runs here, which holds none and mostly grows with the length alone (no length then)."
+        "with the fused one that runs here, which holds none and mostly grows with the length alone (no length then). "
+        "Figures and curves are those of the first seed; the claims are judged over all."
     )
     pictures = []
     if rows:

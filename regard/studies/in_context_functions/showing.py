@@ -48,6 +48,13 @@ def error(cells: Cells, setting: str, name: str) -> float | None:
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
+def diverged(cells: Cells, setting: str) -> str:
+    """How many runs of a setting diverged, which means leave out; "" if none did."""
+    runs = [measured for (own, _), measured in cells.items() if own == setting]
+    lost = sum(measured.get("end") is None for measured in runs)
+    return f"{lost} of {len(runs)} runs" if lost else ""
+
+
 def _values(cells: Cells, setting: str, name: str) -> list[float]:
     found = [measured.get(name) for (own, _), measured in cells.items() if own == setting]
     return [float(value) for value in found if value is not None]
@@ -78,9 +85,12 @@ def _function(cells: Cells, function: str, mechanisms: Sequence[str]) -> Section
     """All learners of a function: the models, then the references."""
     reference = f"{function}: references"
     names = learners_of(cells, reference)
-    models = [one for one in mechanisms if mean(cells, f"{function}: {one}", "end") is not None]
+    models = [one for one in mechanisms if any(own == f"{function}: {one}" for own, _ in cells)]
     rows = [_row(cells, one, f"{function}: {one}") for one in models]
     rows += [_row(cells, one, reference, f"{one} ") for one in names]
+    lost = {one: diverged(cells, f"{function}: {one}") for one in models}
+    if any(lost.values()):
+        rows = [{**row, "diverged": lost.get(row["learner"], "")} for row in rows]
     curves = {one: curve(cells, f"{function}: {one}", "curve") for one in models}
     curves |= {one: curve(cells, reference, f"{one} curve") for one in DRAWN if one in names}
     return Section(

@@ -161,7 +161,13 @@ def _verdict(search: Search, rows: Sequence[Row], compared: Mapping[str, Row]) -
     told = f"{winner['plan']} ({winner['width']}) has {share:.0%} of the {_SAID[column]} of the reference"
     beside = compared.get(REFERENCE)
     if beside is None:
-        return f"{told}; there are no runs of both from scratch to compare."
+        lost = [
+            f"the {name} diverged in {count} of {len(row['runs'])}"
+            for name, row in (("winner", winner), ("reference", reference))
+            if (count := sum(run["diverged"] for run in row["runs"]))
+        ]
+        why = f": {' and '.join(lost)}" if lost else ""
+        return f"{told}; there are no runs of both from scratch to compare{why}."
     own, others = (_mean([run["score"] for run in row["runs"] if not run["diverged"]]) for row in (winner, reference))
     scores = f"{own:.4g} {metric} against {others:.4g}"
     if beside["resolved"] is None:

@@ -33,9 +33,9 @@ def cells(record: Record, row: Mapping[str, Any]) -> list[str]:
     done = [run for run in row["runs"] if not run["diverged"]]
     score, error = _mean_and_error([run["score"] for run in done])
     loss, _ = _mean_and_error([run["loss"] for run in done])
-    reference = record["entrants"][-1]
+    reference, lost = record["entrants"][-1], len(row["runs"]) - len(done)
     return [
-        row["name"],
+        f"{row['name']} (diverged in {lost} of {len(row['runs'])} runs)" if lost else row["name"],
         _number(score),
         _number(error),
         _number(loss),

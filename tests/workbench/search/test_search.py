@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,9 +30,10 @@ from regard.tasks import create_task, mean_loss
 from regard.training.loop import run_model
 from regard.workbench.comparison.task_models import build, model_config
 from regard.workbench.comparison.work import Work
+from regard.workbench.search import report
 from regard.workbench.search.costs import MEASURES, CostTable, NetworkBudget, count_flops, flops, parameters
 from regard.workbench.search.predictor import Predictor, features, judge, kendall_tau, pair_accuracy, prune
-from regard.workbench.search.record import _commands, task_in_words, write_plan
+from regard.workbench.search.record import _commands, _verdict, task_in_words, write_plan
 from regard.workbench.search.run import Search
 from regard.workbench.search.searchers import SEARCHERS, check_searchers
 from regard.workbench.search.settings import SearchSettings
@@ -777,6 +779,23 @@ def test_what_cannot_be_searched_is_said_in_a_line(capsys, tmp_path, more, said)
 
 
 @pytest.mark.usefixtures("quick_ranker")
+def test_runs_that_diverged_are_told():
+    run = {"seed": 0, "diverged": True, "score": None, "loss": None, "items": []}
+    row = {"plan": "softmax", "width": "16", "cost": 1.0, "parameters": 1, "flops": 1, "ms": 1.0}
+    winner = {**row, "name": "winner", "runs": [{**run, "diverged": False, "score": 0.5, "loss": 1.0}] * 2}
+    reference = {**row, "name": "reference", "runs": [run] * 2}
+    record = {"entrants": [winner, reference]}
+    assert [report.cells(record, one)[0] for one in record["entrants"]] == [
+        "winner",
+        "reference (diverged in 2 of 2 runs)",
+    ]
+    search = SimpleNamespace(
+        settings=SimpleNamespace(budget=NetworkBudget.parse("90% parameters")), task=SimpleNamespace(metric="accuracy")
+    )
+    assert "to compare: the reference diverged in 2 of 2." in _verdict(search, [winner, reference], {})
+    assert _verdict(search, [winner, {**reference, "runs": []}], {}).endswith("from scratch to compare.")
+
+
 def test_a_record_is_json(capsys, tmp_path):
     found = answer(capsys, f"{SMALL} --retrain 0 --mechanisms softmax --budget '80% parameters' --output", tmp_path)
     assert "no runs of both from scratch" in found["verdict"]
