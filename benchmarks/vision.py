@@ -2,7 +2,7 @@
 
     pip install 'regard[vision]'
     python benchmarks/vision.py                          # each backbone, and timm's version if there is one
-    python benchmarks/vision.py --beside official.py     # a file with MODELS = {"van_b0": a function that makes the model}
+    python benchmarks/vision.py --beside benchmarks/official.py --names van_b0 vim_t     # the official code: see that file
     python benchmarks/vision.py --large                  # image sides at which each is faster than DeiT with softmax
     python benchmarks/vision.py --names van_b0 deit_t --json
 
@@ -134,7 +134,9 @@ def large(seconds: float, sides: tuple[int, ...] = (224, 384, 512, 768, 1024)) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", default=list(NAMES))
-    parser.add_argument("--beside", help="a Python file with MODELS, in the place of timm's")
+    parser.add_argument(
+        "--beside", help="a Python file with MODELS, functions that make models, in the place of timm's"
+    )
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each comparison")
     parser.add_argument("--json", action="store_true")
