@@ -43,12 +43,13 @@ typedef struct {
 } regard_residual_feed_forward_args;
 REGARD_API int regard_residual_feed_forward(const regard_residual_feed_forward_args *args);
 
-/* output(heads of softmax(scale_of_scores q k^T) v) for each of `batch` sequences of consecutive rows. */
+/* output(heads of softmax(scale_of_scores q k^T + key_bias) v) for each of `batch` sequences of consecutive rows. */
 typedef struct {
   int64_t size;
   int64_t threads;
   int64_t batch, n;       /* n: rows of a sequence, of the longest if there are borders */
   const int64_t *borders; /* (batch + 1,) first row of each sequence, from 0, and the number of rows; NULL if all have n */
+  const float *key_bias;  /* (batch, n) contiguous, -inf hides; NULL for none, and with borders */
   int64_t heads, kv_heads;
   float scale_of_scores;
   regard_residual around;

@@ -336,7 +336,7 @@ bool in_order(const int64_t* borders, int64_t batch, int64_t n) {
 int residual_attention(const regard_residual_attention_args* args) {
   const auto& a = *args;
   const auto first_of = [&](int64_t sequence) { return a.borders ? a.borders[sequence] : sequence * a.n; };
-  if (a.batch < 0 || (a.borders && !in_order(a.borders, a.batch, a.n))) return REGARD_BAD_ARGUMENT;
+  if (a.batch < 0 || (a.borders && (a.key_bias || !in_order(a.borders, a.batch, a.n)))) return REGARD_BAD_ARGUMENT;
   const int64_t width = a.around.width, m = first_of(a.batch);
   if (a.threads < 1 || a.n < 0 || a.heads < 1 || a.kv_heads < 1 || a.heads % a.kv_heads != 0)
     return REGARD_BAD_ARGUMENT;
@@ -429,6 +429,8 @@ int residual_attention(const regard_residual_attention_args* args) {
     attention.rule = REGARD_SOFTMAX;
     attention.visibility.query_ranks = attention.visibility.key_ranks = ranks;
     attention.visibility.left = attention.visibility.right = -1;
+    attention.biases.bias_strides[0] = a.n;
+    attention.biases.bias_strides[3] = 1;
     // sequences of one length all at once, others one by one
     for (int64_t at = sequence, step = a.borders ? 1 : sequences; at < sequence + sequences; at += step) {
       const int64_t row = first_of(at) - start;
@@ -438,6 +440,7 @@ int residual_attention(const regard_residual_attention_args* args) {
       attention.k = tensors[1] + row * lds[1];
       attention.v = tensors[2] + row * lds[2];
       attention.out = tensors[3] + row * lds[3];
+      if (a.key_bias) attention.biases.bias = a.key_bias + at * a.n;
       const int status = regard_attention(&attention);
       if (status != REGARD_OK) __atomic_store_n(&failed, status, __ATOMIC_RELAXED);
     }

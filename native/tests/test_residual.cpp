@@ -73,20 +73,22 @@ void feed_forward(int64_t m, int64_t width, int64_t hidden, int64_t threads, boo
   around.compare_with(down.of(inner));
 }
 
-// `lengths` of the sequences, all of which have n if it is empty.
+// `lengths` of the sequences, all of which have n if it is empty; or a bias for each key, -inf for every seventh.
 void attention(int64_t batch, int64_t n, int64_t width, int64_t heads, int64_t kv_heads, int64_t threads, bool learned,
-               const std::vector<int64_t>& lengths = {}) {
-  now("attention of %d x %d x %d, %d heads, %d threads%s", int(batch), int(n), int(width), int(heads), int(threads),
-      lengths.empty() ? "" : ", unequal lengths");
+               const std::vector<int64_t>& lengths = {}, bool biased = false) {
+  now("attention of %d x %d x %d, %d heads, %d threads%s%s", int(batch), int(n), int(width), int(heads), int(threads),
+      lengths.empty() ? "" : ", unequal lengths", biased ? ", biased keys" : "");
   const int64_t d = 5, e = 3;
   std::vector<int64_t> borders{0};
   for (int64_t b = 0; b < batch; ++b) borders.push_back(borders.back() + (lengths.empty() ? n : lengths[b]));
   Around around(borders.back(), width, true, learned);
   const Layer query(heads * d, width, learned), key(kv_heads * d, width, learned), value(kv_heads * e, width, learned);
   const Layer output(width, heads * e, learned);
-  regard_residual_attention_args a{sizeof a, threads, batch,    n, lengths.empty() ? nullptr : borders.data(),
-                                   heads,    kv_heads, 0.7f,    around.struct_of(), query.dense(), key.dense(),
-                                   value.dense(), output.dense()};
+  Floats bias = normal(batch * n);
+  for (size_t i = 6; i < bias.size(); i += 7) bias[i] = -INFINITY;
+  regard_residual_attention_args a{sizeof a, threads, batch, n, lengths.empty() ? nullptr : borders.data(),
+                                   biased ? bias.data() : nullptr, heads, kv_heads, 0.7f, around.struct_of(),
+                                   query.dense(), key.dense(), value.dense(), output.dense()};
   must("taken", regard_residual_attention(&a));
   const Doubles normed = around.normed(), q = query.of(normed), k = key.of(normed), v = value.of(normed);
   Doubles read(borders.back() * heads * e);
@@ -99,7 +101,7 @@ void attention(int64_t batch, int64_t n, int64_t width, int64_t heads, int64_t k
       for (int64_t j = borders[b]; j < borders[b + 1]; ++j) {
         double score = 0;
         for (int64_t i = 0; i < d; ++i) score += q[(t * heads + h) * d + i] * k[(j * kv_heads + own) * d + i];
-        const double weight = exp(0.7f * score);
+        const double weight = exp(0.7f * score + (biased ? bias[j] : 0.));
         total += weight;
         for (int64_t i = 0; i < e; ++i) sums[i] += weight * v[(j * kv_heads + own) * e + i];
       }
@@ -127,6 +129,9 @@ void every_size() {
     attention(1, 600, 4, 2, 1, threads, true);
     attention(200, 4, 6, 4, 2, threads, false);  // several sequences at once, different ones in each thread
     attention(7, 101, 3, 1, 1, threads, true);
+    attention(2, 33, 37, 2, 2, threads, true, {}, true);
+    attention(1, 600, 4, 2, 1, threads, true, {}, true);
+    attention(200, 4, 6, 4, 2, threads, false, {}, true);
     attention(3, 40, 8, 2, 1, threads, true, {5, 0, 40});
     attention(8, 150, 6, 2, 2, threads, true, {150, 0, 1, 97, 150, 3, 96, 140});
     attention(300, 5, 4, 1, 1, threads, false, std::vector<int64_t>(300, 3));
@@ -168,7 +173,7 @@ void refusals() {
   a = right;
   a.size = 8;
   must("another version", regard_residual_feed_forward(&a), REGARD_WRONG_SIZE);
-  regard_residual_attention_args b{sizeof b, 1, 1, 1, nullptr, 1, 1, 1.f, around, dense, dense, dense, dense};
+  regard_residual_attention_args b{sizeof b, 1, 1, 1, nullptr, nullptr, 1, 1, 1.f, around, dense, dense, dense, dense};
   b.heads = 2;
   must("heads that do not divide", regard_residual_attention(&b), REGARD_BAD_ARGUMENT);
   b.heads = 1;
@@ -180,6 +185,10 @@ void refusals() {
     b.borders = borders.data();
     must("borders out of order", regard_residual_attention(&b), REGARD_BAD_ARGUMENT);
   }
+  const std::array<int64_t, 3> borders{0, 0, 1};
+  b.borders = borders.data();
+  b.key_bias = &one;
+  must("biased keys in sequences of unequal lengths", regard_residual_attention(&b), REGARD_BAD_ARGUMENT);
 }
 
 }  // namespace

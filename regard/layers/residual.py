@@ -63,17 +63,17 @@ def fused_attention(
     x: Float[Tensor, "b n c"], norm: nn.Module, layer: nn.Module, *after: nn.Module, context: Context | None = None
 ) -> Float[Tensor, "b n c"] | None:
     """x + after(layer(norm(x))) for softmax self-attention, in one native call; None if there is no kernel for it, as
-    for windows, positions, gates, and masks other than :func:`regard.core.ragged.packed`."""
-    documents = None
+    for windows, positions, gates, and masks other than :func:`regard.core.ragged.packed` and a bias for each key."""
+    documents = key_bias = None
     if context is not None:
         if context.want or any(getattr(context, name) is not None for name in TOLD):
             return None
         if context.mask is not None:
-            documents = _documents(context.mask)
-            if documents is None:
+            documents, key_bias = _documents(context.mask), _key_bias(context.mask, x)
+            if documents is None and key_bias is None:
                 return None
     natives = _natives(x, [(norm, layer, after)])
-    return None if natives is None else natives[0](x, documents)
+    return None if natives is None else natives[0](x, documents, key_bias)
 
 
 def fused(x: Float[Tensor, "b n c"], branches: Iterable[Branch]) -> Float[Tensor, "b n c"] | None:
@@ -112,6 +112,14 @@ def _documents(mask: Mask) -> residual.Documents | None:
     if borders is None or longest is None or mask.layout is None or mask.bias is not None or mask.blocks is not None:
         return None
     return residual.Documents(borders, longest) if borders.dtype is torch.int64 else None
+
+
+def _key_bias(mask: Mask, x: Tensor) -> Float[Tensor, "b n"] | None:
+    """The bias of a mask that has nothing else, if it depends on the key alone; None otherwise."""
+    bias, (batch, n, _) = mask.bias, x.shape
+    if bias is None or mask.ragged or mask.layout is not None or mask.blocks is not None or not residual.plain(bias):
+        return None
+    return bias.expand(batch, 1, 1, n)[:, 0, 0] if bias.shape in ((batch, 1, 1, n), (1, 1, 1, n)) else None
 
 
 class _Parts:

@@ -16,8 +16,9 @@ import torch
 from support import close, load, recorded_state, refused
 from torch import Tensor, nn
 
-from regard import Context
+from regard import Context, create_layer
 from regard.compression.tokens import METHODS, Evidence, Tokens, annealed_keep, reduce_tokens
+from regard.compression.tokens.reduction import Projected, watched
 from regard.compression.tokens.schedules import removals
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
 
@@ -186,6 +187,20 @@ def test_what_the_class_token_attends_to_is_told_by_normed_queries_and_shared_ke
     reduction = reduce_tokens(model, "attention", remove=[10, 0, 0])
     model(x)
     assert torch.equal((reduction.tokens.places > 0).nonzero()[:, 1].view(2, 6), kept.sort(1).values)
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"num_kv_heads": 2}])
+def test_what_is_read_of_weights_is_what_a_call_tells(options: dict[str, Any]) -> None:
+    layer = create_layer("softmax", 16, 4, pattern="noncausal-self", **options).double()
+    norm, x = nn.LayerNorm(16).double(), torch.randn(3, 9, 16, dtype=torch.float64)
+    for parameter in (*layer.parameters(), *norm.parameters()):
+        nn.init.normal_(parameter)
+    with watched(layer) as told:
+        layer(norm(x))
+    read = Projected(layer, norm, x)
+    for name in "qk":
+        close(read.mean(name), told.mean(name))
+    close(read.from_first(), told.from_first())
 
 
 def test_the_fused_token_is_the_sum_weighted_by_attention_and_keeping_more_drops_none_kept_before() -> None:

@@ -119,6 +119,15 @@ class Heads:
     given: Mapping[str, Float[Tensor, "b h n d"]] = field(default_factory=dict)
     placed: Mapping[str, Float[Tensor, "b h n d"]] = field(default_factory=dict)
 
+    def mean(self, name: str) -> Float[Tensor, "b n d"]:
+        """Queries or keys without positions, averaged over the heads."""
+        return self.given[name].mean(1)
+
+    def from_first(self) -> Float[Tensor, "b h 1 n"]:
+        """Scores of all keys for the first query, that of the class token."""
+        query, key = self.placed["q"][:, :, :1], self.placed["k"]
+        return query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * query.shape[-1] ** -0.5
+
 
 @dataclass(frozen=True)
 class Evidence:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from regard.compression.tokens import timm_blocks
 from regard.compression.tokens.calls import PerThread
-from regard.compression.tokens.hosts import attention_of, card_of, mixer_of, placed, reads_grid
+from regard.compression.tokens.hosts import attention_of, card_of, placed, reads_grid
 from regard.compression.tokens.reducers import METHODS, Evidence, Heads, Tokens
 from regard.compression.tokens.schedules import Removal, removals
 from regard.contract import Context, Mask, Result, Unsupported, an_instance, one_of
@@ -145,11 +146,9 @@ class Reduction(PerThread):
         computed."""
         metric, scores = x, None
         if self.method in MERGING and self.metric != "tokens":
-            metric = heads.given[METRICS[self.metric]].mean(1)
+            metric = heads.mean(METRICS[self.metric])
         if self.method in ATTENDED:
-            query, key = heads.placed["q"], heads.placed["k"]
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-            scores = query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5
+            scores = heads.from_first()
             scores = (scores if bias is None else scores + bias[:, :, :1]).softmax(-1).mean(1)[:, 0]
         return Evidence(metric, scores, self.generator)
 
@@ -336,13 +335,16 @@ class ReducedBlock(VisionBlock):
         seen = self.seen(x, context if reduction.whole else _placed(self, context, tokens))
         if bias is not None:
             seen = seen.replace(mask=Mask(bias=bias.to(x.dtype)))
-        with _watched(attention_of(self)) as heads:
-            mixed = self.mix(x, memory, context=seen, state=state)
-        x = x + self.drop_path(mixed.output)
-        x = reduction.after(self.number, tokens, x, lambda: reduction.evidence(heads, x, bias)).x
+        with watched(attention_of(self)) as heads:
+            mixed = self.add_mixed(x, memory, self.drop_path, context=seen, state=state)
+        before, x = x, mixed.output
+
+        def evidence() -> Evidence:
+            return reduction.evidence(_told(heads, attention_of(self), self.mixer_norm, before), x, bias)
+
+        x = reduction.after(self.number, tokens, x, evidence).x
         if self.feed_forward is not None:
-            fed = self.feed(x, context=Context(generator=context.generator), losses=mixed.losses)
-            x = x + self.drop_path(fed)
+            x = self.add_fed(x, self.drop_path, context=Context(generator=context.generator), losses=mixed.losses)
         return Result(reduction.passed_on(self.number, x), mixed.state, mixed.losses, mixed.extras)
 
 
@@ -365,13 +367,16 @@ class ReducedTNTBlock(tnt.Block):
         seen = context if reduction.whole else _placed(self, context, tokens)
         if bias is not None:
             seen = seen.replace(mask=Mask(bias=bias.to(sentences.dtype)))
-        with _watched(attention_of(self)) as heads:
-            mixed = mixer_of(self)(outer.norm1(sentences), context=seen).output
-        sentences = sentences + outer.drop_path(outer.dropout(mixed))
+        with watched(attention_of(self)) as heads:
+            before, sentences = sentences, outer.add_attended(sentences, seen)
+
+        def evidence() -> Evidence:
+            return reduction.evidence(_told(heads, attention_of(self), outer.norm1, before), sentences, bias)
+
         each = words.flatten(1).unflatten(0, (len(sentences), sentences.shape[1] - self.prefix))
         own = F.pad(each, (0, 0, self.prefix, 0))
         joined = torch.cat([sentences, own], -1)  # (B, prefix + n, C + m * c)
-        moved = reduction.after(self.number, tokens, joined, lambda: reduction.evidence(heads, sentences, bias)).x
+        moved = reduction.after(self.number, tokens, joined, evidence).x
         sentences, own = moved.split([sentences.shape[2], own.shape[2]], -1)
         words = own[:, self.prefix :].flatten(0, 1).unflatten(1, words.shape[1:])
         end = outer.dropout, outer.excitation, outer.drop_path
@@ -390,9 +395,57 @@ def _placed(block: OwnBlock, context: Context, tokens: Tokens) -> Context:
     return placed(block, here, tokens.origins)
 
 
+class Projected(Heads):
+    """What is read of the queries and keys of plain attention without positions, from its weights: a native call keeps
+    them to itself.
+
+    Args:
+        layer: the attention.
+        norm: the norm before it.
+        x: the tokens before both.
+    """
+
+    def __init__(self, layer: AttentionLayer, norm: nn.Module, x: Float[Tensor, "b n c"]) -> None:
+        super().__init__()
+        self._layer, self._norm, self._x = layer, norm, x
+
+    @cached_property
+    def _normed(self) -> Tensor:
+        return self._norm(self._x)
+
+    def mean(self, name: str) -> Float[Tensor, "b n d"]:
+        weight, bias = self._part(name)
+        return F.linear(self._normed, weight.mean(0), None if bias is None else bias.mean(0))
+
+    def from_first(self) -> Float[Tensor, "b h 1 n"]:
+        (query_weight, query_bias), (weight, bias) = self._part("q"), self._part("k")
+        first = self._normed[:, 0]
+        shared = len(query_weight) // len(weight)
+        query = F.linear(first, query_weight.flatten(0, 1), None if query_bias is None else query_bias.flatten())
+        query = query.unflatten(-1, query_weight.shape[:2]).transpose(0, 1)  # (H, B, D)
+        read = query @ weight.repeat_interleave(shared, 0)  # q_h W_k, so that scores are its products with the tokens
+        scores = read.transpose(0, 1) @ self._normed.mT
+        if bias is not None:
+            scores = scores + (query * bias.repeat_interleave(shared, 0)[:, None]).sum(-1).T[..., None]
+        return scores[:, :, None] * query.shape[-1] ** -0.5
+
+    def _part(self, name: str) -> tuple[Float[Tensor, "h d c"], Float[Tensor, "h d"] | None]:
+        """Weight and bias of the queries or the keys by head."""
+        layer = self._layer
+        part: Any = layer.query if name == "q" else layer.key
+        heads = layer.num_heads if name == "q" else layer.kv_heads
+        bias = part.bias
+        return part.weight.unflatten(0, (heads, -1)), None if bias is None else bias.unflatten(0, (heads, -1))
+
+
+def _told(heads: Heads, layer: AttentionLayer | None, norm: nn.Module, x: Float[Tensor, "b n c"]) -> Heads:
+    """What a layer's call has told of its queries and keys, or what can be read of them where the call was native."""
+    return heads if heads.given or layer is None else Projected(layer, norm, x)
+
+
 @contextmanager
-def _watched(layer: AttentionLayer | None) -> Iterator[Heads]:
-    """The queries and keys of a layer's next call; none without a layer."""
+def watched(layer: AttentionLayer | None) -> Iterator[Heads]:
+    """The queries and keys of a layer's next call; none without a layer, and of a native call."""
     heads = Heads()
     if layer is None:
         yield heads

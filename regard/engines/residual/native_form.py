@@ -121,6 +121,7 @@ class AttentionArguments(library.Arguments):
         ("batch", ctypes.c_int64),
         ("n", ctypes.c_int64),
         ("borders", ctypes.c_void_p),
+        ("key_bias", ctypes.c_void_p),
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
         ("scale_of_scores", ctypes.c_float),
@@ -227,8 +228,8 @@ class FeedForward(_Branch):
 
 
 class Attention(_Branch):
-    """x + scale * output(softmax(scale_of_scores q k^T) v) for heads of q, k and v, which are linear maps of norm(x);
-    every token sees all tokens of its sequence, or of its document where documents are packed into one sequence.
+    """x + scale * output(softmax(scale_of_scores q k^T + key_bias) v) for heads of q, k and v, which are linear maps of
+    norm(x); every token sees all tokens of its sequence, or of its document where documents are packed into one sequence.
 
     Args:
         norm: norm of the input's rows.
@@ -273,8 +274,14 @@ class Attention(_Branch):
         fits = fits and all(x.weight.shape[1] == self.width for x in (query, key, value))
         return "" if fits else "sizes that do not belong together"
 
-    def __call__(self, x: Float[Tensor, "b n c"], documents: Documents | None = None) -> Float[Tensor, "b n c"]:
-        """Compute the branch for a :func:`plain` input that it :meth:`takes`."""
+    def __call__(
+        self,
+        x: Float[Tensor, "b n c"],
+        documents: Documents | None = None,
+        key_bias: Float[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """Compute the branch for a :func:`plain` input that it :meth:`takes`; not for documents with a bias, which is
+        plain too."""
         x, arguments = x.contiguous(), AttentionArguments.from_buffer_copy(self._arguments)
         y = torch.empty_like(x)
         arguments.threads, arguments.batch, arguments.n = torch.get_num_threads(), x.shape[0], x.shape[1]
@@ -282,6 +289,8 @@ class Attention(_Branch):
             borders = documents.borders.contiguous()
             arguments.batch, arguments.n = len(borders) - 1, documents.longest
             arguments.borders = pointer(borders)
+        key_bias = None if key_bias is None else key_bias.contiguous()
+        arguments.key_bias = pointer(key_bias)
         arguments.around.x, arguments.around.y = pointer(x), pointer(y)
         library.call(arguments)
         return y

@@ -341,11 +341,15 @@ class TransformerBlock(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b n c"], context: Context | None = None) -> Float[Tensor, "b n c"]:
-        end = self.dropout, self.drop_path
-        mixed = fused_attention(x, self.norm1, self.attention, *end, context=context)
-        if mixed is None:
-            mixed = x + self.drop_path(self.dropout(self.attention(self.norm1(x), context=context).output))
+        mixed = self.add_attended(x, context)
         return add_feed_forward(mixed, self.norm2, self.mlp, self.dropout, self.excitation, self.drop_path)
+
+    def add_attended(self, x: Float[Tensor, "b n c"], context: Context | None = None) -> Float[Tensor, "b n c"]:
+        """X + DropPath(attention(LN(X)))."""
+        found = fused_attention(x, self.norm1, self.attention, self.dropout, self.drop_path, context=context)
+        if found is not None:
+            return found
+        return x + self.drop_path(self.dropout(self.attention(self.norm1(x), context=context).output))
 
 
 class SqueezeExcitation(nn.Module):

@@ -14,6 +14,7 @@ from torch import nn
 
 from regard import Context, Mask, backends, create_layer
 from regard.backends.native import library
+from regard.compression.tokens import METHODS, reduce_tokens
 from regard.core.ragged import packed
 from regard.layers.drop_path import DropPath
 from regard.layers.feed_forward import MLP, Bilinear, SwiGLU
@@ -87,6 +88,19 @@ def test_attention_is_that_of_float64(instruction_set, threads, called, shape, o
     close(found, _plain(x.double(), *(copy.deepcopy(part).double() for part in parts)).float(), 2e-6)
 
 
+@pytest.mark.parametrize("rows", ["one", "each"])
+@pytest.mark.parametrize("shape", [(1, 32), (3, 197), (40, 6)])
+@torch.no_grad()
+def test_attention_with_a_bias_for_each_key_is_that_of_float64(instruction_set, threads, called, shape, rows):
+    norm, layer = _filled(LayerNorm(WIDTH), _softmax(num_kv_heads=2))
+    x, bias = torch.randn(*shape, WIDTH), torch.randn(shape[0] if rows == "each" else 1, 1, 1, shape[1])
+    bias[..., 1::3] = -torch.inf
+    found = fused_attention(x, norm, layer, context=Context(mask=Mask(bias=bias)))
+    assert called == ["residual_attention"]
+    norm, layer, x = norm.double(), layer.double(), x.double()
+    close(found, (x + layer(norm(x), context=Context(mask=Mask(bias=bias.double()))).output).float(), 2e-6)
+
+
 @pytest.mark.parametrize("lengths", [[32], [5, 0, 1, 60, 33], [7] * 40])
 @torch.no_grad()
 def test_attention_in_packed_documents_is_that_of_each_alone(instruction_set, threads, called, lengths):
@@ -113,6 +127,26 @@ def test_backbones_are_what_they_are_in_torch(called, name, batch):
     found = model(images)
     assert (len(called) > 0) == (batch > 0)
     with backends.only("torch"):
+        close(found, model(images), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_nano", "tnt"])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_blocks_with_fewer_tokens_are_what_they_are_in_torch(called, method, name):
+    made = {
+        "vit_nano": lambda: create_backbone("vit_nano", num_layers=3),
+        "tnt": lambda: create_backbone("tnt_ti", image_size=64, depth=3),
+    }
+    model = made[name]().eval()
+    images = torch.randn(8, 3, *model.config.size)
+    reduction = reduce_tokens(model, method, keep=0.5, blocks=[1], generator=torch.Generator().manual_seed(0))
+    found, counts = model(images), reduction.counts
+    assert counts[0] > counts[1] == counts[2]
+    branches = 3 if name == "vit_nano" else 6  # a block of TNT has two of each kind, one of words
+    assert called.count("residual_attention") == called.count("residual_feed_forward") == branches
+    with backends.only("torch"):
+        reduction.generator.manual_seed(0)
         close(found, model(images), 1e-5)
 
 
@@ -321,6 +355,9 @@ def test_calls_that_ask_for_more_than_the_output_are_left_to_the_layer():
         Context(mask=Mask(lengths=torch.tensor([40, 7]))),
         Context(mask=Mask(cu_seqlens=borders)),
         Context(mask=dataclasses.replace(packed(borders[1:], 40, 40), bias=torch.zeros(1, 1, 1, 1))),
+        Context(mask=Mask(bias=torch.zeros(1, 1, 40, 40))),
+        Context(mask=Mask(bias=torch.zeros(1, 1, 1, 40), lengths=torch.tensor([40, 7]))),
+        Context(mask=Mask(bias=torch.zeros(1, 1, 1, 40).double())),
         Context(want=frozenset({"weights"})),
         Context(roles=torch.zeros(2, 40).long()),
     ):
