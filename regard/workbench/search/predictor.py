@@ -178,11 +178,12 @@ def judge(
     shuffles: int = 3,
     seed: int = 0,
 ) -> Judged:
-    """Cross-validate: for each fold, learn from the others and order it. nan with fewer than two networks per fold."""
+    """Cross-validate: for each fold, learn from the others and order it. Folds without two networks of different losses
+    do not count; nan without any fold."""
     rng = np.random.default_rng(seed)
     order, y, x = rng.permutation(len(networks)), np.asarray(losses, dtype=np.float64), features(space, networks)
     parts = [(order[fold::folds], np.delete(order, np.s_[fold::folds])) for fold in range(folds)]
-    parts = [(held, rest) for held, rest in parts if len(held) > 1 and len(rest) > 1]
+    parts = [(held, rest) for held, rest in parts if len(set(y[held])) > 1 and len(rest) > 1]
     learned, mean, spread = _learned(x, y, [rest for _, rest in parts], kind, seed) if parts else ([], x[:1], x[:1])
     taus, accuracies = [], []
     drops: dict[str, list[float]] = {gene.name: [] for gene in space.genes}

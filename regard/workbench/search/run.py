@@ -136,10 +136,7 @@ class Search:
         self.supernet = self._trained_supernet()
         tried, pruned, judged = self._tried(table, limit)
         predictors = {kind: self._fitted(kind, tried) for kind in KINDS}
-        say(
-            f"ranker: Kendall's tau {judged['ranker'].tau:.2f} on networks that it has not learned from "
-            f"(regression {judged['regression'].tau:.2f})"
-        )
+        say(_how_well(judged))
         found, methods = self._found(spaces, pruned, predictors, table, limit, tried)
         entrants = {name: genes for name, genes in found.items() if genes is not None}
         left_out += [
@@ -459,6 +456,14 @@ def _loss(supernet: Supernet, genes: Genes, task: Task, batch_size: int, last: i
         if seen >= last:
             break
     return total / weight if weight else math.nan
+
+
+def _how_well(judged: Mapping[str, Judged]) -> str:
+    """How well the predictors order networks that they have not learned from."""
+    ranker, regression = judged["ranker"].tau, judged["regression"].tau
+    if math.isnan(ranker):
+        return "ranker: too few networks with different losses to tell how well it orders others"
+    return f"ranker: Kendall's tau {ranker:.2f} on networks that it has not learned from (regression {regression:.2f})"
 
 
 def _columns(tried: Mapping[Genes, float]) -> tuple[list[Genes], list[float]]:

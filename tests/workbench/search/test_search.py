@@ -340,6 +340,16 @@ def test_the_ranker_knows_nothing_of_losses_that_are_drawn():
     assert abs(np.mean(found) - 0.5) < 0.15
 
 
+def test_networks_with_equal_losses_judge_nothing():
+    one = space(depths=(1, 2, 3))
+    networks = drawn(one, 20)
+    losses = np.ones(20)
+    assert np.isnan(judge(one, networks, losses).tau)
+    losses[:4] = random_losses(one, networks[:4])  # some folds have only equal ones
+    found = judge(one, networks, losses)
+    assert np.isfinite(found.tau) and np.isfinite(found.accuracy)
+
+
 def test_tau_counts_pairs():
     assert kendall_tau([3, 2, 1], [1.0, 2.0, 3.0]) == 1.0
     assert kendall_tau([1, 2, 3], [1.0, 2.0, 3.0]) == -1.0
